@@ -1,0 +1,256 @@
+"""Configuration: what a user may say (EngineOptions, ServerOptions), and what it resolves to (EngineConfig).
+
+The options are the one source of truth for names, types, defaults and help: the CLI's flags and
+`LLM(...)`'s arguments are made from them. `resolve` runs once. The only file that reads os.environ.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+DEFAULT_MODEL = "smollm2"
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What runs, and in how much memory. None means: derived from the model and the machine."""
+
+    model: str = DEFAULT_MODEL
+    """A folder, a .gguf file, a hub id, or "smollm2" (fetched on first use)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    load_format: LoadFormat = "auto"
+    """Where weights come from; "dummy" makes random ones from the config alone."""
+    dtype: Dtype = "auto"
+    """Type of weights, activations and KV cache. auto: bfloat16."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output together, in tokens. None: what the model was trained for."""
+    max_num_seqs: int | None = None
+    """Most sequences that run at once. None: 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one step. None: 512 on a CPU, 8192 on a GPU."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    kv_cache_memory: str | None = None
+    """Memory for the KV cache, such as "2GiB" or a number of bytes. None: a fraction of what is free."""
+    gpu_memory_utilization: float | None = None
+    """Fraction (0, 1] of the device's memory that may be used; on a CPU, of the RAM that is free once
+    the weights are loaded, for the KV cache. None: 0.9 on a GPU, 0.4 on a CPU."""
+    enable_prefix_caching: bool = True
+    """Share the KV blocks of equal prefixes between requests."""
+    enable_chunked_prefill: bool = True
+    """Let a prompt be computed over several steps, mixed with decoding."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """Order of the waiting queue: arrival, or priority (lower first) and then arrival."""
+    async_scheduling: bool | None = None
+    """Schedule step N+1 while step N runs. None: on where it measures faster."""
+    tensor_parallel_size: int = 1
+    """Devices that share one copy of the model. Only 1 for now."""
+    seed: int = 0
+    """Seed of requests that bring none, and of dummy weights."""
+    skip_tokenizer_init: bool = False
+    """Load no tokenizer: prompts are token ids, outputs have no text."""
+    threads: int | None = None
+    """CPU threads for the model. None: one a core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where and how the HTTP server listens, and how much it takes on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = 8000
+    """TCP port, 1..65535; 0 picks a free one."""
+    served_model_name: tuple[str, ...] = ()
+    """Names the model answers to; the first is echoed. None given: --model as it was given."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which a request must carry one as a bearer token. Else $OCTAVO_API_KEY; else open."""
+    max_waiting_requests: int = 1024
+    """Sequences that may wait beyond those that run; more are answered 429 with Retry-After."""
+    max_body_bytes: int = 32 * 1024**2
+    """Largest request body; a larger one is answered 413."""
+    drain_timeout: float = 60.0
+    """Seconds that streams get to finish after SIGTERM."""
+    chat_template: str | None = None
+    """File of a Jinja chat template, in place of the model's own."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the configuration needs to know of a model. Sizes in bytes."""
+
+    max_position_embeddings: int
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What the configuration needs to know of the machine."""
+
+    kind: Literal["cpu", "cuda"]
+    num_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Everything the scheduler decides by. num_blocks counts the null block too."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    policy: SchedulingPolicy = "fcfs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The resolved configuration of one engine. Frozen: nothing changes it after `resolve`."""
+
+    options: EngineOptions
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["bfloat16", "float32"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory: int | None
+    memory_fraction: float
+    num_threads: int
+    pipeline_depth: int
+    kv_bytes_per_token: int
+    decisions: tuple[str, ...] = field(default=())
+
+    def scheduler(self, num_blocks: int) -> SchedulerConfig:
+        """The scheduler's part, once the size of the KV pool is known."""
+        return SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            block_size=self.options.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=self.options.enable_prefix_caching,
+            enable_chunked_prefill=self.options.enable_chunked_prefill,
+            policy=self.options.scheduling_policy,
+        )
+
+
+def engine_options(values: Mapping[str, Any]) -> EngineOptions:
+    """EngineOptions from keyword arguments. Raises TypeError naming an unknown one and its nearest match."""
+    known = [f.name for f in fields(EngineOptions)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise TypeError(f"unknown option {name!r}{hint}")
+    return EngineOptions(**values)
+
+
+def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> EngineConfig:
+    """Turn wishes into numbers. Raises ValueError naming the option, its value and the allowed range."""
+    _check(options)
+    decisions: list[str] = []
+    cpu = device.kind == "cpu"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if options.dtype == "auto" else options.dtype
+    max_model_len = options.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} is out of range; allowed: 1..{model.max_position_embeddings} for this model"
+        )
+    max_num_seqs = options.max_num_seqs or (64 if cpu else 256)
+    batched = options.max_num_batched_tokens or max(512 if cpu else 8192, max_num_seqs)
+    if batched < max_num_seqs:
+        raise ValueError(f"max_num_batched_tokens={batched} is out of range; allowed: >= max_num_seqs={max_num_seqs}")
+    if not options.enable_chunked_prefill and batched < max_model_len:
+        if options.max_num_batched_tokens is not None:
+            raise ValueError(
+                f"max_num_batched_tokens={batched} is out of range without chunked prefill; "
+                f"allowed: >= max_model_len={max_model_len}"
+            )
+        batched = max_model_len
+        decisions.append(f"max_num_batched_tokens is max_model_len={batched}: prompts are not chunked")
+    depth = 2 if (options.async_scheduling if options.async_scheduling is not None else not cpu) else 1
+    for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+        if getattr(options, name) is None:
+            decisions.append(f"{name}={value}")
+    if options.max_num_batched_tokens is None:
+        decisions.append(f"max_num_batched_tokens={batched}")
+    return EngineConfig(
+        options=options,
+        device=device.kind,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=batched,
+        kv_cache_memory=parse_size("kv_cache_memory", options.kv_cache_memory),
+        memory_fraction=options.gpu_memory_utilization or (0.4 if cpu else 0.9),
+        num_threads=options.threads or device.num_threads,
+        pipeline_depth=depth,
+        kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 if dtype == "bfloat16" else 4),
+        decisions=tuple(decisions),
+    )
+
+
+def _check(options: EngineOptions) -> None:
+    for name, low, high in (
+        ("max_model_len", 1, None),
+        ("max_num_seqs", 1, 4096),
+        ("max_num_batched_tokens", 1, None),
+        ("block_size", 1, 256),
+        ("tensor_parallel_size", 1, 1),
+        ("threads", 1, 1024),
+    ):
+        value = getattr(options, name)
+        if value is not None and (value < low or (high is not None and value > high)):
+            allowed = f"{low}..{high}" if high is not None else f">= {low}"
+            raise ValueError(f"{name}={value} is out of range; allowed: {allowed}")
+    fraction = options.gpu_memory_utilization
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"gpu_memory_utilization={fraction} is out of range; allowed: (0, 1]")
+
+
+def parse_size(name: str, text: str | int | None) -> int | None:
+    """Bytes from "2GiB", "512MB", "1e9"-free integers. Raises ValueError naming the option."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text).lower())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise ValueError(f"{name}={text!r} is not a size; allowed: a positive number of bytes, or such as 512MiB, 2GiB")
+    return size
+
+
+def home() -> Path:
+    """Where fetched models live: $OCTAVO_HOME, else octavo/ in the XDG cache."""
+    explicit = os.environ.get("OCTAVO_HOME")
+    return Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+
+
+def api_keys(options: ServerOptions) -> tuple[str, ...]:
+    """The bearer keys in force: the option's, else those in $OCTAVO_API_KEY, comma-separated."""
+    return options.api_key or tuple(k for k in os.environ.get("OCTAVO_API_KEY", "").split(",") if k)
+
+
+def hub_token() -> str | None:
+    """$HF_TOKEN, for gated models on the hub."""
+    return os.environ.get("HF_TOKEN") or None

@@ -1,0 +1,48 @@
+"""What the engine tells its clients: tokens, ends, and statistics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from octavo.protocol.plan import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. Exactly one output of a request has a finish_reason, its last.
+
+    stop_reason: the stop token id that ended the output; None for an end-of-sequence id.
+    error: set with finish_reason "error", in words for the client.
+    num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
+    scheduled_time: when the request first ran, seconds on the monotonic clock; 0 if it never did.
+    """
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    scheduled_time: float = 0.0
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
+    """A snapshot. `*_total` count from the start of the engine."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0  # allocatable ones: the null block does not count
+    num_free_blocks: int = 0  # free or only held by the prefix cache
+    num_kv_tokens: int = 0  # KV entries computed for running sequences, shared blocks counted once per owner
+    num_kv_slots: int = 0  # KV entries allocated to them
+    prefix_cache_queries_total: int = 0  # tokens
+    prefix_cache_hits_total: int = 0  # tokens
+    num_preemptions_total: int = 0
+    prompt_tokens_total: int = 0  # prompt tokens of requests that reached their first token, cached ones included
+    generation_tokens_total: int = 0
+    num_steps_total: int = 0

@@ -1,0 +1,89 @@
+"""StepPlan and StepResult: all that the scheduler and a worker say to each other."""
+
+from __future__ import annotations
+
+import msgspec
+
+from octavo.protocol.sampling import SamplingParams
+
+# Block 0 is never allocated: padding rows may point at it, and nothing reads what they write.
+NULL_BLOCK = 0
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that takes a slot: a fresh request, or one that comes back after preemption.
+
+    token_ids: every token known so far, the prompt first, then the output.
+    block_table: all its KV blocks, those that cover this step included.
+    """
+
+    slot: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_table: list[int]
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+
+
+class PlanRow(msgspec.Struct, frozen=True, array_like=True):
+    """What one sequence does in a step: compute tokens [start, start + length).
+
+    The worker holds the token values: ids at positions that earlier steps sampled are already
+    in its slot, whether or not the scheduler has seen them.
+    new_block_ids: blocks appended to the slot's table before the step (none for a NewSequence).
+    samples: the row's last token is the last one known, so the step samples position start + length.
+    """
+
+    slot: int
+    start: int
+    length: int
+    new_block_ids: list[int]
+    samples: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """Everything one step needs, as a diff against what the worker's slots hold.
+
+    Rows that share a prefix block may write and read it in one step: a worker writes the KV of
+    all rows before any row attends, layer by layer.
+    """
+
+    step_id: int
+    new_sequences: list[NewSequence]
+    rows: list[PlanRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.length for row in self.rows)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, from the raw distribution.
+
+    The first entry is the token that stands there; the rest are the most likely ones, in order.
+    rank: 1 for the most likely token of the vocabulary.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class RowResult(msgspec.Struct, frozen=True, array_like=True):
+    """What came of one row. `token_ids` is empty where the row did not sample.
+
+    prompt_logprobs: for prompt positions start+1 .. start+length of the row that lie in the prompt.
+    error: the row's own failure (NaN logits, say); its request ends with it, the others go on.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """One RowResult for each row of the plan, in its order."""
+
+    step_id: int
+    rows: list[RowResult]

@@ -1,0 +1,29 @@
+"""Request: one generation asked of the engine."""
+
+from __future__ import annotations
+
+import msgspec
+
+from octavo.protocol.sampling import SamplingParams
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. The front end fans `n` completions out into `n` requests, so
+    `sampling.n` is 1 here and `sampling.seed` is already the completion's own.
+
+    request_id: unique among unfinished requests.
+    eos_token_ids: ids that end the output (kept in it), unless sampling.ignore_eos.
+    arrival_time: seconds on the monotonic clock.
+    priority: lower runs earlier; only under the "priority" policy.
+    cache_salt: prefix-cache blocks are shared only between requests of equal salt.
+    max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = 0.0
+    priority: int = 0
+    cache_salt: str | None = None
