@@ -152,3 +152,12 @@ def sampling_from(values: Mapping[str, Any]) -> SamplingParams:
         if name not in known:
             raise ValueError(f"{name!r} is not a sampling parameter; known: {', '.join(sorted(known))}")
     return SamplingParams(**values)
+
+
+def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a model's generation_config.json asks for, where a request gives none."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("max_new_tokens") is not None:
+        found["max_tokens"] = generation_config["max_new_tokens"]
+    return found

@@ -1,0 +1,44 @@
+# make demo   install, start a server on a small model, send it 16 chats at once, print what it says
+# make serve  leave such a server up at http://127.0.0.1:8000
+# make test   everything a change must pass: ruff, mypy, pytest
+# make lint   ruff and mypy alone
+
+PYTHON ?= python3
+MODEL ?= smollm2
+PORT ?= 8000
+BIN := .venv/bin
+
+# Stamps: nothing is installed again until pyproject.toml changes.
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+
+.PHONY: demo serve test lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/octavo pull smollm2
+	$(BIN)/python examples/demo.py
+
+serve: $(INSTALLED)
+	$(BIN)/octavo serve $(MODEL) --port $(PORT)
+
+test: lint
+	$(BIN)/octavo pull smollm2
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(INSTALLED)

@@ -1,0 +1,224 @@
+"""The command line: `octavo serve | pull | doctor`. Flags and their help are the fields of the options."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from functools import partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from octavo import __version__
+from octavo.config import DEFAULT_MODEL, DeviceFacts, EngineOptions, ModelFacts, ServerOptions, resolve
+from octavo.engine.client import EngineDeadError
+
+_MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+_FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
+# tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
+_TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
+_SERVER_RANGES = (
+    ("port", 0, 65535),
+    ("max_waiting_requests", 0, None),
+    ("max_body_bytes", 1, None),
+    ("drain_timeout", 0, None),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model over the OpenAI API until SIGTERM or Ctrl-C."""
+
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(name="MODEL", metavar="[MODEL]")] = None
+    """The same as --model."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+
+    def run(self) -> int:
+        """Serve, and return the exit status. Raises ValueError for a value out of range, OSError for the port."""
+        from octavo.serving import serve
+
+        options = self.engine
+        if self.name is not None:
+            if options.model not in (DEFAULT_MODEL, self.name):
+                raise ValueError(f"model={options.model} contradicts MODEL {self.name}; give one of them")
+            options = replace(options, model=self.name)
+        _check_engine(options)
+        _check_server(self.server)
+        return serve(options, self.server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Fetch a model into the cache, and print where it lies."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="NAME", metavar="[NAME]")] = DEFAULT_MODEL
+    """A hub id, or "smollm2"."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def run(self) -> int:
+        """Fetch, print the path, and return the exit status. Raises ValueError or OSError where it cannot be had."""
+        from octavo.loading.source import fetch
+
+        print(fetch(self.name, revision=self.revision))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check that this machine can serve: one line a check, exit status 1 if one fails."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="MODEL", metavar="[MODEL]")] = DEFAULT_MODEL
+    """The model to look for."""
+    host: str = ServerOptions.host
+    """Address that the server would listen on."""
+    port: int = ServerOptions.port
+    """Port that the server would listen on."""
+
+    def run(self) -> int:
+        """Print the checks and return the exit status."""
+        from octavo.doctor import examine
+
+        checks = examine(self.name, self.host, self.port)
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<8}{check.detail}")
+        return 0 if all(check.ok for check in checks) else 1
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 the machine's fault, 2 the caller's, 130 Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args in (["--version"], ["-V"]):
+        print(f"octavo {__version__}")
+        return 0
+    with _registry():
+        command, unknown = tyro.cli(
+            Serve | Pull | Doctor,
+            prog="octavo",
+            description="Octavo, an LLM serving engine. `octavo COMMAND --help` lists a command's flags.",
+            args=_spell_out(args),
+            return_unknown_args=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    if unknown:
+        return _fail(2, _unknown(unknown, command))
+    try:
+        return command.run()
+    except ValueError as wrong:
+        return _fail(2, _as_flag(str(wrong)))
+    except OSError as broken:
+        if broken.errno == errno.EADDRINUSE and isinstance(command, Serve):
+            server = command.server
+            return _fail(1, f"{server.host}:{server.port} is in use by another process; choose another with --port")
+        return _fail(1, str(broken))
+    except EngineDeadError as dead:
+        return _fail(1, str(dead))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"octavo: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _unknown(unknown: Sequence[str], command: Serve | Pull | Doctor) -> str:
+    """The one line that refuses an argument no flag takes, with the flag that was probably meant."""
+    wrong = next((arg for arg in unknown if arg.startswith("-")), None)
+    if wrong is None:
+        return f"unexpected argument {unknown[0]!r}"
+    wrong = wrong.split("=")[0]
+    known = list(_FIELDS) if isinstance(command, Serve) else [f.name for f in fields(command) if f.name != "name"]
+    flags = [spelling for name in known for spelling in (_flag(name), f"--no-{_flag(name)[2:]}")]
+    spelled = wrong.replace("_", "-")
+    near = difflib.get_close_matches(spelled, flags, n=1, cutoff=0.7)
+    near = near or [flag for flag in flags if flag.startswith(spelled)][:1]
+    command_name = type(command).__name__.lower()
+    hint = f"; did you mean {near[0]}?" if near else f"; `octavo {command_name} --help` lists those there are"
+    return f"unknown flag {wrong}{hint}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_flag(message: str) -> str:
+    """Speak of a leading `option=value` as the flag that set it."""
+    match = re.match(r"(\w+)=", message)
+    return _flag(match[1]) + message[match.end(1) :] if match and match[1] in _FIELDS else message
+
+
+def _spell_out(args: Sequence[str]) -> list[str]:
+    """Give booleans that may be None the value that tyro asks for: --x is --x=true, --no-x is --x=false."""
+    tristate = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
+    tristate |= {f"--no-{flag[2:]}": f"{flag}=false" for flag in list(tristate)}
+    return [tristate.get(arg.replace("_", "-"), arg) for arg in args]
+
+
+def _check_engine(options: EngineOptions) -> None:
+    """Refuse early what needs no model to be refused. The engine resolves the options again, with the real facts."""
+    boundless = ModelFacts(max_position_embeddings=2**62, vocab_size=1, num_layers=1, num_kv_heads=1, head_dim=1)
+    resolve(options, boundless, DeviceFacts(kind="cpu", num_threads=1))
+
+
+def _check_server(options: ServerOptions) -> None:
+    for name, low, high in _SERVER_RANGES:
+        value = getattr(options, name)
+        if value < low or (high is not None and value > high):
+            allowed = f">= {low}" if high is None else f"{low}..{high}"
+            raise ValueError(f"{name}={value} is out of range; allowed: {allowed}")
+
+
+def _registry() -> ConstructorRegistry:
+    """How flags are read: integers may end in k, m, g (1000s) or K, M, G (1024s); an optional value is a plain one."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_number_or_optional)
+    return registry
+
+
+def _number_or_optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    kinds = [info.type]
+    if get_origin(info.type) in (Union, UnionType):
+        kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+    readers = {int: _integer, float: float, str: str, bool: _boolean}
+    if len(kinds) != 1 or kinds[0] not in readers or info.type in (str, bool, float):
+        return None
+    kind = kinds[0]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}" if kind is bool else kind.__name__.upper(),
+        instance_from_str=partial(_read, readers[kind]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _read(reader: Any, words: Sequence[str]) -> Any:
+    return reader(words[0])
+
+
+def _integer(text: str) -> int:
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text)
+    value = Fraction(match[1]) * _MULTIPLIERS[match[2]] if match else None
+    if value is None or value.denominator != 1:
+        raise ValueError(f"{text!r} is not a whole number")
+    return value.numerator
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

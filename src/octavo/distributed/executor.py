@@ -1,0 +1,40 @@
+"""Executors: how a plan reaches the worker ranks. This one keeps a single rank in its own process."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from octavo.protocol.plan import StepPlan, StepResult
+
+
+class Runner(Protocol):
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class InProcessExecutor:
+    """Runs plans in order, on one thread of its own, so that the caller may schedule meanwhile.
+
+    With `threaded=False` a plan runs inside `submit`: nothing overlaps and nothing is handed
+    between threads, which is the faster of the two where the model itself needs every core.
+    """
+
+    def __init__(self, runner: Runner, *, threaded: bool) -> None:
+        self._runner = runner
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="worker") if threaded else None
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Start one step. The future holds its result, or what it raised."""
+        if self._pool is not None:
+            return self._pool.submit(self._runner.execute, plan)
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self._runner.execute(plan))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self) -> None:
+        """Wait for what was submitted, and end the thread."""
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,269 @@
+"""LLM: the offline front end, over an engine in this process."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from octavo.assembly import build_engine
+from octavo.config import DEFAULT_MODEL, engine_options
+from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.protocol.outputs import SchedulerStats
+from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.request import Request, fan_out, resolve_max_tokens
+from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
+from octavo.text.chat_template import ChatTemplate, load_chat_template
+from octavo.text.generation import Generation
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | dict[str, Any] | list[int]
+Message = dict[str, Any]
+
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt under way: its completions by engine request id, in index order."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    completions: dict[str, Generation] = field(default_factory=dict)
+    num_unfinished: int = 0
+
+
+class LLM:
+    """Generate text offline: `LLM("smollm2").generate(["Hello"], SamplingParams(max_tokens=32))`.
+
+    Arguments are the fields of octavo.config.EngineOptions. Raises TypeError for an unknown one,
+    ValueError for a value out of range, and what loading the model raises.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+        self._options = engine_options({"model": model, **options})
+        built = build_engine(self._options)
+        self._engine = built.engine
+        self.config = built.config
+        self._defaults = generation_defaults(built.source.generation_config)
+        self._vocab_size = built.ready.vocab_size
+        self._eos_token_ids = built.source.eos_token_ids
+        self._tokenizer: Tokenizer | None = None
+        if not self._options.skip_tokenizer_init:
+            self._tokenizer = load_tokenizer(Path(built.source.tokenizer_path))
+            self._eos_token_ids = self._tokenizer.eos_token_ids
+        self._request_ids = itertools.count()
+        # Unseeded requests draw from here: the same calls on a fresh LLM give the same outputs.
+        self._seeds = random.Random(self._options.seed)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ValueError under skip_tokenizer_init."""
+        if self._tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: this LLM has no tokenizer; give prompt_token_ids")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() uses when it is given none: the model's generation_config.json over the defaults."""
+        return sampling_from(self._defaults)
+
+    def stats(self) -> SchedulerStats:
+        """Where the engine stands: running, waiting, KV blocks, prefix-cache hits, totals."""
+        return self._engine.stats()
+
+    def audit(self) -> None:
+        """Recompute every invariant of the KV bookkeeping; raises naming the one that is broken."""
+        self._engine.audit()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes. False while requests run."""
+        return self._engine.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; results come in the order of the prompts.
+
+        prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}; a dict may
+        carry "cache_salt". A bare list of ints is one prompt.
+        sampling_params: one for all, or one each. priority: one each, lower first; needs the "priority" policy.
+        Raises ValueError, before anything runs, naming what is wrong with which prompt.
+        """
+        single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
+        batch: list[Any] = [prompts] if single else list(prompts)
+        priorities = self._one_each("priority", priority, len(batch), 0)
+        if any(priorities) and self._options.scheduling_policy != "priority":
+            raise ValueError("priority is given, but scheduling_policy='fcfs'; allowed: only under 'priority'")
+        params = self._one_each("sampling_params", sampling_params, len(batch), self.get_default_sampling_params)
+        jobs, requests = [], []
+        for prompt, sampling, rank in zip(batch, params, priorities):
+            job, own = self._prepare(prompt, sampling, rank)
+            jobs.append(job)
+            requests += own
+        return self._run(jobs, requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the model's chat template.
+
+        chat_template: a Jinja template, or the path of a file that holds one, in place of the model's own.
+        """
+        tokenizer = self.get_tokenizer()
+        source = load_chat_template(chat_template) if chat_template else tokenizer.chat_template
+        template = ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = template.render(
+                list(conversation),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    @staticmethod
+    def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
+        if given is None:
+            return [default() if callable(default) else default] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise ValueError(f"{name} has {len(given)} entries; allowed: one, or one for each of the {count} prompts")
+        return list(given)
+
+    def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
+        text, token_ids, cache_salt = self._read(prompt)
+        sampling.check_vocabulary(self._vocab_size)
+        request = Request(
+            request_id=str(next(self._request_ids)),
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            max_tokens=resolve_max_tokens(sampling, len(token_ids), self.config.max_model_len),
+            eos_token_ids=self._eos_token_ids,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        requests = fan_out(request, sampling.n, lambda: self._seeds.getrandbits(63))
+        job = _Job(request.request_id, text, token_ids, sampling, num_unfinished=sampling.n)
+        for own in requests:
+            job.completions[own.request_id] = Generation(self._tokenizer, own.sampling, token_ids)
+        return job, requests
+
+    def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """(text, token ids, cache salt) of a prompt in any of its forms."""
+        fields: dict[str, Any]
+        if isinstance(prompt, str):
+            fields = {"prompt": prompt}
+        elif isinstance(prompt, dict):
+            fields = prompt
+            unknown = set(fields) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown or not set(fields) & {"prompt", "prompt_token_ids"}:
+                raise ValueError(f"a prompt has the keys {sorted(fields)}; allowed: prompt, prompt_token_ids, cache_salt")
+        else:
+            fields = {"prompt_token_ids": list(prompt)}
+        text = fields.get("prompt")
+        token_ids = fields.get("prompt_token_ids")
+        if token_ids is None:
+            token_ids = self.get_tokenizer().encode(str(text), add_special_tokens=True)
+        if not token_ids:
+            raise ValueError(f"prompt={text!r} has no tokens; allowed: at least one")
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(f"prompt_token_ids has {token_id}; allowed: 0..{self._vocab_size - 1}")
+        return text, token_ids, fields.get("cache_salt")
+
+    def _run(self, jobs: list[_Job], requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        owners = {request_id: job for job in jobs for request_id in job.completions}
+        done = 0
+        try:
+            for request in requests:
+                self._engine.add(request)
+            with tqdm(total=len(jobs), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                began, num_tokens = time.perf_counter(), 0
+                while done < len(owners):
+                    outputs = self._engine.step()
+                    early: list[str] = []
+                    for output in outputs:
+                        job = owners[output.request_id]
+                        generation = job.completions[output.request_id]
+                        if generation.finish_reason is not None:
+                            continue  # the abort that followed a stop string
+                        num_tokens += len(generation.push(output).token_ids)
+                        if generation.finish_reason is None:
+                            continue
+                        if generation.finished_early:
+                            early.append(output.request_id)
+                        done += 1
+                        job.num_unfinished -= 1
+                        if job.num_unfinished == 0:
+                            bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - began):.0f} tokens/s", False)
+                            bar.update()
+                    if early:
+                        self._engine.abort(early)
+        finally:
+            # Interrupted or not, nothing of this call stays in the engine.
+            self._engine.abort(owners)
+            while self._engine.has_work:
+                self._engine.step()
+        return [self._output(job) for job in jobs]
+
+    def _output(self, job: _Job) -> RequestOutput:
+        first = next(iter(job.completions.values()))
+        output = RequestOutput(
+            request_id=job.request_id,
+            prompt=job.prompt,
+            prompt_token_ids=job.prompt_token_ids,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+        if job.sampling.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *self._by_token(first.prompt_logprobs or [])]
+        for index, generation in enumerate(job.completions.values()):
+            wanted = job.sampling.logprobs is not None
+            output.outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text=generation.text,
+                    token_ids=generation.token_ids,
+                    cumulative_logprob=generation.cumulative_logprob if wanted else None,
+                    logprobs=self._by_token(generation.logprobs or []) if wanted else None,
+                    finish_reason=generation.finish_reason,
+                    stop_reason=generation.stop_reason,
+                )
+            )
+        return output
+
+    def _by_token(self, positions: Iterable[TokenLogprobs]) -> list[dict[int, Logprob]]:
+        """vLLM's shape: at each position candidates by token id, the token that stands there first."""
+        found: list[dict[int, Logprob]] = []
+        for entry in positions:
+            candidates: dict[int, Logprob] = {}
+            for place, (token_id, logprob) in enumerate(zip(entry.token_ids, entry.logprobs)):
+                text = self._tokenizer.token_text(token_id) if self._tokenizer else None
+                rank = entry.rank if place == 0 else place
+                candidates.setdefault(token_id, Logprob(logprob, rank, text))
+            found.append(candidates)
+        return found

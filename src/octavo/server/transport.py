@@ -1,0 +1,98 @@
+"""HTTP/1.1 on h11 with the limits that uvicorn leaves open: slow heads, slow readers, error bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from octavo.server.limits import MAX_HEADER_BYTES, Timeouts
+from octavo.server.openai.errors import APIError, timed_out
+
+
+class TransportConfig(uvicorn.Config):
+    """uvicorn's configuration plus our timeouts, which the protocol reads per connection."""
+
+    timeouts: Timeouts = Timeouts()
+
+
+class GuardedProtocol(H11Protocol):
+    """One connection. A request head must arrive within `header` seconds of its first byte (of the
+    connection, for the first one), and a client must read something every `write` seconds.
+
+    Requests larger than MAX_HEADER_BYTES before their body are answered 431 by h11's own limit.
+    """
+
+    config: TransportConfig
+    _head_timer: asyncio.TimerHandle | None = None  # runs only while no request is in progress
+    _write_timer: asyncio.TimerHandle | None = None  # runs only while the write buffer is full
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer = _stop(self._head_timer)
+        self._write_timer = _stop(self._write_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def _watch_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_timer = _stop(self._head_timer)
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.config.timeouts.header, self._head_late)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.conn.trailing_data[0]:
+            self._watch_head()
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        self._refuse(timed_out("the request did not arrive in time"))
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn calls this from `except h11.RemoteProtocolError`, so the cause is at hand.
+        cause = sys.exception()
+        status = cause.error_status_hint if isinstance(cause, h11.RemoteProtocolError) else 400
+        if status == 431:
+            self._refuse(APIError(431, f"the request head is larger than {MAX_HEADER_BYTES} bytes"))
+        else:
+            self._refuse(APIError(status, "this is not a valid HTTP/1.1 request", code="invalid_http"))
+
+    def _refuse(self, error: APIError) -> None:
+        """Answer and close. In the middle of an answer there is no way to say it: just close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            body = error.body()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body)):
+                self.transport.write(self.conn.send(event) or b"")
+            self.conn.send(h11.EndOfMessage())
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.config.timeouts.write, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._write_timer = _stop(self._write_timer)
+        super().resume_writing()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An Upgrade header is ignored, as HTTP allows, and is not worth a log line."""
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

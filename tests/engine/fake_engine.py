@@ -1,0 +1,45 @@
+"""An engine process without a model, for tests of everything around it: `python fake_engine.py BEHAVIOUR ADDRESS`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_worker import VOCAB_SIZE, FakeRunner
+
+from octavo.config import SchedulerConfig
+from octavo.distributed.executor import InProcessExecutor
+from octavo.engine.channel import EngineChannel
+from octavo.engine.engine import Engine
+from octavo.engine.service import EngineService, refuse_all
+from octavo.entrypoints.engine import die_with_parent, read_line
+from octavo.protocol.messages import Ready
+from octavo.scheduler.scheduler import Scheduler
+
+
+def main() -> int:
+    options = json.loads(read_line(0))
+    die_with_parent()
+    channel = EngineChannel(sys.argv[-1])
+    if options.get("refuse"):
+        refuse_all(channel, options["refuse"], timeout=5.0)
+        channel.close()
+        return 1
+    config = SchedulerConfig(
+        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=options.get("max_model_len", 256), block_size=4, num_blocks=129
+    )
+    executor = InProcessExecutor(
+        FakeRunner(poison=options.get("poison"), step_seconds=options.get("step_seconds", 0.0)), threaded=True
+    )
+    engine = Engine(Scheduler(config), executor, depth=options.get("depth", 2))
+    ready = Ready(config.max_model_len, config.num_blocks, config.block_size, VOCAB_SIZE)
+    EngineService(engine, channel, ready).run()
+    channel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
