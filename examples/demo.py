@@ -56,21 +56,15 @@ class Chat:
 
     def write(self, text: str, *, last: bool = False) -> None:
         """Print whole lines, each with the chat's number before it, and keep the rest."""
-        self.pending += text
-        while (cut := self._cut()) is not None:
-            self._print(cut)
-        if last and self.pending.strip():
-            self._print(len(self.pending))
-
-    def _cut(self) -> int | None:
-        newline = self.pending.find("\n")
-        if 0 <= newline <= LINE_WIDTH:
-            return newline
-        return self.pending.rfind(" ", 1, LINE_WIDTH) if len(self.pending) > LINE_WIDTH else None
-
-    def _print(self, cut: int) -> None:
-        line, self.pending = self.pending[:cut].strip(), self.pending[cut + 1 :]
-        if line:
+        *lines, self.pending = (self.pending + text).split("\n")
+        while len(self.pending) > LINE_WIDTH:
+            space = self.pending.rfind(" ", 1, LINE_WIDTH)
+            cut = space if space > 0 else LINE_WIDTH
+            lines.append(self.pending[:cut])
+            self.pending = self.pending[cut:].lstrip()
+        if last:
+            lines.append(self.pending)
+        for line in filter(str.strip, lines):
             print(f"[{self.number:2}] {line}", flush=True)
 
 

@@ -71,5 +71,5 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
         config.dtype,
         config.num_threads,
     )
-    ready = Ready(config.max_model_len, ledger.num_blocks, options.block_size, facts.vocab_size)
+    ready = Ready(config.max_model_len, config.max_num_seqs, ledger.num_blocks, options.block_size, facts.vocab_size)
     return BuiltEngine(engine, config, source, ledger, ready)

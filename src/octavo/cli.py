@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -66,9 +65,9 @@ class Pull:
 
     def run(self) -> int:
         """Fetch, print the path, and return the exit status. Raises ValueError or OSError where it cannot be had."""
-        from octavo.loading.source import fetch
+        from octavo.loading.package import pull
 
-        print(fetch(self.name, revision=self.revision))
+        print(pull(self.name))
         return 0
 
 
@@ -93,12 +92,17 @@ class Doctor:
         return 0 if all(check.ok for check in checks) else 1
 
 
+_COMMANDS = {"serve": Serve, "pull": Pull, "doctor": Doctor}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 the machine's fault, 2 the caller's, 130 Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
     if args in (["--version"], ["-V"]):
         print(f"octavo {__version__}")
         return 0
+    if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+        return _fail(2, f"unknown command {args[0]!r}; there are {', '.join(_COMMANDS)}")
     with _registry():
         command, unknown = tyro.cli(
             Serve | Pull | Doctor,
@@ -115,10 +119,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as wrong:
         return _fail(2, _as_flag(str(wrong)))
     except OSError as broken:
-        if broken.errno == errno.EADDRINUSE and isinstance(command, Serve):
-            server = command.server
-            return _fail(1, f"{server.host}:{server.port} is in use by another process; choose another with --port")
-        return _fail(1, str(broken))
+        where = f"{broken.filename}: " if broken.filename else ""
+        return _fail(1, where + (broken.strerror or str(broken)))
     except EngineDeadError as dead:
         return _fail(1, str(dead))
     except KeyboardInterrupt:

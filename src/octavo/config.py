@@ -206,7 +206,11 @@ def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> E
         memory_fraction=options.gpu_memory_utilization or (0.4 if cpu else 0.9),
         num_threads=options.threads or device.num_threads,
         pipeline_depth=depth,
-        kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 if dtype == "bfloat16" else 4),
+        kv_bytes_per_token=2
+        * model.num_layers
+        * model.num_kv_heads
+        * model.head_dim
+        * (2 if dtype == "bfloat16" else 4),
         decisions=tuple(decisions),
     )
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from octavo.config import home
+from octavo.loading.package import find
+from octavo.server.bind import bind
+from octavo.worker.memory import free_host_bytes
 
-_MIN_PYTHON = (3, 11)
-_MIN_FREE_RAM = 1024**3  # bytes: a small model, its KV cache and two processes
+GIB = 1024**3
+MIN_FREE_MEMORY = 1 * GIB  # bytes: a small model, its KV cache and two processes
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,48 @@ class Check:
 
 
 def examine(model: str, host: str, port: int) -> list[Check]:
-    """Run every examination. One that raises OSError or ValueError has failed, with that as its detail."""
-    examinations: dict[str, Callable[[], tuple[bool, str]]] = {
-        "python": _python,
+    """Run every examination. One that raises has failed, with what it raised as its detail."""
+    examinations: dict[str, Callable[[], str]] = {
+        "python": lambda: f"{platform.python_version()} on {platform.machine()}",
         "torch": _torch,
         "memory": _memory,
-        "cache": lambda: _cache(home()),
+        "cache": _cache,
         "model": lambda: _model(model),
         "port": lambda: _port(host, port),
     }
-    checks = []
-    for name, examination in examinations.items():
-        try:
-            checks.append(Check(name, *examination()))
-        except (OSError, ValueError) as error:
-            checks.append(Check(name, False, str(error)))
-    return checks
+    return [_check(name, examination) for name, examination in examinations.items()]
 
 
-def _python() -> tuple[bool, str]:
-    wanted = ".".join(map(str, _MIN_PYTHON))
-    new_enough = platform.python_version_tuple()[:2] >= tuple(map(str, _MIN_PYTHON))
-    return new_enough, f"{platform.python_version()} on {platform.machine()} (needs {wanted} or later)"
+def _check(name: str, examination: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, examination())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Check(name, False, reason)
+
+
+def _torch() -> str:
+    """Multiply two bfloat16 matrices where the model would."""
+    ones = torch.ones(64, 64, dtype=torch.bfloat16)
+    if not torch.equal(ones @ ones, 64 * ones):
+        raise RuntimeError(f"{torch.__version__} multiplies bfloat16 matrices wrongly")
+    return f"{torch.__version__} on cpu, {torch.get_num_threads()} threads, {len(os.sched_getaffinity(0))} cores"
+
+
+def _memory() -> str:
+    free = free_host_bytes()
+    if free < MIN_FREE_MEMORY:
+        raise RuntimeError(f"{free / GIB:.1f} GiB free; a small model needs {MIN_FREE_MEMORY / GIB:.0f} GiB")
+    return f"{free / GIB:.1f} GiB free"
+
+
+def _cache() -> str:
+    folder = home()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return f"{folder} is writable"
+
+
+def _port(host: str, port: int) -> str:
+    bind(host, port).close()
+    return f"{host}:{port} is free"

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -19,12 +18,14 @@ from octavo.protocol.outputs import SchedulerStats
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request, fan_out, resolve_max_tokens
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
-from octavo.text.chat_template import ChatTemplate, load_chat_template
+from octavo.text.chat_template import ChatTemplate
 from octavo.text.generation import Generation
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | dict[str, Any] | list[int]
 Message = dict[str, Any]
+
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
@@ -58,7 +59,7 @@ class LLM:
         self._eos_token_ids = built.source.eos_token_ids
         self._tokenizer: Tokenizer | None = None
         if not self._options.skip_tokenizer_init:
-            self._tokenizer = load_tokenizer(Path(built.source.tokenizer_path))
+            self._tokenizer = load_tokenizer(built.source.tokenizer_path)
             self._eos_token_ids = self._tokenizer.eos_token_ids
         self._request_ids = itertools.count()
         # Unseeded requests draw from here: the same calls on a fresh LLM give the same outputs.
@@ -127,11 +128,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
 
-        chat_template: a Jinja template, or the path of a file that holds one, in place of the model's own.
+        chat_template: the Jinja source of a template to use in place of the model's own.
+        Raises ValueError for a template that refuses the conversation, or where there is none.
         """
         tokenizer = self.get_tokenizer()
-        source = load_chat_template(chat_template) if chat_template else tokenizer.chat_template
-        template = ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+        template = ChatTemplate.of(tokenizer, chat_template)
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -180,9 +181,8 @@ class LLM:
             fields = {"prompt": prompt}
         elif isinstance(prompt, dict):
             fields = prompt
-            unknown = set(fields) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not set(fields) & {"prompt", "prompt_token_ids"}:
-                raise ValueError(f"a prompt has the keys {sorted(fields)}; allowed: prompt, prompt_token_ids, cache_salt")
+            if not fields.keys() <= _PROMPT_KEYS or not fields.keys() & {"prompt", "prompt_token_ids"}:
+                raise ValueError(f"a prompt has the keys {sorted(fields)}; allowed: {', '.join(sorted(_PROMPT_KEYS))}")
         else:
             fields = {"prompt_token_ids": list(prompt)}
         text = fields.get("prompt")

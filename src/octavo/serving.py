@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,11 @@ from octavo.engine.client import EngineDeadError
 from octavo.engine.process_client import ProcessEngineClient
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.protocol.sampling import generation_defaults
-from octavo.server.app import ServerContext
-from octavo.server.run import bind, run_server
-from octavo.text.chat_template import load_chat_template
-from octavo.text.tokenizer import load_tokenizer
+from octavo.server.bind import bind
+from octavo.server.context import ServerContext
+from octavo.server.serve import serve as serve_http
+from octavo.text.chat_template import ChatTemplate, load_chat_template
+from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -42,24 +44,47 @@ def serve(options: EngineOptions, server: ServerOptions) -> int:
 async def _serve(options: EngineOptions, server: ServerOptions, listener: socket, source: ModelSource) -> int:
     wire = msgspec.json.encode({**asdict(options), "log_level": server.log_level})
     engine = ProcessEngineClient(_ENGINE_COMMAND, wire)
+    watch = asyncio.create_task(_end_with(engine.given_up))
     try:
-        tokenizer = None
-        if not options.skip_tokenizer_init:
-            tokenizer = await asyncio.to_thread(load_tokenizer, Path(options.tokenizer or source.tokenizer_path))
-        template = load_chat_template(server.chat_template) if server.chat_template else None
+        tokenizer, template = await asyncio.to_thread(_load_text, options, server, source)
         await engine.wait_ready()
         context = ServerContext(
             engine=engine,
             tokenizer=tokenizer,
             chat_template=template,
             served_model_names=server.served_model_name or (options.model,),
+            max_model_len=engine.ready.max_model_len,
+            max_num_seqs=engine.ready.max_num_seqs,
             options=server,
             version=octavo.__version__,
             generation_defaults=generation_defaults(source.generation_config),
+            scheduling_policy=options.scheduling_policy,
         )
-        return await run_server(context, listener, engine.given_up)
+        host, port = listener.getsockname()[:2]
+        await serve_http(context, listener, lambda: _log.info("serving %s on http://%s:%d", source.name, host, port))
+        return 1 if engine.given_up.is_set() else 0
     except EngineDeadError as error:
         _log.error("%s", error)
         return 1
     finally:
+        watch.cancel()
         await engine.close()
+
+
+def _load_text(
+    options: EngineOptions, server: ServerOptions, source: ModelSource
+) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer, and the chat template: the server's own, else the model's, else none."""
+    if options.skip_tokenizer_init:
+        return None, None
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    given = load_chat_template(Path(server.chat_template)) if server.chat_template else None
+    if given is None and tokenizer.chat_template is None:
+        return tokenizer, None
+    return tokenizer, ChatTemplate.of(tokenizer, given)
+
+
+async def _end_with(given_up: asyncio.Event) -> None:
+    """A server whose engine stays down has nothing left to serve: it ends as on SIGTERM, with exit code 1."""
+    await given_up.wait()
+    signal.raise_signal(signal.SIGTERM)

@@ -31,7 +31,7 @@ class Module:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text)
+        return ast.parse(self.text, self.name)
 
     @property
     def floor(self) -> str:

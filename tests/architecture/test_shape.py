@@ -100,7 +100,7 @@ def test_every_option_has_a_reader() -> None:
 def test_every_kernel_has_a_reference_and_a_test() -> None:
     kernels = public_functions([m for m in TREE if m.name.startswith(("octavo.kernels.cpu", "octavo.kernels.triton"))])
     references = public_functions([m for m in TREE if m.name.startswith("octavo.kernels.reference")])
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/**/test_*.py"))
     assert sorted(name for name in kernels if name not in references) == []
     assert sorted(name for name in kernels | references if name not in tests) == []
 

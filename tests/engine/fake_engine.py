@@ -29,13 +29,17 @@ def main() -> int:
         channel.close()
         return 1
     config = SchedulerConfig(
-        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=options.get("max_model_len", 256), block_size=4, num_blocks=129
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=options.get("max_model_len", 256),
+        block_size=4,
+        num_blocks=129,
     )
     executor = InProcessExecutor(
         FakeRunner(poison=options.get("poison"), step_seconds=options.get("step_seconds", 0.0)), threaded=True
     )
     engine = Engine(Scheduler(config), executor, depth=options.get("depth", 2))
-    ready = Ready(config.max_model_len, config.num_blocks, config.block_size, VOCAB_SIZE)
+    ready = Ready(config.max_model_len, config.max_num_seqs, config.num_blocks, config.block_size, VOCAB_SIZE)
     EngineService(engine, channel, ready).run()
     channel.close()
     return 0

@@ -49,7 +49,7 @@ def main() -> int:
     die_with_parent()
     channel = EngineChannel(sys.argv[1])
     try:
-        from octavo.assembly import build_engine  # noqa: PLC0415 - torch loads once the parent's death can be heard
+        from octavo.assembly import build_engine  # torch loads once the parent's death can be heard
 
         built = build_engine(options)
     except Exception as error:

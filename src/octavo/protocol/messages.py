@@ -31,6 +31,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine can serve. Facts that only the engine knows once it is up."""
 
     max_model_len: int
+    max_num_seqs: int
     num_blocks: int
     block_size: int
     vocab_size: int

@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _holder(port: int) -> str:
-    """" (held by process 12, python)" for a listening port on Linux, else ""."""
+    """Who listens on the port, in brackets, or nothing where that cannot be seen (not Linux, another user)."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):

@@ -58,7 +58,7 @@ class GuardedProtocol(H11Protocol):
         self._head_timer = None
         self._refuse(timed_out("the request did not arrive in time"))
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's words; ours are more exact)
         # uvicorn calls this from `except h11.RemoteProtocolError`, so the cause is at hand.
         cause = sys.exception()
         status = cause.error_status_hint if isinstance(cause, h11.RemoteProtocolError) else 400
@@ -93,6 +93,7 @@ class GuardedProtocol(H11Protocol):
         """An Upgrade header is ignored, as HTTP allows, and is not worth a log line."""
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
+    return None

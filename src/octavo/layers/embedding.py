@@ -1,0 +1,24 @@
+"""The token embedding table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.layers.slot import WeightSlot
+
+
+class Embedding(nn.Module):
+    """A row of the table for every token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: int64 [T], each in [0, vocab_size). Returns a new tensor [T, hidden_size]."""
+        return F.embedding(input_ids, self.weight)
+
+    def weight_slots(self, path: str) -> dict[str, WeightSlot]:
+        return {f"{path}.weight": WeightSlot(tuple(self.weight.shape), self.weight.data.copy_)}

@@ -1,0 +1,52 @@
+"""RMSNorm (Zhang and Sennrich, 2019), over the hidden state or over each attention head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.layers.slot import WeightSlot
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the mean of squares is taken in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+        self._shape = (size,)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size]. Returns a new tensor of the same shape and dtype."""
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+    def weight_slots(self, path: str) -> dict[str, WeightSlot]:
+        return {f"{path}.weight": WeightSlot(self._shape, self.weight.data.copy_)}
+
+
+class QueryKeyNorm(nn.Module):
+    """RMSNorm of every query and key head at once: the weight's row is the head's, of q_norm or of k_norm."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._num_heads = num_heads
+        self._shape = (head_dim,)
+        self._eps = eps
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads: [T, num_heads + num_kv_heads, head_dim], queries first. Returns a new tensor like it."""
+        return F.rms_norm(heads, self._shape, None, self._eps) * self.weight
+
+    def weight_slots(self, path: str) -> dict[str, WeightSlot]:
+        parent = path.rpartition(".")[0]
+        queries, keys = self.weight.data[: self._num_heads], self.weight.data[self._num_heads :]
+        return {
+            f"{parent}.q_norm.weight": WeightSlot(self._shape, queries.copy_),
+            f"{parent}.k_norm.weight": WeightSlot(self._shape, keys.copy_),
+        }

@@ -1,0 +1,86 @@
+"""CausalLM: what the worker runs, and how it is filled from a checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from octavo.layers.attention import AttentionContext
+from octavo.layers.linear import Linear
+from octavo.layers.slot import HoldsWeights, WeightSlot
+from octavo.models.config import DecoderConfig
+
+_CHECKPOINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMED = 8  # tensors of each kind that an error names before it counts
+
+
+class CausalLM(nn.Module, ABC):
+    """A language model over a flat batch: T tokens of many sequences, with no batch dimension."""
+
+    config: DecoderConfig
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
+        """input_ids, positions: int64 [T]. Returns the last hidden states [T, hidden_size], normalised."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, hidden_size]. Returns [R, vocab_size] in the model's dtype."""
+
+    @abstractmethod
+    def finish_loading(self) -> None:
+        """Called once all weights are in: ties what shares weights."""
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint tensor is known and not needed."""
+        return name.endswith("rotary_emb.inv_freq")
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Every tensor that a checkpoint must have, by name."""
+        slots: dict[str, WeightSlot] = {}
+        for path, module in self.named_modules():
+            if module is not self and isinstance(module, HoldsWeights):
+                slots |= module.weight_slots(path)
+        return slots
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the model from (checkpoint name, tensor) pairs, each tensor once.
+
+        Raises ValueError naming the tensors that are missing, not expected, of the wrong shape or of a
+        dtype that is no floating-point type; the model is of no use then.
+        """
+        slots = self.weight_slots()
+        wrong: list[str] = []
+        unexpected: list[str] = []
+        for name, tensor in weights:
+            slot = slots.pop(name, None)
+            if slot is None:
+                if not self.ignores(name):
+                    unexpected.append(name)
+            elif tuple(tensor.shape) != slot.shape:
+                wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
+            elif tensor.dtype not in _CHECKPOINT_DTYPES:
+                wrong.append(f"{name} has dtype {tensor.dtype}, expected a floating-point type")
+            else:
+                slot.load(tensor)
+        problems = [("missing", list(slots)), ("not expected", unexpected), ("wrong", wrong)]
+        said = [f"{kind}: {_some(names)}" for kind, names in problems if names]
+        if said:
+            raise ValueError("the checkpoint does not fit the model; " + "; ".join(said))
+        self.finish_loading()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the loaded weights take, packed copies included."""
+        plain = {p.data_ptr(): p.nbytes for p in self.parameters()}
+        packed = sum(m.num_bytes for m in self.modules() if isinstance(m, Linear) and m.packed_weight is not None)
+        return sum(plain.values()) + packed
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

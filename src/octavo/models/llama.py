@@ -1,0 +1,137 @@
+"""Llama (Touvron et al., 2023) and the decoder that its relatives share; they differ in what their config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.layers.activation import silu_and_mul
+from octavo.layers.attention import Attention, AttentionContext
+from octavo.layers.embedding import Embedding
+from octavo.layers.linear import Linear
+from octavo.layers.norm import QueryKeyNorm, RMSNorm
+from octavo.layers.rotary import RotaryEmbedding, rotate
+from octavo.models.base import CausalLM
+from octavo.models.config import ConfigFields, DecoderConfig
+from octavo.quantization.scheme import LinearScheme
+from octavo.quantization.unquantized import UnquantizedScheme
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention between its projections."""
+
+    def __init__(
+        self, config: DecoderConfig, layer_index: int, scheme: LinearScheme, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        parts = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, scheme, dtype, device)
+        self.qk_norm: nn.Module | None = None
+        if config.qk_norm:
+            self.qk_norm = QueryKeyNorm(heads, kv_heads, dim, config.rms_norm_eps, dtype, device)
+        self.attn = Attention(layer_index, heads, kv_heads, dim, config.layer_windows[layer_index])
+        self.o_proj = Linear(
+            heads * dim, {"o_proj": config.hidden_size}, config.output_bias, scheme, dtype, device
+        )
+
+    def forward(self, x: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
+        attn = self.attn
+        heads = self.qkv_proj(x).view(x.shape[0], -1, attn.head_dim)
+        queries_keys, value = heads.split((attn.num_heads + attn.num_kv_heads, attn.num_kv_heads), 1)
+        if self.qk_norm is not None:
+            queries_keys = self.qk_norm(queries_keys)
+        query, key = rotate(queries_keys, *rotation).split((attn.num_heads, attn.num_kv_heads), 1)
+        return self.o_proj(attn(query, key, value, context))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward network."""
+
+    def __init__(self, config: DecoderConfig, scheme: LinearScheme, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, scheme, dtype, device)
+        self.down_proj = Linear(inner, {"down_proj": hidden}, bias, scheme, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the feed-forward network, each on the normalised residual stream and added to it."""
+
+    def __init__(
+        self, config: DecoderConfig, layer_index: int, scheme: LinearScheme, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.self_attn = SelfAttention(config, layer_index, scheme, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp = MLP(config, scheme, dtype, device)
+
+    def forward(self, residual: Tensor, rotation: Rotation, context: AttentionContext) -> None:
+        """Adds to `residual` [T, hidden_size] in place."""
+        residual.add_(self.self_attn(self.input_layernorm(residual), rotation, context))
+        residual.add_(self.mlp(self.post_attention_layernorm(residual)))
+
+
+class Decoder(nn.Module):
+    """Token ids to the last hidden states."""
+
+    def __init__(self, config: DecoderConfig, scheme: LinearScheme, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, scheme, dtype, device) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings, dtype, device)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        residual = self.embed_tokens(input_ids)
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            layer(residual, rotation, context)
+        return self.norm(residual)
+
+
+class LlamaForCausalLM(CausalLM):
+    """Llama 1 to 3.x, SmolLM2 and others that carry the name."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        scheme = UnquantizedScheme()
+        self.model = Decoder(config, scheme, dtype, device)
+        parts = {"lm_head": config.vocab_size}
+        self.lm_head = Linear(config.hidden_size, parts, False, scheme, dtype, device)
+
+    @staticmethod
+    def read_config(values: Mapping[str, Any]) -> DecoderConfig:
+        """Raises ValueError naming the field that is missing, out of range or not supported."""
+        fields = ConfigFields(values)
+        bias = fields.flag("attention_bias", False)
+        return fields.decoder(qkv_bias=bias, output_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
+        return self.model(input_ids, positions, attention)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def weight_slots(self) -> dict[str, Any]:
+        slots = super().weight_slots()
+        if self.config.tie_word_embeddings:
+            del slots["lm_head.weight"]
+        return slots
+
+    def ignores(self, name: str) -> bool:
+        return super().ignores(name) or (name == "lm_head.weight" and self.config.tie_word_embeddings)
+
+    def finish_loading(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.tie(self.model.embed_tokens.weight)

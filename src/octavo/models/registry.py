@@ -1,0 +1,55 @@
+"""Which class runs which architecture."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from octavo.config import ModelFacts
+from octavo.models.base import CausalLM
+from octavo.models.llama import LlamaForCausalLM
+from octavo.models.mistral import MistralForCausalLM
+from octavo.models.qwen2 import Qwen2ForCausalLM
+from octavo.models.qwen3 import Qwen3ForCausalLM
+
+ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+
+
+def build_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """The model that a config.json describes, its weights not loaded yet.
+
+    Raises ValueError naming the field that is missing, out of range or not supported.
+    """
+    family = _family(config)
+    return family(family.read_config(config), dtype, device).eval()
+
+
+def model_facts(config: Mapping[str, Any]) -> ModelFacts:
+    """What the configuration needs to know. Raises as build_model does."""
+    read = _family(config).read_config(config)
+    return ModelFacts(
+        max_position_embeddings=read.max_position_embeddings,
+        vocab_size=read.vocab_size,
+        num_layers=read.num_layers,
+        num_kv_heads=read.num_kv_heads,
+        head_dim=read.head_dim,
+    )
+
+
+def _family(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    near = difflib.get_close_matches(names[0], ARCHITECTURES, n=1, cutoff=0.8) if names else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    said = f"={names!r} is not supported" if names else " is missing"
+    raise ValueError(f"config field architectures{said}; allowed: {', '.join(ARCHITECTURES)}{hint}")

@@ -1,0 +1,411 @@
+"""Scheduler: what each step computes, and what its results mean."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from octavo.config import SchedulerConfig
+from octavo.protocol.outputs import FinishReason, SchedulerStats, TokenOutput
+from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan, StepResult
+from octavo.protocol.request import Request
+from octavo.scheduler.audit import require
+from octavo.scheduler.kv_manager import KVManager
+from octavo.scheduler.prefix_cache import HashFunction, sha256
+from octavo.scheduler.queue import RankedQueue
+from octavo.scheduler.sequence import Sequence, Status
+
+
+class _Step:
+    """A step being planned, then in flight."""
+
+    __slots__ = ("budget", "detached_tables", "new_sequences", "registered_blocks", "rows", "sequences", "step_id")
+
+    def __init__(self, step_id: int, budget: int) -> None:
+        self.step_id = step_id
+        self.budget = budget  # tokens that may still be added
+        self.new_sequences: list[NewSequence] = []
+        self.rows: list[PlanRow] = []
+        self.sequences: list[Sequence | None] = []  # one a row; None once its result no longer matters
+        self.registered_blocks: list[int] = []  # cache entries that hold only if this step succeeds
+        self.detached_tables: list[list[int]] = []  # released when this step is committed
+
+    def detach(self, sequence: Sequence) -> None:
+        if sequence in self.sequences:
+            self.sequences[self.sequences.index(sequence)] = None
+
+
+class Scheduler:
+    """Continuous batching over paged KV blocks, with any number of steps in flight.
+
+    `schedule` and `commit` (or `fail`) are called in turn, plans being committed in the order in which
+    they were made. `schedule` counts optimistically and needs no sampled value, so it may run ahead.
+
+    Order: running sequences that decode, then prompts that are half computed, then the waiting queue from
+    its head; within each by rank: (priority under that policy, arrival). A sequence is admitted only when
+    all its known tokens have blocks right now. When a running one lacks a block, idle ones are preempted
+    from the lowest rank up, and computed again later; a sequence with a step in flight never is.
+
+    Slots are reused at once, blocks only when the last step in flight that names them is committed:
+    workers execute plans in order, so a NewSequence for a slot follows the last row of its former owner.
+    """
+
+    def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
+        """hash_function: bytes to digest, for the prefix cache; results are right for any, even a poor one."""
+        self._config = config
+        self._kv = KVManager(config.num_blocks, config.block_size, config.enable_prefix_caching, hash_function)
+        self._sequences: dict[str, Sequence] = {}  # all unfinished ones
+        self._waiting = RankedQueue()
+        self._running = RankedQueue()
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[_Step] = deque()  # step ids are consecutive
+        self._next_step_id = 0
+        self._num_added = 0
+        # The head of the queue that found too few free blocks, and how many there were: not tried
+        # again before there are more. So a long queue costs nothing per step.
+        self._blocked: tuple[Sequence, int] | None = None
+
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_steps = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError, naming what does not fit, if it can never run; nothing changes then."""
+        config = self._config
+        name, num_prompt, num_output = request.request_id, len(request.prompt_token_ids), request.max_tokens
+        if name in self._sequences:
+            raise ValueError(f"request_id={name!r} is in use by an unfinished request")
+        if not num_prompt:
+            raise ValueError("prompt_token_ids is empty; at least one token is needed")
+        if num_output < 1:
+            raise ValueError(f"max_tokens={num_output} is out of range; allowed: >= 1")
+        wants = f"the prompt has {num_prompt} tokens and max_tokens={num_output}"
+        if num_prompt + num_output > config.max_model_len:
+            raise ValueError(f"{wants}: together more than max_model_len={config.max_model_len}")
+        # The last token is sampled, never computed.
+        num_computed = num_prompt + num_output - 1
+        num_blocks, available = self._kv.num_blocks_for(num_computed), config.num_blocks - 1
+        if num_blocks > available:
+            raise ValueError(
+                f"{wants}: they need {num_blocks} KV blocks of {config.block_size} tokens, the cache has {available}"
+            )
+        if not config.enable_chunked_prefill and num_computed > config.max_num_batched_tokens:
+            raise ValueError(
+                f"{wants}: without chunked prefill they must fit in one step of "
+                f"max_num_batched_tokens={config.max_num_batched_tokens}"
+            )
+        priority = request.priority if config.policy == "priority" else 0
+        sequence = Sequence(request, (priority, self._num_added))
+        self._num_added += 1
+        self._sequences[name] = sequence
+        self._waiting.add(sequence)
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, which is then in flight. None: nothing can be scheduled before a commit, or at all.
+
+        now: seconds on the monotonic clock.
+        """
+        step = _Step(self._next_step_id, self._config.max_num_batched_tokens)
+        if self._continue_running(step):
+            self._admit_waiting(step, now)
+        if not step.rows:
+            return None
+        self._next_step_id += 1
+        self._in_flight.append(step)
+        return StepPlan(step.step_id, step.new_sequences, step.rows)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Take in what the oldest step in flight brought: new tokens and ends, in the order of its rows.
+
+        Raises ConsistencyError if `plan` is not that step or `result` does not answer it.
+        """
+        rows = result.rows
+        require(result.step_id == plan.step_id, f"result of step {result.step_id} for plan {plan.step_id}")
+        require(len(rows) == len(plan.rows), f"step {plan.step_id}: {len(rows)} results for {len(plan.rows)} rows")
+        step = self._retire(plan)
+        self._num_steps += 1
+        outputs: list[TokenOutput] = []
+        for sequence, row, row_result in zip(step.sequences, plan.rows, rows):
+            if sequence is None:
+                continue
+            if row_result.error is not None:
+                # Its KV is suspect: what it shares must not be found by those to come.
+                self._kv.forget(sequence.block_table)
+                outputs.append(self._end(sequence, "error", error=row_result.error))
+                continue
+            if sequence.prompt_logprobs is not None:
+                sequence.add_prompt_logprobs(row.start, row_result.prompt_logprobs)
+            if row.samples:
+                outputs.append(self._take_tokens(sequence, row, row_result))
+        return outputs
+
+    def fail(self, plan: StepPlan, message: str) -> list[TokenOutput]:
+        """The oldest step in flight raised: its sequences end with an error that says `message`.
+
+        What it should have written to the KV cache was never written. So the cache forgets all that steps in
+        flight were to fill, and a sequence that was admitted after this step onto cached blocks starts over.
+        """
+        self._kv.forget(block for step in self._in_flight for block in step.registered_blocks)
+        step = self._retire(plan)
+        tainted = [s for s in self._running if s.admitted_step_id > step.step_id and s.took_cached_blocks]
+        for sequence in tainted:
+            self._preempt(sequence)
+        return [self._end(sequence, "error", error=message) for sequence in step.sequences if sequence is not None]
+
+    def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
+        """End requests now, in any state. Ids that are unknown or finished are ignored."""
+        sequences = [self._sequences.get(request_id) for request_id in dict.fromkeys(request_ids)]
+        return [self._end(sequence, "abort") for sequence in sequences if sequence is not None]
+
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    def stats(self) -> SchedulerStats:
+        """O(running)."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self._config.num_blocks - 1,
+            num_free_blocks=self._kv.pool.num_free,
+            num_kv_tokens=sum(sequence.num_computed_tokens for sequence in self._running),
+            num_kv_slots=sum(len(sequence.block_table) for sequence in self._running) * self._config.block_size,
+            prefix_cache_queries_total=self._num_queried_tokens,
+            prefix_cache_hits_total=self._num_hit_tokens,
+            num_preemptions_total=self._num_preemptions,
+            prompt_tokens_total=self._num_prompt_tokens,
+            generation_tokens_total=self._num_generated_tokens,
+            num_steps_total=self._num_steps,
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Find no block that was computed before now. Running sequences go on. False: prefix caching is off."""
+        self._kv.cache.clear()
+        return self._config.enable_prefix_caching
+
+    def audit(self) -> None:
+        """Recompute the invariants from scratch, in O(all tokens). Raises ConsistencyError naming the broken one."""
+        waiting, running = list(self._waiting), list(self._running)
+        self._waiting.audit()
+        self._running.audit()
+        both = {id(s) for s in waiting} | {id(s) for s in running}
+        everyone = {id(s) for s in self._sequences.values()}
+        require(both == everyone and len(both) == len(waiting) + len(running), "I9: a request is lost or queued twice")
+        for sequence in waiting:
+            idle = not sequence.block_table and sequence.slot < 0 and sequence.num_tokens == len(sequence.token_ids)
+            require(sequence.status is Status.WAITING and idle, "I9: a waiting sequence holds blocks or a slot")
+        slots = [sequence.slot for sequence in running] + self._free_slots
+        require(sorted(slots) == list(range(self._config.max_num_seqs)), "I7: slots are lost or used twice")
+        for sequence in running:
+            self._audit_running(sequence)
+        self._kv.audit(running, [table for step in self._in_flight for table in step.detached_tables])
+        if not self._in_flight and not self._sequences:
+            require(self._kv.pool.num_free == self._config.num_blocks - 1, "I6: blocks are held but nothing runs")
+
+    def _audit_running(self, sequence: Sequence) -> None:
+        name, num_tokens = sequence.request.request_id, sequence.num_tokens
+        require(sequence.status is Status.RUNNING, f"I9: {name!r} runs but is {sequence.status}")
+        ordered = 0 < sequence.num_computed_tokens <= num_tokens <= sequence.max_num_tokens
+        require(ordered, f"I8: {name!r} has {sequence.num_computed_tokens} tokens of {num_tokens} computed")
+        steps = [step for step in self._in_flight if sequence in step.sequences]
+        rows = [step.rows[step.sequences.index(sequence)] for step in steps]
+        unknown = num_tokens - len(sequence.token_ids)
+        require(unknown == sum(row.samples for row in rows), f"I8: {name!r} has {unknown} values unknown")
+        require(not steps or steps[-1].step_id == sequence.last_step_id, f"I9: {name!r} is not in its last step")
+        require(bool(steps) == self._is_in_flight(sequence), f"I9: {name!r} is wrong about being in flight")
+
+    def _continue_running(self, step: _Step) -> bool:
+        """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait."""
+        prompts: list[Sequence] = []
+        for sequence in self._running:
+            length = sequence.num_tokens - sequence.num_computed_tokens
+            if length > 1:
+                prompts.append(sequence)
+            elif sequence.num_tokens < sequence.max_num_tokens and step.budget and not self._add_row(step, sequence, 1):
+                return False
+        for sequence in prompts:
+            length = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget)
+            if length and sequence.status is Status.RUNNING and not self._add_row(step, sequence, length):
+                return False
+        return True
+
+    def _add_row(self, step: _Step, sequence: Sequence, length: int) -> bool:
+        start = sequence.num_computed_tokens
+        end = start + length
+        new_block_ids: list[int] = []
+        if end > len(sequence.block_table) * self._kv.block_size:
+            blocks = self._kv.grow(sequence, end)
+            while blocks is None:
+                if not self._preempt_for(sequence):
+                    return False
+                blocks = self._kv.grow(sequence, end)
+            new_block_ids = blocks
+        self._push_row(step, sequence, end, new_block_ids)
+        return True
+
+    def _push_row(self, step: _Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
+        start = sequence.num_computed_tokens
+        samples = end == sequence.num_tokens
+        step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples))
+        step.sequences.append(sequence)
+        step.budget -= end - start
+        sequence.num_computed_tokens = end
+        sequence.num_tokens += samples
+        sequence.last_step_id = step.step_id
+        if end >= sequence.next_key_at:
+            step.registered_blocks += self._kv.register(sequence)
+
+    def _admit_waiting(self, step: _Step, now: float) -> None:
+        while self._waiting and self._free_slots and step.budget:
+            sequence = self._waiting.first()
+            if self._blocked is not None and self._blocked[0] is sequence:
+                if self._kv.pool.num_free <= self._blocked[1]:
+                    return
+                self._blocked = None
+            cached_blocks = self._kv.match(sequence)
+            length = sequence.num_tokens - len(cached_blocks) * self._config.block_size
+            if length > step.budget and not self._config.enable_chunked_prefill:
+                return
+            if not self._kv.admit(sequence, cached_blocks):
+                self._blocked = sequence, self._kv.pool.num_free
+                return
+            self._start(step, sequence, now)
+            self._push_row(step, sequence, sequence.num_computed_tokens + min(length, step.budget), [])
+
+    def _start(self, step: _Step, sequence: Sequence, now: float) -> None:
+        """Move an admitted sequence from the queue to the running ones, and announce it to the worker."""
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        sequence.status = Status.RUNNING
+        sequence.slot = self._free_slots.pop()
+        sequence.took_cached_blocks = sequence.num_computed_tokens > 0
+        if sequence.admitted_step_id < 0:
+            sequence.scheduled_time = now
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._num_hit_tokens += sequence.num_computed_tokens
+            self._num_queried_tokens += sequence.num_tokens
+        sequence.admitted_step_id = step.step_id
+        request = sequence.request
+        step.new_sequences.append(
+            NewSequence(
+                sequence.slot,
+                sequence.token_ids.copy(),
+                sequence.num_prompt_tokens,
+                sequence.block_table.copy(),
+                request.sampling,
+                request.eos_token_ids,
+            )
+        )
+
+    def _take_tokens(self, sequence: Sequence, row: PlanRow, row_result: RowResult) -> TokenOutput:
+        """Append what the row sampled, up to the first token that ends the output."""
+        token_ids, logprobs = row_result.token_ids, row_result.logprobs
+        if len(token_ids) != 1:
+            self._check_token_count(sequence, len(token_ids))
+        if row.start + row.length == sequence.num_prompt_tokens:
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+        reason: FinishReason | None = None
+        for count, token_id in enumerate(token_ids, 1):
+            reason = sequence.append(token_id)
+            if reason is not None:
+                if count < len(token_ids):
+                    token_ids = token_ids[:count]
+                    logprobs = logprobs and logprobs[:count]
+                break
+        self._num_generated_tokens += len(token_ids)
+        if reason is not None:
+            self._finish(sequence)
+        else:
+            sequence.num_tokens = max(sequence.num_tokens, len(sequence.token_ids))
+            if sequence.num_computed_tokens >= sequence.next_key_at:
+                # A block whose last value was unknown when it was scheduled: some step still in flight fills it.
+                self._in_flight[-1].registered_blocks += self._kv.register(sequence)
+        return TokenOutput(
+            sequence.request.request_id,
+            token_ids,
+            logprobs,
+            None if sequence.prompt_logprobs is None else sequence.take_prompt_logprobs(),
+            reason,
+            sequence.stop_reason() if reason == "stop" else None,
+            None,
+            sequence.num_cached_tokens,
+            sequence.scheduled_time,
+        )
+
+    def _check_token_count(self, sequence: Sequence, count: int) -> None:
+        name = sequence.request.request_id
+        require(count > 0, f"the worker sampled no token for {name!r}")
+        # Later rows in flight were planned for the positions right after one token.
+        require(not self._is_in_flight(sequence), f"{count} tokens came for {name!r}, steps in flight count on one")
+
+    def _retire(self, plan: StepPlan) -> _Step:
+        """Take the oldest step out of flight, and release what only waited for it."""
+        require(bool(self._in_flight), f"step {plan.step_id} is not in flight")
+        oldest = self._in_flight[0].step_id
+        require(oldest == plan.step_id, f"step {plan.step_id} ends before step {oldest}")
+        step = self._in_flight.popleft()
+        for table in step.detached_tables:
+            self._kv.release(table)
+        return step
+
+    def _is_in_flight(self, sequence: Sequence) -> bool:
+        """Whether a step that is planned and not yet committed has a row of it."""
+        return sequence.last_step_id >= self._next_step_id - len(self._in_flight)
+
+    def _preempt_for(self, sequence: Sequence) -> bool:
+        """Free the blocks of the lowest-ranked idle sequence, unless it ranks above `sequence`.
+
+        False: none was freed for it. Then it has preempted itself, or what ranks below it is all in flight.
+        """
+        for victim in reversed(self._running):
+            if not self._is_in_flight(victim):
+                if victim.rank < sequence.rank:
+                    return False
+                self._preempt(victim)
+                return victim is not sequence
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue with its known tokens, to be computed again. Rows in flight no longer count."""
+        self._leave_running(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_tokens = len(sequence.token_ids)
+        sequence.status = Status.WAITING
+        self._waiting.add(sequence)
+        self._num_preemptions += 1
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        """Give back slot and blocks; the blocks when the last step in flight that names them is committed."""
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        table, sequence.block_table = sequence.block_table, []
+        if self._is_in_flight(sequence):
+            for step in self._in_flight:
+                step.detach(sequence)
+            self._in_flight[sequence.last_step_id - self._in_flight[0].step_id].detached_tables.append(table)
+        else:
+            self._kv.release(table)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """End it in whatever state it is; nothing of it is left but blocks that a step in flight names."""
+        if sequence.status is Status.RUNNING:
+            self._leave_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        del self._sequences[sequence.request.request_id]
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenOutput:
+        """Finish it without another token."""
+        self._finish(sequence)
+        return TokenOutput(
+            sequence.request.request_id,
+            [],
+            finish_reason=reason,
+            error=error,
+            num_cached_tokens=sequence.num_cached_tokens,
+            scheduled_time=sequence.scheduled_time,
+        )

@@ -1,0 +1,106 @@
+"""Sequence: the scheduler's view of one request. Nobody else writes it."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+
+from octavo.protocol.outputs import FinishReason
+from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.request import Request
+from octavo.scheduler.prefix_cache import BlockKey
+
+
+class Status(enum.Enum):
+    """WAITING (new or preempted) <-> RUNNING -> FINISHED; WAITING -> FINISHED by abort."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Token counts run ahead of token values: a step in flight has sampled tokens that are not known yet.
+
+    Invariant: num_computed_tokens <= num_tokens <= max_num_tokens, and num_tokens - len(token_ids) is the
+    number of its rows in flight that sample. Its last token is never computed: nothing comes after it.
+    """
+
+    __slots__ = (
+        "admitted_step_id",
+        "block_keys",
+        "block_table",
+        "last_step_id",
+        "max_num_tokens",
+        "next_key_at",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_tokens",
+        "prompt_logprobs",
+        "rank",
+        "request",
+        "scheduled_time",
+        "slot",
+        "status",
+        "stop_ids",
+        "token_ids",
+        "took_cached_blocks",
+    )
+
+    def __init__(self, request: Request, rank: tuple[int, int]) -> None:
+        """Raises ValueError if a prompt token is no token id."""
+        sampling = request.sampling
+        self.request = request
+        self.rank = rank  # (priority, arrival number): lower runs first and is preempted last
+        self.status = Status.WAITING
+        self.token_ids = list(request.prompt_token_ids)  # known values: prompt, then output
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
+        self.num_tokens = self.num_prompt_tokens  # values in flight included
+        self.num_computed_tokens = 0  # KV entries written by steps committed or in flight
+        self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(
+            () if sampling.ignore_eos else request.eos_token_ids
+        )
+
+        self.slot = -1  # -1 unless RUNNING
+        self.block_table: list[int] = []  # empty unless RUNNING
+        self.block_keys: list[BlockKey] = []  # of the first full blocks of known tokens; kept over preemption
+        self.num_registered_blocks = 0  # leading blocks that were offered to the prefix cache or came from it
+        self.next_key_at = 0  # num_computed_tokens from which another block can be registered
+        self.last_step_id = -1  # the last step with a row of this sequence
+        self.admitted_step_id = -1  # the step that took it out of the queue last
+        self.took_cached_blocks = False  # at that admission
+
+        self.num_cached_tokens = 0  # found when it first ran
+        self.scheduled_time = 0.0
+        # None: not asked for, or sent already. Else what is there so far, from prompt position 1 on.
+        self.prompt_logprobs: list[TokenLogprobs] | None = None if sampling.prompt_logprobs is None else []
+        try:
+            array("I", self.token_ids)
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"prompt_token_ids holds what is no token id: {error}") from None
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a token whose value has become known. Returns why the output ends with it, if it does."""
+        self.token_ids.append(token_id)
+        num_tokens = len(self.token_ids)
+        if token_id in self.stop_ids and num_tokens - self.num_prompt_tokens >= self.request.sampling.min_tokens:
+            return "stop"
+        return "length" if num_tokens >= self.max_num_tokens else None
+
+    def stop_reason(self) -> int | None:
+        """Of an output that ended with "stop": its last token, or None if that is an end-of-sequence id."""
+        request, last = self.request, self.token_ids[-1]
+        return None if last in request.eos_token_ids and not request.sampling.ignore_eos else last
+
+    def add_prompt_logprobs(self, start: int, rows: list[TokenLogprobs] | None) -> None:
+        """Take those of positions start+1 .. that are not there yet: a preempted prompt is computed again."""
+        if self.prompt_logprobs is not None and rows:
+            self.prompt_logprobs.extend(rows[len(self.prompt_logprobs) - start :])
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """What goes out with the first token; None ever after."""
+        rows, self.prompt_logprobs = self.prompt_logprobs, None
+        return rows

@@ -1,0 +1,102 @@
+"""The ASGI application: routes, and what stands around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octavo.config import api_keys
+from octavo.server.context import ServerContext, ServerState
+from octavo.server.metrics import CONTENT_TYPE
+from octavo.server.middleware import AccessMiddleware, GuardMiddleware
+from octavo.server.openai.chat import ChatCompletions
+from octavo.server.openai.completions import Completions
+from octavo.server.openai.errors import APIError, internal
+from octavo.server.openai.models import Models
+from octavo.server.statistics_log import log_statistics
+
+
+def build_app(context: ServerContext) -> Starlette:
+    """The application over one engine. `app.state.server` is its ServerState.
+
+    Where API keys are set, every path but /health, /ping and /version needs one, /metrics included
+    (Prometheus sends it with `authorization: credentials`).
+    """
+    state = ServerState(context)
+    models, probes = Models(state), _Probes(state)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/v1/completions", Completions(state), methods=["POST"]),
+            Route("/v1/models", models.list_all, methods=["GET"]),
+            Route("/v1/models/{model:path}", models.get, methods=["GET"]),
+            Route("/health", probes.health, methods=["GET"]),
+            Route("/ping", probes.health, methods=["GET"]),
+            Route("/version", probes.version, methods=["GET"]),
+            Route("/metrics", probes.metrics, methods=["GET"]),
+        ],
+        middleware=[
+            Middleware(AccessMiddleware, metrics=state.metrics),
+            Middleware(GuardMiddleware, keys=api_keys(context.options), lifecycle=state.lifecycle),
+        ],
+        exception_handlers={APIError: _api_error, HTTPException: _http_error, Exception: _bug},
+        lifespan=_lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.server = state
+    return app
+
+
+class _Probes:
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 (the route's signature)
+        """200 with an empty body while requests are taken and the engine lives, else 503."""
+        self._state.check_alive()
+        return Response()
+
+    async def version(self, request: Request) -> Response:  # noqa: ARG002
+        return Response(msgspec.json.encode({"version": self._state.context.version}), media_type="application/json")
+
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
+        return Response(self._state.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    state: ServerState = app.state.server
+    log = asyncio.create_task(log_statistics(state.metrics))
+    try:
+        yield
+    finally:
+        log.cancel()
+        state.close()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    assert isinstance(error, APIError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path} is not a route of this server"
+    if error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return APIError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def _bug(request: Request, error: Exception) -> Response:  # noqa: ARG001 (the error is logged with its trace)
+    return internal("internal server error").response()

@@ -1,0 +1,98 @@
+"""What the server is given, and what it keeps while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from octavo.config import SchedulingPolicy, ServerOptions
+from octavo.engine.client import EngineClient
+from octavo.server.lifecycle import Lifecycle
+from octavo.server.limits import Admission, Timeouts
+from octavo.server.metrics import MetricsRegistry
+from octavo.server.openai.errors import model_not_found, unavailable
+from octavo.text.chat_template import ChatTemplate
+from octavo.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("octavo.server")
+
+T = TypeVar("T")
+
+_TEXT_THREADS = 2
+_TEXT_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerContext:
+    """Everything the HTTP server serves with.
+
+    tokenizer: None serves token ids only. chat_template: None refuses chat.
+    served_model_names: at least one; answers carry the first.
+    generation_defaults: the model's generation_config; its temperature, top_p, top_k, min_p and
+    repetition_penalty stand in where a request names none. Other keys are not used.
+    max_model_len, max_num_seqs: the engine's, in tokens and sequences.
+    """
+
+    engine: EngineClient
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    served_model_names: tuple[str, ...]
+    max_model_len: int
+    max_num_seqs: int
+    options: ServerOptions
+    version: str
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+class ServerState:
+    """The context plus what changes: admissions, running work, metrics, the thread pool for text."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self.context = context
+        self.lifecycle = Lifecycle()
+        self.admission = Admission(context.engine, context.max_num_seqs + context.options.max_waiting_requests)
+        ready = context.engine.ready
+        cache_config = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
+        self.metrics = MetricsRegistry(context.served_model_names[0], context.max_model_len, cache_config)
+        self.max_prompt_chars = context.max_model_len * _longest_token(context.tokenizer)
+        self._pool = ThreadPoolExecutor(_TEXT_THREADS, "octavo-text")
+        context.engine.add_listener(self.metrics.on_outputs)
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Run text work (tokenizing, rendering) off the loop. Raises APIError 503 if it takes a minute."""
+        call = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        try:
+            async with asyncio.timeout(_TEXT_TIMEOUT_SECONDS):
+                return await call
+        except TimeoutError:
+            logger.error("%s took over %.0f s", function.__name__, _TEXT_TIMEOUT_SECONDS)
+            raise unavailable("the prompt could not be prepared in time") from None
+
+    def check_model(self, name: str) -> None:
+        """Raises APIError 404 for a model that is not served."""
+        if name not in self.context.served_model_names:
+            raise model_not_found(name)
+
+    def check_alive(self) -> None:
+        """Raises APIError 503 when the engine is gone or the server is ending."""
+        if self.context.engine.dead is not None:
+            raise unavailable("the engine has stopped")
+        refusal = self.lifecycle.refusal()
+        if refusal is not None:
+            raise refusal
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _longest_token(tokenizer: Tokenizer | None) -> int:
+    """Bytes of the longest token: no prompt of more characters than that per token can fit the context."""
+    if tokenizer is None:
+        return 1
+    return max(len(tokenizer.token_bytes(token_id) or b"") for token_id in range(tokenizer.vocab_size))

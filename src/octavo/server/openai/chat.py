@@ -1,0 +1,207 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+
+from octavo.protocol.sampling import SamplingParams
+from octavo.server.openai.endpoint import GenerationEndpoint
+from octavo.server.openai.errors import invalid
+from octavo.server.openai.logprobs import ChatLogprobs, PromptToken
+from octavo.server.openai.runner import Choice, Run, Usage
+from octavo.server.openai.sampling import sampling_params, with_max_tokens
+from octavo.server.openai.schema import ChatBody, Message
+from octavo.server.openai.sse import EventEncoder
+from octavo.text.generation import Delta
+
+# Template variables that the request's own fields set, or that name the renderer's own arguments.
+_RESERVED_KWARGS = {
+    *("self", "conversation", "messages", "tools", "documents", "tokenize", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "bos_token", "eos_token"),
+}
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    index: int
+    message: AssistantMessage
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChunkChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletions(GenerationEndpoint[ChatBody]):
+    """The endpoint. Raises APIError inside; the app turns it into an answer."""
+
+    body_type = ChatBody
+
+    def num_prompts(self, body: ChatBody) -> int:  # noqa: ARG002 (completions have several)
+        return 1
+
+    async def prepare(self, body: ChatBody, run: Run) -> None:
+        _check_messages(body.messages)
+        max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
+        params = self._params(body, names)
+        text = await self._render(body)
+        ids = await self.encode(text, bool(body.add_special_tokens), "messages")
+        params = with_max_tokens(params, len(ids), None, self.context, names)
+        run.add(text, ids, params)
+
+    async def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
+        await self.prepare(body, run)
+        async for _ in run.deltas():
+            pass
+        first = run.choices[0]
+        prompt_logprobs = first.generation.prompt_logprobs
+        return ChatCompletion(
+            id=f"chatcmpl-{request_id}",
+            object="chat.completion",
+            created=int(time.time()),
+            model=self.context.served_model_names[0],
+            system_fingerprint=self.fingerprint,
+            choices=[self._choice(body, choice) for choice in run.choices],
+            usage=run.usage(),
+            prompt_logprobs=None if prompt_logprobs is None else self.formatter.prompt(prompt_logprobs),
+            prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
+        )
+
+    async def events(self, body: ChatBody, run: Run, request_id: str) -> AsyncGenerator[bytes]:
+        await self.prepare(body, run)
+        encoder = EventEncoder(
+            {
+                "id": f"chatcmpl-{request_id}",
+                "object": "chat.completion.chunk",
+                "created": int(time.time()),
+                "model": self.context.served_model_names[0],
+                "system_fingerprint": self.fingerprint,
+            }
+        )
+        options = self.stream_options(body)
+        opening: bytes | None = b"".join(
+            encoder.chunk(ChunkChoice(choice.index, ChatDelta("assistant", ""), None)) for choice in run.choices
+        )
+        async for batch in run.deltas():
+            usage = run.usage() if options.continuous_usage_stats else None
+            chunks = [self._chunk(body, choice, delta) for choice, delta in batch]
+            frames = b"".join(encoder.chunk(chunk, usage) for chunk in chunks if chunk is not None)
+            if opening is not None or frames:
+                yield (opening or b"") + frames
+                opening = None
+        if options.include_usage:
+            yield encoder.chunk(None, run.usage())
+
+    def _params(self, body: ChatBody, names: dict[str, str]) -> SamplingParams:
+        if body.top_logprobs is not None and not body.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        return sampling_params(body, self.context, names, max_tokens=wanted, logprobs=logprobs)
+
+    async def _render(self, body: ChatBody) -> str:
+        template = self.context.chat_template
+        if template is None:
+            raise invalid("the model has no chat template; start the server with --chat-template FILE", "messages")
+        kwargs = body.chat_template_kwargs or {}
+        for key in kwargs:
+            if key in _RESERVED_KWARGS:
+                raise invalid(f"{key!r} is reserved: the request's own fields set it", f"chat_template_kwargs.{key}")
+        continues = bool(body.continue_final_message)
+        opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        if continues and opens:
+            raise invalid("exclude each other: add_generation_prompt, continue_final_message", "continue_final_message")
+        messages = [_for_template(message) for message in body.messages]
+        render = partial(
+            template.render, messages, add_generation_prompt=opens, continue_final_message=continues, **kwargs
+        )
+        try:
+            return await self.state.in_thread(render)
+        except ValueError as error:
+            raise invalid(str(error), "messages") from None
+
+    def _choice(self, body: ChatBody, choice: Choice) -> ChatChoice:
+        generation = choice.generation
+        logprobs = None
+        if generation.logprobs is not None:
+            logprobs = self.formatter.chat(generation.logprobs, body.top_logprobs or 0)
+        return ChatChoice(
+            index=choice.index,
+            message=AssistantMessage(generation.text),
+            finish_reason=generation.finish_reason,
+            logprobs=logprobs,
+            stop_reason=generation.stop_reason,
+            token_ids=generation.token_ids if body.return_token_ids else None,
+        )
+
+    def _chunk(self, body: ChatBody, choice: Choice, delta: Delta) -> ChunkChoice | None:
+        """None where there is nothing to say yet: all its text is held back."""
+        shows_tokens = bool(delta.token_ids) and bool(delta.logprobs or body.return_token_ids)
+        if not (delta.text or delta.finish_reason or shows_tokens):
+            return None
+        return ChunkChoice(
+            index=choice.index,
+            delta=ChatDelta(content=delta.text) if delta.text or shows_tokens else ChatDelta(),
+            finish_reason=delta.finish_reason,
+            logprobs=self.formatter.chat(delta.logprobs, body.top_logprobs or 0) if delta.logprobs else None,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if body.return_token_ids else None,
+        )
+
+
+def _check_messages(messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        at = f"messages[{index}]"
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise invalid(f"{at}.content is null or missing", f"{at}.content", "invalid_type")
+        if message.tool_calls is not None and message.role != "assistant":
+            raise invalid(f"{at}.tool_calls is only allowed for the role assistant", f"{at}.tool_calls")
+        if (message.tool_call_id is not None) != (message.role == "tool"):
+            raise invalid(f"{at}.tool_call_id belongs to the role tool, which needs it", f"{at}.tool_call_id")
+        for number, call in enumerate(message.tool_calls or ()):
+            try:
+                msgspec.json.decode(call.function.arguments, type=dict[str, msgspec.Raw])
+            except (msgspec.DecodeError, RecursionError):
+                path = f"{at}.tool_calls[{number}].function.arguments"
+                raise invalid(f"{path} is not a JSON object", path) from None
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """The message as templates know it: fields that were not given are absent."""
+    given: dict[str, Any] = msgspec.to_builtins(message)
+    return {name: value for name, value in given.items() if value is not None or name == "content"}

@@ -1,0 +1,203 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import cast
+
+import msgspec
+
+from octavo.protocol.plan import TokenLogprobs
+from octavo.server.openai.endpoint import GenerationEndpoint
+from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.logprobs import CompletionLogprobs, PromptToken
+from octavo.server.openai.runner import Choice, Run, Usage
+from octavo.server.openai.sampling import sampling_params, with_max_tokens
+from octavo.server.openai.schema import MAX_PROMPTS, CompletionBody
+from octavo.server.openai.sse import EventEncoder
+from octavo.text.generation import Delta
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: CompletionLogprobs | None
+    stop_reason: int | str | None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Completions(GenerationEndpoint[CompletionBody]):
+    """The endpoint. echo with max_tokens=0 only scores the prompt: one token is sampled and dropped."""
+
+    body_type = CompletionBody
+
+    def num_prompts(self, body: CompletionBody) -> int:
+        return len(_prompts(body.prompt))
+
+    async def prepare(self, body: CompletionBody, run: Run) -> None:
+        if body.stream and body.echo and body.logprobs is not None:
+            raise invalid("echo with logprobs is not available with stream", "echo")
+        names = {"prompt": "prompt"}
+        params = sampling_params(
+            body,
+            self.context,
+            names,
+            max_tokens=1 if _only_scores(body) else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=_num_prompt_logprobs(body),
+        )
+        for prompt in _prompts(body.prompt):
+            if isinstance(prompt, str):
+                text = prompt
+                ids = await self.encode(prompt, body.add_special_tokens is not False, "prompt")
+            else:
+                ids = self._checked(prompt)
+                text = self._text_of(ids) if body.echo else ""
+            run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
+
+    async def answer(self, body: CompletionBody, run: Run, request_id: str) -> Completion:
+        await self.prepare(body, run)
+        async for _ in run.deltas():
+            pass
+        usage = run.usage()
+        if _only_scores(body):
+            usage = Usage(usage.prompt_tokens, 0, usage.prompt_tokens, usage.prompt_tokens_details)
+        return Completion(
+            id=f"cmpl-{request_id}",
+            object="text_completion",
+            created=int(time.time()),
+            model=self.context.served_model_names[0],
+            system_fingerprint=self.fingerprint,
+            choices=[self._choice(body, choice) for choice in run.choices],
+            usage=usage,
+        )
+
+    async def events(self, body: CompletionBody, run: Run, request_id: str) -> AsyncGenerator[bytes]:
+        await self.prepare(body, run)
+        encoder = EventEncoder(
+            {
+                "id": f"cmpl-{request_id}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": self.context.served_model_names[0],
+                "system_fingerprint": self.fingerprint,
+            }
+        )
+        options = self.stream_options(body)
+        opened: set[int] = set()  # choices whose prompt was echoed
+        async for batch in run.deltas():
+            usage = run.usage() if options.continuous_usage_stats else None
+            frames = []
+            for choice, delta in batch:
+                echoed = choice.prompt if body.echo and choice.index not in opened else ""
+                opened.add(choice.index)
+                chunk = self._chunk(body, choice, delta, echoed)
+                if chunk is not None:
+                    frames.append(encoder.chunk(chunk, usage))
+            if frames:
+                yield b"".join(frames)
+        if options.include_usage:
+            yield encoder.chunk(None, run.usage())
+
+    def _choice(self, body: CompletionBody, choice: Choice) -> CompletionChoice:
+        generation = choice.generation
+        text, token_ids = generation.text, generation.token_ids
+        if _only_scores(body):
+            text, token_ids = "", []
+        logprobs = None
+        if body.logprobs is not None:
+            ids = token_ids
+            positions: list[TokenLogprobs | None] = list((generation.logprobs or [])[: len(ids)])
+            if body.echo:
+                ids = choice.request.prompt_token_ids + ids
+                positions = [None, *(generation.prompt_logprobs or []), *positions]
+            logprobs, _ = self.formatter.completion(ids, positions, body.logprobs, 0)
+        shown = generation.prompt_logprobs if body.prompt_logprobs is not None else None
+        return CompletionChoice(
+            index=choice.index,
+            text=choice.prompt + text if body.echo else text,
+            finish_reason="length" if _only_scores(body) else generation.finish_reason,
+            logprobs=logprobs,
+            stop_reason=None if _only_scores(body) else generation.stop_reason,
+            prompt_logprobs=None if shown is None else self.formatter.prompt(shown),
+            token_ids=token_ids if body.return_token_ids else None,
+            prompt_token_ids=choice.request.prompt_token_ids if body.return_token_ids else None,
+        )
+
+    def _chunk(self, body: CompletionBody, choice: Choice, delta: Delta, echoed: str) -> CompletionChoice | None:
+        """None where there is nothing to say yet: all its text is held back."""
+        logprobs = None
+        if delta.logprobs and body.logprobs is not None:
+            logprobs, choice.text_offset = self.formatter.completion(
+                delta.token_ids, delta.logprobs, body.logprobs, choice.text_offset
+            )
+        shows_tokens = bool(delta.token_ids) and (logprobs is not None or bool(body.return_token_ids))
+        text = echoed if _only_scores(body) else echoed + delta.text
+        if not (text or delta.finish_reason or shows_tokens):
+            return None
+        return CompletionChoice(
+            index=choice.index,
+            text=text,
+            finish_reason=delta.finish_reason,
+            logprobs=logprobs,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if body.return_token_ids else None,
+        )
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        vocab_size = self.context.engine.ready.vocab_size
+        if len(ids) > self.context.max_model_len:
+            limit = self.context.max_model_len
+            raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", "prompt")
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise invalid(f"prompt: token id {token_id} is out of range; allowed: 0..{vocab_size - 1}", "prompt")
+        return ids
+
+    def _text_of(self, ids: list[int]) -> str:
+        tokenizer = self.context.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(ids, False)
+
+
+def _only_scores(body: CompletionBody) -> bool:
+    return bool(body.echo) and body.max_tokens == 0 and not body.stream
+
+
+def _num_prompt_logprobs(body: CompletionBody) -> int | None:
+    """What the engine is asked for: the body's own wish, and what echo with logprobs needs."""
+    wishes = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return max((wish for wish in wishes if wish is not None), default=None)
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The body's prompts, each a text or token ids. Raises APIError 400 for none, too many, or a mixture."""
+    if isinstance(prompt, str):
+        prompts: list[str | list[int]] = [prompt]
+    elif prompt and all(isinstance(item, int) for item in prompt):
+        prompts = [cast(list[int], prompt)]
+    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
+        prompts = cast(list[str | list[int]], prompt)
+    else:
+        raise invalid("prompt mixes texts and token ids", "prompt", "invalid_type")
+    if len(prompts) > MAX_PROMPTS:
+        message = f"prompt has {len(prompts)} prompts; at most {MAX_PROMPTS} are allowed"
+        raise invalid(message, "prompt", "array_above_max_length")
+    if not prompts or not all(prompts):
+        raise invalid("prompt is empty", "prompt")
+    return prompts

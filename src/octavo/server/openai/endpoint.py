@@ -1,0 +1,109 @@
+"""What the two generation endpoints share: read, check, admit, run, answer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from typing import Generic, TypeVar
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.protocol.sampling import MAX_N
+from octavo.server.context import ServerState
+from octavo.server.limits import ClientGone, read_json_body
+from octavo.server.openai.decode import decode
+from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.logprobs import LogprobsFormatter
+from octavo.server.openai.runner import Run
+from octavo.server.openai.schema import GenerationBody, StreamOptions
+from octavo.server.openai.sse import send_events
+
+B = TypeVar("B", bound=GenerationBody)
+
+
+class GenerationEndpoint(ABC, Generic[B]):
+    """An ASGI app for one route. Subclasses give the body's type, the preparation, and the two answers."""
+
+    body_type: type[B]
+
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+        self.context = state.context
+        self.formatter = LogprobsFormatter(state.context.tokenizer)
+
+    @abstractmethod
+    def num_prompts(self, body: B) -> int:
+        """How many prompts the body holds."""
+
+    @abstractmethod
+    async def prepare(self, body: B, run: Run) -> None:
+        """Tokenize, and add each prompt to `run`. Raises APIError 400."""
+
+    @abstractmethod
+    def events(self, body: B, run: Run, request_id: str) -> AsyncGenerator[bytes]:
+        """The streamed answer, frame by frame, `prepare` included."""
+
+    @abstractmethod
+    async def answer(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
+        """The whole answer, `prepare` included."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival = time.monotonic()
+        with contextlib.suppress(ClientGone):
+            limit = self.context.options.max_body_bytes
+            raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
+            body = decode(raw, self.body_type)
+            self.state.check_model(body.model)
+            self._check(body)
+            self.state.check_alive()
+            request_id: str = scope["state"]["request_id"]
+            with self.state.admission.hold((body.n or 1) * self.num_prompts(body), "n"):
+                run = Run(self.state, body, arrival, request_id)
+                if body.stream:
+                    await send_events(self.state.lifecycle, self.events(body, run, request_id), receive, send)
+                else:
+                    value = await self.state.lifecycle.run(receive, self.answer(body, run, request_id))
+                    await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)
+
+    def _check(self, body: B) -> None:
+        if body.n is not None and not 1 <= body.n <= MAX_N:
+            raise invalid(f"n={body.n} is out of range; allowed: 1..{MAX_N}", "n")
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options is only allowed with stream", "stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise invalid("prompt_logprobs is not available with stream", "prompt_logprobs")
+        if body.priority and self.context.scheduling_policy != "priority":
+            raise invalid("priority needs a server that runs with --scheduling-policy priority", "priority")
+        if body.priority is not None and not -(2**31) <= body.priority < 2**31:
+            raise invalid(f"priority={body.priority} is out of range; allowed: {-(2**31)}..{2**31 - 1}", "priority")
+
+    def stream_options(self, body: B) -> StreamOptions:
+        return body.stream_options or StreamOptions()
+
+    async def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt. One that cannot fit the context is refused before it is tokenized.
+
+        Raises APIError 400.
+        """
+        tokenizer = self.context.tokenizer
+        if tokenizer is None:
+            raise invalid("the server runs without a tokenizer: give the prompt as token ids", param)
+        if len(text) > self.state.max_prompt_chars:
+            raise context_too_long(
+                f"{param} has {len(text)} characters, which cannot fit the model's context of "
+                f"{self.context.max_model_len} tokens",
+                param,
+            )
+        ids = await self.state.in_thread(tokenizer.encode, text, add_special_tokens)
+        if not ids:
+            raise invalid(f"{param} has no tokens", param)
+        return ids
+
+    @property
+    def fingerprint(self) -> str:
+        return f"octavo-{self.context.version}"

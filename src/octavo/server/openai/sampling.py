@@ -1,0 +1,112 @@
+"""From a body's fields to SamplingParams: the model's defaults, our checks, errors that name the field."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Any
+
+from octavo.protocol.sampling import INT64_MAX, SamplingParams
+from octavo.server.context import ServerContext
+from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.schema import GenerationBody
+
+# Fields of a body that are SamplingParams' own, under the same name.
+_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "prompt_logprobs",
+    "skip_special_tokens",
+)
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_FIELD_AT_START = re.compile(r"[a-z_]+")
+
+
+def sampling_params(
+    body: GenerationBody, context: ServerContext, names: dict[str, str], **values: Any
+) -> SamplingParams:
+    """`values` (max_tokens, logprobs, …) join the body's own fields; `names` maps a SamplingParams
+    field to the body's name for it, for errors. Raises APIError 400."""
+    defaults = context.generation_defaults
+    chosen = {name: defaults[name] for name in _MODEL_DEFAULTS if defaults.get(name) is not None}
+    chosen |= {name: value for name in _FIELDS if (value := getattr(body, name)) is not None}
+    chosen |= {name: value for name, value in values.items() if value is not None}
+    chosen["max_tokens"] = values.get("max_tokens")
+    chosen["detokenize"] = context.tokenizer is not None
+    try:
+        if body.logit_bias is not None:
+            chosen["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}
+        params = SamplingParams(**chosen)
+        params.check_vocabulary(context.engine.ready.vocab_size)
+    except ValueError as error:
+        raise _named(error, names) from None
+    return params
+
+
+def with_max_tokens(
+    params: SamplingParams, num_prompt_tokens: int, default: int | None, context: ServerContext, names: dict[str, str]
+) -> SamplingParams:
+    """`params` with max_tokens resolved: as given, else `default` or the rest of the context, whichever is less.
+
+    Raises APIError 400 context_length_exceeded when prompt and output do not fit together.
+    """
+    name, limit = names.get("max_tokens", "max_tokens"), context.max_model_len
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise context_too_long(
+            f"the prompt has {num_prompt_tokens} tokens; with at least 1 of output that is more than the model's "
+            f"context of {limit}",
+            names["prompt"],
+        )
+    if params.max_tokens is not None and params.max_tokens > room:
+        raise context_too_long(
+            f"{name}={params.max_tokens} is too large: with {num_prompt_tokens} prompt tokens that is more than "
+            f"the model's context of {limit}",
+            name,
+        )
+    wanted = params.max_tokens or min(room, default or room)
+    try:
+        return params.replace(max_tokens=wanted)
+    except ValueError as error:  # min_tokens is above it
+        raise _named(error, names) from None
+
+
+def completion_params(params: SamplingParams) -> list[SamplingParams]:
+    """One SamplingParams for each of the n completions, with n=1 and a seed of its own: the given one
+    plus the completion's index, else 63 random bits."""
+    if params.seed in (None, -1):
+        return [params.replace(n=1, seed=secrets.randbits(63)) for _ in range(params.n)]
+    return [params.replace(n=1, seed=_wrapped(params.seed + index)) for index in range(params.n)]
+
+
+def _wrapped(seed: int) -> int:
+    """`seed` as an int64. -1 would mean "no seed", so it becomes another."""
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return INT64_MAX if seed == -1 else seed
+
+
+def _token_id(key: str) -> int:
+    if not re.fullmatch(r"\d{1,10}", key):
+        raise ValueError(f"logit_bias key {key[:32]!r} is not a token id")
+    return int(key)
+
+
+def _named(error: ValueError, names: dict[str, str]) -> Exception:
+    """SamplingParams' messages begin with the field."""
+    message = str(error)
+    start = _FIELD_AT_START.match(message)
+    field = start[0] if start else ""
+    name = names.get(field, field)
+    return invalid(name + message[len(field) :], name or None)

@@ -1,0 +1,162 @@
+"""The bodies of requests: every field that is used, with its type. Anything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+MAX_PROMPTS = 256
+
+Label = Annotated[str, Meta(max_length=512)]
+Salt = Annotated[str, Meta(min_length=1, max_length=512)]
+Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_length=16)]
+
+# Fields of OpenAI or vLLM that this server does not implement, and the values (besides null) that ask for
+# nothing more than what it does anyway.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "detokenize": (True,),
+    "documents": (),
+    "early_stopping": (False,),
+    "extra_args": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_json_object": (False,),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_embeds": (),
+    "reasoning_effort": (),
+    "repetition_detection": (),
+    "request_id": (),  # the X-Request-Id header does this
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(msgspec.Struct, kw_only=True, frozen=True):
+    """What both generation endpoints take. None is "not given". The sampling fields are checked by SamplingParams.
+
+    user, metadata, safety_identifier, prompt_cache_key: labels for the operator's own use; they
+    change nothing in the answer, by OpenAI's definition, and are capped in length.
+    """
+
+    model: str
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: Salt | None = None
+    user: Label | None = None
+    metadata: Metadata | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True, frozen=True):
+    """POST /v1/completions. logprobs: how many alternatives a token; prompt: text(s) or token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """arguments: a JSON object, as a string."""
+
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    id: Label
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One message. content may be null only beside tool_calls. The null-only fields are what clients
+    send when they append an answer's message as it came."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Meta(min_length=1)] | None = None
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    tool_call_id: Label | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ChatBody(GenerationBody, kw_only=True, frozen=True):
+    """POST /v1/chat/completions. max_completion_tokens wins over max_tokens."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None  # says how to call tools, and there are none

@@ -1,0 +1,29 @@
+"""Two hundred streams at once through the `openai` client; fifty of them cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from server_process import ServerProcess, running
+from streams import ARGUMENTS, measure
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> object:
+    assert smollm2_path.exists()
+    with running(ARGUMENTS, tmp_path_factory.mktemp("server") / "log.txt") as server:
+        yield server
+        text = server.log.read_text()
+        assert "Traceback" not in text, text
+
+
+async def test_all_complete_with_the_text_of_the_sequential_run(server: ServerProcess) -> None:
+    row = await measure(server, num_streams=200, num_tokens=8, num_cut=50)
+    assert row["completed"] == 200
+    assert row["text_different"] == 0, row
+    assert row["text_equal"] + row["text_tie"] == 350
+    assert row["text_equal"] >= 345, row
+    assert row["cut"] == 50
+    assert row["kv_usage_after"] == row["kv_usage_before"]
+    assert row["seconds_until_free"] < 1.0

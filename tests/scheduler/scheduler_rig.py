@@ -1,0 +1,347 @@
+"""A worker without a model, and a ledger that holds the scheduler to what an endless machine would say.
+
+The worker keeps a simulated KV memory and computes each next token from the whole prefix as it READS it there,
+so that any block shared wrongly, freed too early or never filled changes the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from octavo.config import SchedulerConfig
+from octavo.protocol.outputs import TokenOutput
+from octavo.protocol.plan import NULL_BLOCK, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from octavo.protocol.request import Request
+from octavo.protocol.sampling import SamplingParams
+from octavo.scheduler.prefix_cache import HashFunction, sha256
+from octavo.scheduler.scheduler import Scheduler
+
+VOCAB = 20
+EOS = 19
+GARBAGE = 77  # what a model says that reads a KV cache of someone else
+
+
+def hash8(data: bytes) -> bytes:
+    """A hash that collides all the time."""
+    return hashlib.sha256(data).digest()[:1]
+
+
+def hash0(data: bytes) -> bytes:  # noqa: ARG001
+    """A hash that always collides."""
+    return b""
+
+
+def make_request(name: str, prompt: list[int], max_tokens: int = 4, **options: object) -> Request:
+    """A request; options that SamplingParams has go there."""
+    sampling_names = set(SamplingParams.__struct_fields__)
+    sampling = {key: value for key, value in options.items() if key in sampling_names}
+    rest = {key: value for key, value in options.items() if key not in sampling_names}
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        max_tokens=max_tokens,
+        eos_token_ids=(EOS,),
+        **rest,
+    )
+
+
+def next_token(prefix: list[int], num_prompt: int, sampling: SamplingParams) -> int:
+    """The model: a fixed function of the prefix, end tokens masked until min_tokens."""
+    token = hash(tuple(prefix)) % VOCAB
+    ends = set(sampling.stop_token_ids or ()) | {EOS}
+    while len(prefix) - num_prompt < sampling.min_tokens and token in ends:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def logprobs_at(prefix: list[int], token: int) -> TokenLogprobs:
+    return TokenLogprobs([token, hash(tuple(prefix)) % VOCAB], [-1.0, -0.5], len(prefix))
+
+
+def config(**changes: object) -> SchedulerConfig:
+    """A small machine: 32 blocks of 4 tokens."""
+    values = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 128,
+        "block_size": 4,
+        "num_blocks": 33,
+    }
+    return SchedulerConfig(**(values | changes))
+
+
+def rows(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
+    """(slot, start, length, samples) of each row."""
+    return [(row.slot, row.start, row.length, row.samples) for row in plan.rows]
+
+
+class Expected(NamedTuple):
+    output: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs] | None
+    finish_reason: str
+    stop_reason: int | None
+
+
+def expected(request: Request) -> Expected:
+    """What a machine without limits, batches or caches answers."""
+    sampling, tokens = request.sampling, list(request.prompt_token_ids)
+    num_prompt = len(tokens)
+    prompt_logprobs = [logprobs_at(tokens[:i], tokens[i]) for i in range(1, num_prompt)]
+    logprobs: list[TokenLogprobs] = []
+    reason, stop_reason = "length", None
+    while len(tokens) < num_prompt + request.max_tokens:
+        token = next_token(tokens, num_prompt, sampling)
+        logprobs.append(logprobs_at(tokens, token))
+        tokens.append(token)
+        if len(tokens) - num_prompt < sampling.min_tokens:
+            continue
+        if token == EOS and not sampling.ignore_eos:
+            reason = "stop"
+            break
+        if token in (sampling.stop_token_ids or ()):
+            reason, stop_reason = "stop", token
+            break
+    wanted = prompt_logprobs if sampling.prompt_logprobs is not None else None
+    return Expected(tokens[num_prompt:], logprobs, wanted, reason, stop_reason)
+
+
+class Entry(NamedTuple):
+    """One KV entry: the token and position it was computed for, and all that stood before it."""
+
+    token: int
+    position: int
+    prefix: int
+
+
+BAD = Entry(-1, -1, -1)
+
+
+@dataclass
+class Slot:
+    tokens: list[int]
+    table: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+
+
+@dataclass
+class FakeWorker:
+    """Executes plans in order: first every row writes its KV, then every row reads its whole prefix."""
+
+    block_size: int
+    slots: dict[int, Slot] = field(default_factory=dict)
+    memory: dict[tuple[int, int], Entry] = field(default_factory=dict)
+
+    def execute(self, plan: StepPlan, broken: bool = False) -> StepResult:
+        """broken: the step raises half-way: slots are up to date, what it wrote is garbage, and no result counts."""
+        for new in plan.new_sequences:
+            self.slots[new.slot] = Slot(list(new.token_ids), list(new.block_table), new.num_prompt_tokens, new.sampling)
+        for row in plan.rows:
+            self.slots[row.slot].table += row.new_block_ids
+            self._write(row, broken)
+        return StepResult(plan.step_id, [self._read_and_sample(row) for row in plan.rows])
+
+    def _address(self, slot: Slot, position: int) -> tuple[int, int]:
+        block = slot.table[position // self.block_size]
+        assert block != NULL_BLOCK
+        return block, position % self.block_size
+
+    def _write(self, row: PlanRow, broken: bool) -> None:
+        slot = self.slots[row.slot]
+        for position in range(row.start, row.start + row.length):
+            token = slot.tokens[position]
+            before = self.memory.get(self._address(slot, position - 1), BAD) if position else Entry(0, -1, 0)
+            good = not broken and before != BAD
+            entry = Entry(token, position, hash((before.prefix, token))) if good else BAD
+            self.memory[self._address(slot, position)] = entry
+
+    def _read_and_sample(self, row: PlanRow) -> RowResult:
+        slot = self.slots[row.slot]
+        end = row.start + row.length
+        read = [self.memory.get(self._address(slot, position), BAD) for position in range(end)]
+        prefix, good = 0, True
+        for position, entry in enumerate(read):
+            prefix = hash((prefix, entry.token))
+            good &= entry.position == position and entry.prefix == prefix
+        tokens = [entry.token for entry in read]
+        prompt_logprobs = None
+        if slot.sampling.prompt_logprobs is not None:
+            positions = range(row.start + 1, min(end + 1, slot.num_prompt))
+            prompt_logprobs = [logprobs_at(tokens[:i], slot.tokens[i]) for i in positions]
+        if not row.samples:
+            return RowResult([], prompt_logprobs=prompt_logprobs)
+        token = next_token(tokens, slot.num_prompt, slot.sampling) if good else GARBAGE
+        # A row that is computed again must sample at the position it was planned for.
+        assert end <= len(slot.tokens)
+        slot.tokens[end:] = [token]
+        return RowResult([token], [logprobs_at(tokens, token)], prompt_logprobs)
+
+
+@dataclass
+class Account:
+    """What one request has been told so far."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    last: TokenOutput | None = None
+
+
+class Rig:
+    """A scheduler and its worker, `depth` steps deep, checked after every call."""
+
+    def __init__(self, config: SchedulerConfig, depth: int = 1, hash_function: HashFunction = sha256) -> None:
+        self.config = config
+        self.depth = depth
+        self.scheduler = Scheduler(config, hash_function)
+        self.scheduler._kv.cache._secret = b"the same in each run, so that failures can be replayed"
+        self.worker = FakeWorker(config.block_size)
+        self.in_flight: deque[tuple[StepPlan, StepResult | None, set[int]]] = deque()
+        self.accounts: dict[str, Account] = {}
+        self.plans: list[StepPlan] = []
+        self.now = 0.0
+
+    @property
+    def unfinished(self) -> list[str]:
+        return [name for name, account in self.accounts.items() if account.last is None]
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.accounts[request.request_id] = Account(request)
+
+    def submit(self, broken: bool = False) -> StepPlan | None:
+        """Schedule a step and let the worker run it; its result waits for `commit`."""
+        self.now += 1.0
+        plan = self.scheduler.schedule(self.now)
+        if plan is None:
+            assert self.in_flight or not self.scheduler.has_unfinished(), "I12: nothing runs, yet something waits"
+            self.check()
+            return None
+        self._check_plan(plan)
+        result = self.worker.execute(plan, broken)
+        named = {block for row in plan.rows for block in self.worker.slots[row.slot].table}
+        self.in_flight.append((plan, None if broken else result, named))
+        self.plans.append(plan)
+        self.check()
+        return plan
+
+    def commit(self, row_errors: frozenset[int] = frozenset()) -> list[TokenOutput]:
+        """Commit the oldest step, or fail it if it was broken. row_errors: rows (modulo their number) that fail."""
+        plan, result, _ = self.in_flight.popleft()
+        if result is None:
+            outputs = self.scheduler.fail(plan, "the step failed")
+            assert all(output.finish_reason == "error" for output in outputs)
+        else:
+            bad = {index % len(plan.rows) for index in row_errors}
+            rows = [RowResult([], error="NaN") if i in bad else row for i, row in enumerate(result.rows)]
+            outputs = self.scheduler.commit(plan, StepResult(plan.step_id, rows))
+        self.record(outputs)
+        self.check()
+        return outputs
+
+    def abort(self, names: list[str]) -> list[TokenOutput]:
+        live = [name for name in dict.fromkeys(names) if name in self.unfinished]
+        outputs = self.scheduler.abort(names)
+        assert [output.request_id for output in outputs] == live
+        assert all(output.finish_reason == "abort" and not output.new_token_ids for output in outputs)
+        self.record(outputs)
+        self.check()
+        return outputs
+
+    def step(self) -> list[TokenOutput]:
+        """As the engine does: fill the pipeline, then commit the oldest step."""
+        while len(self.in_flight) < self.depth and self.submit() is not None:
+            pass
+        return self.commit() if self.in_flight else []
+
+    def drain(self) -> int:
+        """Step until all is done, in a bounded number of steps (I12); then nothing may be held (I6)."""
+        requests = [account.request for account in self.accounts.values()]
+        bound = 50 + 4 * sum(len(request.prompt_token_ids) + request.max_tokens for request in requests)
+        steps = 0
+        while self.in_flight or self.scheduler.has_unfinished():
+            self.step()
+            steps += 1
+            assert steps <= bound, f"I12: still not done after {steps} steps"
+        self.check_empty()
+        return steps
+
+    def record(self, outputs: list[TokenOutput]) -> None:
+        """I10, I14, I15: what is said agrees with the machine without limits, and ends once."""
+        for output in outputs:
+            account = self.accounts[output.request_id]
+            assert account.last is None, "I10: output after the end"
+            want = expected(account.request)
+            account.tokens += output.new_token_ids
+            account.logprobs += output.logprobs or []
+            assert account.tokens == want.output[: len(account.tokens)], "I14/I15: other tokens than without limits"
+            assert account.logprobs == want.logprobs[: len(account.tokens)]
+            if output.prompt_logprobs is not None:
+                assert account.prompt_logprobs is None, "prompt_logprobs came twice"
+                assert account.tokens == output.new_token_ids != []
+                account.prompt_logprobs = output.prompt_logprobs
+            if account.tokens:
+                assert account.prompt_logprobs == want.prompt_logprobs
+                assert output.scheduled_time > 0
+            assert output.num_cached_tokens < len(account.request.prompt_token_ids)
+            assert (output.error is not None) == (output.finish_reason == "error")
+            if output.finish_reason is not None:
+                account.last = output
+            if output.finish_reason in ("stop", "length"):
+                assert (output.finish_reason, output.stop_reason) == (want.finish_reason, want.stop_reason)
+                assert account.tokens == want.output
+            else:
+                assert len(account.tokens) < len(want.output), "went on after the end"
+
+    def check(self) -> None:
+        """I1-I9 by the scheduler's own audit, and from outside what it could get wrong twice in the same way."""
+        scheduler, config = self.scheduler, self.config
+        scheduler.audit()
+        stats = scheduler.stats()
+        assert stats.num_running <= config.max_num_seqs
+        assert stats.num_running + stats.num_waiting == len(self.unfinished)
+        assert stats.num_kv_tokens <= stats.num_kv_slots
+        assert scheduler.has_unfinished() == bool(self.unfinished)
+        for _, _, named in self.in_flight:
+            for block in named:
+                assert scheduler._kv.pool.ref_count(block) > 0, "a block that a step in flight names was freed"
+        salts: dict[int, str | None] = {}
+        for sequence in scheduler._running:
+            for block in sequence.block_table:
+                salt = salts.setdefault(block, sequence.request.cache_salt)
+                assert salt == sequence.request.cache_salt, "I19: a block is shared between salts"
+
+    def check_empty(self) -> None:
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_kv_slots) == (0, 0, 0)
+        assert stats.num_free_blocks == stats.num_blocks == self.config.num_blocks - 1
+        assert not self.scheduler._sequences
+        assert not self.scheduler._in_flight
+        assert sorted(self.scheduler._free_slots) == list(range(self.config.max_num_seqs))
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """I7 and the contract of StepPlan, checked against the worker's slots before they change."""
+        assert plan.rows
+        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots) <= self.config.max_num_seqs
+        fresh = {new.slot: new for new in plan.new_sequences}
+        assert len(fresh) == len(plan.new_sequences)
+        assert set(fresh) <= set(slots) <= set(range(self.config.max_num_seqs))
+        for row in plan.rows:
+            new = fresh.get(row.slot)
+            assert row.length > 0
+            assert new is None or not row.new_block_ids
+            table = new.block_table if new else self.worker.slots[row.slot].table + row.new_block_ids
+            tokens = new.token_ids if new else self.worker.slots[row.slot].tokens
+            end = row.start + row.length
+            assert end <= min(len(tokens), len(table) * self.config.block_size)
+            assert row.samples == (end == len(tokens))
+            if new and not self.config.enable_chunked_prefill:
+                assert row.samples, "a prompt was cut although prompts are not chunked"

@@ -1,0 +1,122 @@
+"""The whole scheduler under random load, aborts, failures and every setting, against a machine without limits."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from scheduler_rig import EOS, Rig, hash0, hash8, make_request
+
+from octavo.config import SchedulerConfig
+from octavo.scheduler.prefix_cache import sha256
+
+# Long runs: OCTAVO_TEST_EXAMPLES=2000 python -m pytest tests/scheduler/test_state_machine.py
+NUM_EXAMPLES = int(os.environ.get("OCTAVO_TEST_EXAMPLES", "60"))
+
+configs = st.builds(
+    SchedulerConfig,
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.sampled_from([1, 2, 5, 16, 48, 512]),
+    max_model_len=st.just(80),
+    block_size=st.sampled_from([2, 3, 4, 16]),
+    num_blocks=st.sampled_from([8, 12, 18, 25, 40]),
+    enable_prefix_caching=st.sampled_from([True, True, True, False]),
+    enable_chunked_prefill=st.sampled_from([True, True, False]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+)
+# All prompts are of two tokens and most begin alike, so that many of their blocks are equal.
+prompts = st.tuples(
+    st.sampled_from([0, 0, 5, 16, 17, 31, 36]), st.lists(st.integers(0, 1), min_size=1, max_size=4)
+).map(lambda x: ([0, 1, 1, 0] * 9)[: x[0]] + x[1])
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "priority": st.integers(-1, 1),
+        "cache_salt": st.sampled_from(["", "a"]),
+        "ignore_eos": st.booleans(),
+        "stop_token_ids": st.just([4, EOS]),
+        "prompt_logprobs": st.just(1),
+        "min_tokens": st.just(1),
+    },
+)
+wishes = st.tuples(prompts, st.integers(1, 32), st.one_of(st.just({}), options))
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(config=configs, depth=st.integers(1, 3), hash_function=st.sampled_from([sha256, hash8, hash0]))
+    def start(self, config, depth, hash_function):
+        self.rig = Rig(config, depth, hash_function)
+        self.num_added = 0
+
+    def add_one(self, prompt, max_tokens, options):
+        config = self.rig.config
+        request = make_request(f"r{self.num_added}", prompt, max_tokens, **options)
+        num_computed = len(prompt) + max_tokens - 1
+        fits = -(-num_computed // config.block_size) < config.num_blocks and num_computed < config.max_model_len
+        if not config.enable_chunked_prefill:
+            fits &= num_computed <= config.max_num_batched_tokens
+        self.num_added += 1
+        try:
+            self.rig.add(request)
+        except ValueError:
+            assert not fits
+        else:
+            assert fits
+        self.rig.check()
+
+    @rule(wishes=st.lists(wishes, min_size=1, max_size=6))
+    def add(self, wishes):
+        for wish in wishes:
+            self.add_one(*wish)
+
+    @rule(index=st.integers(0, 30), suffix=st.lists(st.integers(0, 1), max_size=2), max_tokens=st.integers(1, 8))
+    def follow_up(self, index, suffix, max_tokens):
+        """The next turn of a conversation: its prompt begins with what an earlier request was told."""
+        account = self.rig.accounts.get(f"r{index}")
+        if account is not None:
+            self.add_one([*account.request.prompt_token_ids, *account.tokens, *suffix], max_tokens, {})
+
+    @precondition(lambda self: len(self.rig.in_flight) < self.rig.depth)
+    @rule()
+    def submit(self):
+        self.rig.submit()
+
+    @precondition(lambda self: self.rig.in_flight)
+    @rule()
+    def commit(self):
+        self.rig.commit()
+
+    @rule(count=st.integers(1, 16))
+    def steps(self, count):
+        for _ in range(count):
+            self.rig.step()
+
+    @rule(indices=st.lists(st.integers(0, 30), min_size=1, max_size=3))
+    def abort(self, indices):
+        self.rig.abort([f"r{index}" for index in indices])
+
+    @rule(kind=st.sampled_from(["broken step", "broken row", "reset"]), row=st.integers(0, 5))
+    def trouble(self, kind, row):
+        if kind == "broken step" and len(self.rig.in_flight) < self.rig.depth:
+            self.rig.submit(broken=True)
+        elif kind == "broken row" and self.rig.in_flight:
+            self.rig.commit(frozenset([row]))
+        elif kind == "reset":
+            assert self.rig.scheduler.reset_prefix_cache() is self.rig.config.enable_prefix_caching
+            self.rig.check()
+
+    def teardown(self):
+        if hasattr(self, "rig"):
+            self.rig.drain()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=NUM_EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=NUM_EXAMPLES <= 100,
+    suppress_health_check=list(HealthCheck),
+)
+TestSchedulerMachine = SchedulerMachine.TestCase

@@ -1,0 +1,31 @@
+"""Strings that tokenizers get wrong."""
+
+TRICKY = (
+    "",
+    " ",
+    "   ",
+    "Hello, world!",
+    " leading and trailing ",
+    "don't we'll I'VE they'RE it's",
+    "\n\n\t \r\n  x\r\r\n",
+    "a  b   c    d\te\u00a0f\u3000g",
+    "1 12 123 1234 12345 3.14159 1,000,000 ٣٤٥ ½ Ⅷ",
+    "def f(x):\n    return x**2  # comment\n\n\nclass A: pass\n",
+    "{'a': [1, 2], \"b\": null}<div class='x'>&amp;</div>",
+    "naïve café Ångström",
+    "e\u0301 n\u0303 o\u0308\u0323",  # combining marks, not composed
+    "你好，世界。日本語のテスト ひらがな カタカナ 한국어",
+    "สวัสดีชาวโลก ภาษาไทย",
+    "नमस्ते दुनिया العربية עברית",
+    "👩‍👩‍👧‍👦 🧑🏽‍🚀 🏳️‍🌈 🇩🇪 ❤️ 😀😃",
+    "\u200b\ufeff\u202e zero width",
+    "𝕳𝖊𝖑𝖑𝖔 𐍈 \U0010ffff",
+    "\x00\x01\x7f\x85",
+    "<|im_start|>user\nhi<|im_end|> <|endoftext|>",
+    "<s> [INST] x [/INST] </s><|eot_id|><|begin_of_text|>",
+    "<｜begin▁of▁sentence｜>a<｜User｜>b<｜Assistant｜><think>\n</think>",
+    "▁ĠĊ mixed ▁ marks <0x0A> <unk>",
+    "https://example.com/a?b=c&d=%20#e user@example.org",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "!!!???...---===***~~~```$$$^^^",
+)

@@ -1,0 +1,52 @@
+"""Sizing the KV pool, and what the ledger says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.config import DeviceFacts, EngineConfig, EngineOptions, ModelFacts, resolve
+from octavo.worker.memory import free_host_bytes, plan_memory
+
+MIB = 1024**2
+# 2 (K and V) * 4 layers * 2 heads * 32 dims * 4 bytes = 2 KiB a token in float32, 32 KiB a block of 16.
+FACTS = ModelFacts(max_position_embeddings=1024, vocab_size=100, num_layers=4, num_kv_heads=2, head_dim=32)
+
+
+def config(**options: object) -> EngineConfig:
+    made = EngineOptions(dtype="float32", **options)  # type: ignore[arg-type]
+    return resolve(made, FACTS, DeviceFacts(kind="cpu", num_threads=2))
+
+
+def test_what_the_user_says_is_what_is_used() -> None:
+    ledger = plan_memory(config(kv_cache_memory="4MiB"), weight_bytes=0, free_bytes=0)
+    assert ledger.num_blocks == 128
+    assert ledger.num_tokens == 127 * 16
+    assert ledger.kv_bytes == 4 * MIB
+
+
+def test_a_fraction_of_what_is_free() -> None:
+    ledger = plan_memory(config(gpu_memory_utilization=0.5, max_num_seqs=64), weight_bytes=7, free_bytes=8 * MIB)
+    assert ledger.num_blocks == 128
+    assert ledger.weight_bytes == 7
+
+
+def test_no_more_than_the_sequences_could_fill() -> None:
+    ledger = plan_memory(config(max_num_seqs=2, max_model_len=160), weight_bytes=0, free_bytes=10**12)
+    assert ledger.num_blocks == 2 * 10 + 1
+
+
+def test_too_little_says_what_fits() -> None:
+    with pytest.raises(
+        ValueError, match=r"max_model_len=1024 needs 2 MiB .* there are 1 MiB: lower max_model_len to 496"
+    ):
+        plan_memory(config(kv_cache_memory="1MiB"), weight_bytes=0, free_bytes=0)
+
+
+def test_lines_name_tokens_and_whole_requests() -> None:
+    lines = plan_memory(config(kv_cache_memory="4MiB"), weight_bytes=3 * MIB, free_bytes=0).lines()
+    assert lines[0] == "weights 3 MiB"
+    assert "2,032 tokens, 2.0 concurrent requests of 1,024 tokens" in lines[1]
+
+
+def test_free_host_bytes_is_within_the_machine() -> None:
+    assert 0 < free_host_bytes() < 2**50
