@@ -154,7 +154,9 @@ def export(model: Path) -> Path:
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-        loaded.save_pretrained(folder)
+        unfinished = folder.with_suffix(".unfinished")
+        loaded.save_pretrained(unfinished)
+        unfinished.rename(folder)
     return folder
 
 

@@ -99,7 +99,7 @@ def against_each_other(base: list[RequestOutput], other: list[RequestOutput]) ->
 
 
 def build(**options: Any) -> LLM:
-    return LLM("smollm2", dtype="float32", max_model_len=512, **{"kv_cache_memory": "256MiB", **options})
+    return LLM("smollm2", dtype="float32", **{"max_model_len": 256, "kv_cache_memory": "256MiB", **options})
 
 
 def verify(num_prompts: int, num_tokens: int) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def verify(num_prompts: int, num_tokens: int) -> list[dict[str, Any]]:
     rows.append({"check": "prefix cache off"} | against_each_other(base, greedy(llm, prompts, num_tokens)))
     llm = build(max_num_seqs=4, max_num_batched_tokens=7, enable_prefix_caching=False)
     rows.append({"check": "chunks of 7"} | against_each_other(base, greedy(llm, prompts, num_tokens)))
-    llm = build(kv_cache_memory="24MiB", async_scheduling=True)
+    llm = build(kv_cache_memory="12MiB", async_scheduling=True)
     preempted = greedy(llm, prompts, num_tokens)
     count = llm.stats().num_preemptions_total
     rows.append({"check": "preempted, depth 2", "preemptions": count} | against_each_other(base, preempted))

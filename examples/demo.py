@@ -25,7 +25,7 @@ STOP_WITHIN = 10.0  # seconds from SIGTERM to SIGKILL
 MAX_TOKENS = 64
 LINE_WIDTH = 100
 QUESTIONS = (
-    "What is the capital of France?",
+    "Where is the Eiffel Tower?",
     "Name three primary colours.",
     "Why is the sky blue?",
     "Write a haiku about the sea.",
@@ -34,10 +34,10 @@ QUESTIONS = (
     "Give me one tip for learning to cook.",
     "What is photosynthesis?",
     "Who wrote Romeo and Juliet?",
-    "What is 7 times 6?",
-    "Say hello in Spanish.",
+    "What is 2 plus 2?",
+    "Say hello in French.",
     "What is a prime number?",
-    "Name a planet that has rings.",
+    "What is the largest ocean on Earth?",
     "What is bread made of?",
     "Describe a cat in one sentence.",
     "What should I pack for a day at the beach?",
@@ -55,16 +55,25 @@ class Chat:
     pending: str = ""
 
     def write(self, text: str, *, last: bool = False) -> None:
-        """Print whole lines, each with the chat's number before it, and keep the rest."""
-        *lines, self.pending = (self.pending + text).split("\n")
-        while len(self.pending) > LINE_WIDTH:
-            space = self.pending.rfind(" ", 1, LINE_WIDTH)
-            cut = space if space > 0 else LINE_WIDTH
-            lines.append(self.pending[:cut])
-            self.pending = self.pending[cut:].lstrip()
+        """Print what fills a line, each with the chat's number before it, and keep the rest."""
+        *ended, self.pending = (self.pending + text).split("\n")
+        for line in ended:
+            self._print(self._print_full(line))
+        self.pending = self._print_full(self.pending)
         if last:
-            lines.append(self.pending)
-        for line in filter(str.strip, lines):
+            self._print(self.pending)
+
+    def _print_full(self, line: str) -> str:
+        """Print as many full lines as there are in `line`; returns the rest of it."""
+        while len(line) > LINE_WIDTH:
+            space = line.rfind(" ", 1, LINE_WIDTH)
+            cut = space if space > 0 else LINE_WIDTH
+            self._print(line[:cut])
+            line = line[cut:].lstrip()
+        return line
+
+    def _print(self, line: str) -> None:
+        if line.strip():
             print(f"[{self.number:2}] {line}", flush=True)
 
 

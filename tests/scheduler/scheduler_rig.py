@@ -208,6 +208,13 @@ class Rig:
         self.now = 0.0
 
     @property
+    def capacity(self) -> int:
+        """The most tokens of one request that can ever be computed."""
+        config = self.config
+        bounds = [(config.num_blocks - 1) * config.block_size, config.max_model_len - 1]
+        return min(bounds if config.enable_chunked_prefill else [*bounds, config.max_num_batched_tokens])
+
+    @property
     def unfinished(self) -> list[str]:
         return [name for name, account in self.accounts.items() if account.last is None]
 

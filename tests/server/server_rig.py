@@ -31,6 +31,7 @@ from octavo.text.tokenizer_files import TokenizerParts
 EOS = 256
 VOCAB_SIZE = 257
 MAX_MODEL_LEN = 512
+READY = Ready(max_model_len=MAX_MODEL_LEN, max_num_seqs=8, num_blocks=64, block_size=16, vocab_size=VOCAB_SIZE)
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{{ suffix }}"
@@ -66,7 +67,7 @@ class FakeEngine:
     """EngineClient. `script` chooses what a request gets; `aborted` and `requests` say what happened."""
 
     script: Callable[[Request], Script] = field(default=lambda _: Script())
-    ready: Ready = field(default_factory=lambda: Ready(MAX_MODEL_LEN, 64, 16, VOCAB_SIZE))
+    ready: Ready = READY
     stats: SchedulerStats = field(default_factory=SchedulerStats)
     dead: str | None = None
     requests: list[Request] = field(default_factory=list)
@@ -90,7 +91,8 @@ class FakeEngine:
         if self.dead is not None:
             raise EngineDeadError(self.dead)
         assert request.request_id not in self.running
-        assert request.sampling.n == 1 and request.sampling.seed is not None
+        assert request.sampling.n == 1
+        assert request.sampling.seed is not None
         assert len(request.prompt_token_ids) + request.max_tokens <= self.ready.max_model_len
         self.requests.append(request)
         self.running.add(request.request_id)
@@ -206,7 +208,9 @@ class Rig:
         for line in text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                samples[re.sub(r',?(engine="0"|model_name="fake")(?=[,}])', "", name).replace("{,", "{").replace("{}", "")] = float(value)
+                samples[
+                    re.sub(r',?(engine="0"|model_name="fake")(?=[,}])', "", name).replace("{,", "{").replace("{}", "")
+                ] = float(value)
         return samples
 
 
@@ -222,27 +226,33 @@ def make_context(engine: FakeEngine, **changes: Any) -> ServerContext:
         "max_num_seqs": 8,
         "options": ServerOptions(max_waiting_requests=8, drain_timeout=5.0),
         "version": "1.2.3",
-        "timeouts": Timeouts(header=0.5, body_idle=0.5, body=1.0, drain=0.3, keep_alive=5.0, write=0.5),
+        "timeouts": Timeouts(header=0.5, body_idle=0.5, body=1.0, drain=1.0, keep_alive=5.0, write=0.5),
     }
     return ServerContext(**{**fields, **changes})
 
 
 @contextlib.asynccontextmanager
-async def running(engine: FakeEngine | None = None, **changes: Any) -> AsyncIterator[Rig]:
+async def running(
+    engine: FakeEngine | None = None, send_buffer: int | None = None, **changes: Any
+) -> AsyncIterator[Rig]:
     """A server for the time of the block. It is ended as in life, by SIGTERM."""
     engine = engine or FakeEngine()
     context = make_context(engine, **changes)
     sock = bind("127.0.0.1", 0)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = sock.getsockname()[1]
     ready = asyncio.Event()
     task = asyncio.create_task(serve(context, sock, ready.set))
     await ready.wait()
     key = context.options.api_key[0] if context.options.api_key else "none"
     base = f"http://127.0.0.1:{port}"
+    # verify=False: nothing here is https, and reading the machine's certificates takes longer than most tests.
     async with (
-        httpx.AsyncClient(base_url=base, timeout=10) as http,
-        openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=10) as client,
+        httpx.AsyncClient(base_url=base, timeout=10, verify=False) as http,
+        openai.DefaultAsyncHttpxClient(verify=False) as inner,
     ):
+        client = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=10, http_client=inner)
         rig = Rig(engine, context, port, task, http, client)
         try:
             yield rig

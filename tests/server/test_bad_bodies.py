@@ -19,6 +19,7 @@ BASE: dict[str, dict[str, Any]] = {
     PLAIN: {"model": "fake", "prompt": "hi"},
 }
 DROP = object()
+CALL = "messages[0].tool_calls[0]"
 
 # (path, fields changed, param, code or None for any)
 FIELDS = [
@@ -26,13 +27,14 @@ FIELDS = [
     *[(path, {"model": value}, "model", "invalid_type") for path in BASE for value in (None, 5, ["fake"])],
     *[(path, {"n": value}, "n", "invalid_type") for path in BASE for value in ("5", True, 1.5, [1])],
     *[(path, {"n": value}, "n", None) for path in BASE for value in (0, -1, 129, 16384, 10**30)],
-    *[(path, {"temperature": value}, "temperature", None) for path in BASE for value in (-0.1, 2.01, 1e308, "0.5", True)],
+    *[(path, {"temperature": v}, "temperature", None) for path in BASE for v in (-0.1, 2.01, 1e308, "0.5", True)],
     (PLAIN, {"n": 2, "temperature": 0}, "n", None),
     (PLAIN, {"n": 17}, "n", None),  # more than the server ever takes at once
     *[(PLAIN, {"top_p": value}, "top_p", None) for value in (0, 1.1, -1)],
     *[(PLAIN, {"top_k": value}, "top_k", None) for value in (-2, 1.5, 2**63, "1")],
     *[(PLAIN, {"min_p": value}, "min_p", None) for value in (-0.1, 1.1)],
-    *[(PLAIN, {f"{kind}_penalty": v}, f"{kind}_penalty", None) for kind in ("presence", "frequency") for v in (-2.01, 2.01)],
+    *[(PLAIN, {"presence_penalty": value}, "presence_penalty", None) for value in (-2.01, 2.01)],
+    *[(PLAIN, {"frequency_penalty": value}, "frequency_penalty", None) for value in (-2.01, 2.01)],
     *[(PLAIN, {"repetition_penalty": value}, "repetition_penalty", None) for value in (0, -1)],
     *[(PLAIN, {"seed": value}, "seed", None) for value in (2**63, -(2**63) - 1, "1", 1.5)],
     *[(PLAIN, {"stop": value}, "stop", None) for value in ("", [""], {}, ["x"] * 65, ["x" * 20000])],
@@ -40,7 +42,7 @@ FIELDS = [
     *[(PLAIN, {"stop_token_ids": v, "min_tokens": 1}, "stop_token_ids", None) for v in ([VOCAB_SIZE], [-1], [2**31])],
     (PLAIN, {"stop_token_ids": ["a"]}, "stop_token_ids[0]", "invalid_type"),
     *[(PLAIN, {"max_tokens": value}, "max_tokens", None) for value in (0, -1, 2**63, "10", 1.5, True)],
-    *[(PLAIN, {"max_tokens": value}, "max_tokens", "context_length_exceeded") for value in (MAX_MODEL_LEN, 2**31, 10**9)],
+    *[(PLAIN, {"max_tokens": v}, "max_tokens", "context_length_exceeded") for v in (MAX_MODEL_LEN, 2**31, 10**9)],
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", None),
     (CHAT, {"max_completion_tokens": 600}, "max_completion_tokens", "context_length_exceeded"),
     *[(PLAIN, {"min_tokens": value}, "min_tokens", None) for value in (-1, 17, 2**70)],
@@ -85,7 +87,7 @@ FIELDS = [
     (CHAT, {"messages": [{"role": "user", "content": [None]}]}, "messages[0].content[0]", None),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", None),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "foo"}]}]}, "messages[0].content[0].type", None),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text", None),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, None, "invalid_type"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "name": "a\nb"}]}, "messages[0].name", None),
     (CHAT, {"messages": [{"role": "user", "content": "x", "foo": 1}]}, "messages[0].foo", "unknown_parameter"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id", None),
@@ -96,13 +98,13 @@ FIELDS = [
             (5, "messages[0].tool_calls"),
             ("abc", "messages[0].tool_calls"),
             ([], "messages[0].content"),
-            ([None], "messages[0].tool_calls[0]"),
-            ([{"function": {"name": "f", "arguments": "{}"}}], "messages[0].tool_calls[0].id"),
-            ([{"id": "1", "function": {"name": "f", "arguments": None}}], "messages[0].tool_calls[0].function.arguments"),
-            ([{"id": "1", "function": {"name": "f", "arguments": "x"}}], "messages[0].tool_calls[0].function.arguments"),
+            ([None], CALL),
+            ([{"function": {"name": "f", "arguments": "{}"}}], CALL + ".id"),
+            ([{"id": "1", "function": {"name": "f", "arguments": None}}], CALL + ".function.arguments"),
+            ([{"id": "1", "function": {"name": "f", "arguments": "x"}}], CALL + ".function.arguments"),
         )
     ],
-    *[(CHAT, {"chat_template_kwargs": {k: 1}}, f"chat_template_kwargs.{k}", None) for k in ("tokenize", "messages", "self")],
+    *[(CHAT, {"chat_template_kwargs": {k: 1}}, f"chat_template_kwargs.{k}", None) for k in ("tokenize", "self")],
     (CHAT, {"chat_template_kwargs": [1]}, "chat_template_kwargs", "invalid_type"),
     (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", None),
     # fields that are not ours

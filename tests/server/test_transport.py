@@ -105,9 +105,9 @@ async def test_heads_that_are_refused() -> None:
 
 
 async def test_bodies_that_are_refused() -> None:
-    async with running(options=ServerOptions(max_body_bytes=100_000)) as rig:
+    async with running(options=ServerOptions(max_body_bytes=20_000)) as rig:
         big = b"x" * 150_000
-        chunked = b"".join(b"1\r\nx\r\n" for _ in range(150_000)) + b"0\r\n\r\n"
+        chunked = b"".join(b"1\r\nx\r\n" for _ in range(30_000)) + b"0\r\n\r\n"
         for data, code in (
             (request(big), 413),
             (request(b"", content_length="99999999999", expect="100-continue"), 413),
@@ -129,7 +129,7 @@ async def test_bodies_that_are_refused() -> None:
 
 async def test_an_endless_body_is_cut_off_with_flat_memory() -> None:
     async with running(options=ServerOptions(max_body_bytes=100_000)) as rig:
-        reader, writer = await rig.connect()
+        _, writer = await rig.connect()
         writer.write(request(b"", content_length="", transfer_encoding="chunked"))
         piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
         start = time.monotonic()
@@ -220,16 +220,14 @@ async def test_disconnect_while_the_body_is_sent_or_tokenized_leaves_nothing() -
 
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:
-    async with running(FakeEngine(lambda _: Script(b"x" * 400))) as rig:
+    async with running(FakeEngine(lambda _: Script(b"x" * 400)), send_buffer=4096) as rig:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", rig.port))
-            fields = b'"n": 16, "max_tokens": 400, "stream": true, "logprobs": true, "top_logprobs": 20'
+            fields = b'"max_tokens": 400, "stream": true, "logprobs": true, "top_logprobs": 20'
             body = b'{"model": "fake", "messages": [{"role": "user", "content": "x"}], %s}' % fields
             sock.sendall(request(body, "/v1/chat/completions"))
-            await until(lambda: len(rig.engine.requests) == 16)
-            await until(lambda: len(rig.engine.running) == 0, 8.0)
-            assert rig.engine.aborted
+            await until(lambda: len(rig.engine.aborted) == 1)
 
 
 async def test_log_lines_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,7 @@ def test_byte_fallback(tmp_path: Path) -> None:
     facts = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types, "bos_token_id": 1}
     tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", facts))
     assert tokenizer.encode("a a", True) == [1, 261, 261]
+    assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.encode("é", False) == [259, 3 + 0xC3, 3 + 0xA9]
     assert tokenizer.decode([259, 3 + 0xC3, 3 + 0xA9], False) == "é"
     plain = load_tokenizer(write_gguf(tmp_path / "u.gguf", {**facts, "add_space_prefix": False}))
@@ -188,7 +189,7 @@ def test_every_pre_tokenizer_builds(tmp_path: Path) -> None:
         ({"tokens": None}, "holds no tokenizer"),
         ({"merges": ["a q q"]}, "merges do not fit its vocabulary"),
         ({"merges": ["ab"]}, r"small\.gguf"),
-        ({"merges": None}, "merges"),
+        ({"merges": None}, r"lacks tokenizer\.ggml\.merges"),
         ({"eos_token_id": 99}, r"small\.gguf"),
         ({"token_type": [1]}, r"small\.gguf"),
     ],

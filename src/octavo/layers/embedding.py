@@ -14,7 +14,9 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), requires_grad=False
+        )
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: int64 [T], each in [0, vocab_size). Returns a new tensor [T, hidden_size]."""

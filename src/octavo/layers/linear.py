@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from octavo.layers.slot import WeightSlot
-from octavo.quantization.scheme import LinearScheme
+from octavo.quantization.scheme import LinearLayer, LinearScheme
+from octavo.quantization.unquantized import UNQUANTIZED
 
 
-class Linear(nn.Module):
+class Linear(LinearLayer):
     """y = x Wᵀ + b, where W stacks the rows of its parts: {"q_proj": 64, "k_proj": 32, "v_proj": 32}.
 
     A part's checkpoint tensors lie beside the layer: `self_attn.qkv_proj` is filled from
@@ -24,11 +25,11 @@ class Linear(nn.Module):
         in_features: int,
         parts: Mapping[str, int],
         bias: bool,
-        scheme: LinearScheme,
         dtype: torch.dtype,
         device: torch.device,
+        scheme: LinearScheme = UNQUANTIZED,
     ) -> None:
-        """parts: rows of each, in order. Raises nothing; the weights are uninitialised until loaded."""
+        """parts: rows of each, in order. The weights are uninitialised until loaded."""
         super().__init__()
         self.in_features, self.out_features = in_features, sum(parts.values())
         self._parts = dict(parts)
@@ -36,7 +37,7 @@ class Linear(nn.Module):
         self._scheme = scheme
         scheme.create_weights(self, in_features, self.out_features, bias, dtype, device)
         self._num_unloaded = len(parts) * (2 if bias else 1)
-        self.num_bytes = self.out_features * (in_features + bias) * dtype.itemsize
+        self.weight_nbytes = self.out_features * in_features * dtype.itemsize
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in_features]. Returns [T, out_features]."""

@@ -30,7 +30,12 @@ class RotaryEmbedding(nn.Module):
     """
 
     def __init__(
-        self, rope: RopeParameters, head_dim: int, max_position_embeddings: int, dtype: torch.dtype, device: torch.device
+        self,
+        rope: RopeParameters,
+        head_dim: int,
+        max_position_embeddings: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Raises ValueError naming a rope parameter that is missing or of the wrong size."""
         super().__init__()

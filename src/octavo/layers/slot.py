@@ -14,7 +14,7 @@ class WeightSlot:
     """One checkpoint tensor. shape: as it stands in the checkpoint; load: copies it in, casting its dtype."""
 
     shape: tuple[int, ...]
-    load: Callable[[Tensor], None]
+    load: Callable[[Tensor], object]
 
 
 @runtime_checkable

@@ -77,7 +77,7 @@ class CausalLM(nn.Module, ABC):
     def weight_bytes(self) -> int:
         """Memory that the loaded weights take, packed copies included."""
         plain = {p.data_ptr(): p.nbytes for p in self.parameters()}
-        packed = sum(m.num_bytes for m in self.modules() if isinstance(m, Linear) and m.packed_weight is not None)
+        packed = sum(m.weight_nbytes for m in self.modules() if isinstance(m, Linear) and m.packed_weight is not None)
         return sum(plain.values()) + packed
 
 

@@ -126,7 +126,7 @@ class ConfigFields:
         head_dim = self.integer("head_dim", hidden_size // num_heads)
         if head_dim % 2:
             raise ValueError(f"config field head_dim={head_dim} is out of range; allowed: an even number")
-        num_layers = self.integer("num_hidden_layers")
+        num_layers, rope = self.integer("num_hidden_layers"), self.rope()
         facts: dict[str, Any] = {
             "vocab_size": self.integer("vocab_size"),
             "hidden_size": hidden_size,
@@ -135,13 +135,21 @@ class ConfigFields:
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
-            "max_position_embeddings": self.integer("max_position_embeddings"),
+            "max_position_embeddings": self._context_length(rope),
             "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
             "tie_word_embeddings": self.flag("tie_word_embeddings", False),
-            "rope": self.rope(),
+            "rope": rope,
             "layer_windows": (None,) * num_layers,
         }
         return DecoderConfig(**(facts | family))
+
+    def _context_length(self, rope: RopeParameters) -> int:
+        """Tokens that the model can follow. A config that asks for YaRN may still give the length before it."""
+        given = self.integer("max_position_embeddings")
+        original, factor = rope.scaling.get("original_max_position_embeddings"), rope.scaling.get("factor")
+        if rope.rope_type == "yarn" and original and factor:
+            return max(given, int(original * factor))
+        return given
 
     def _refuse_what_is_unsupported(self) -> None:
         activation = self.values.get("hidden_act", "silu")
@@ -152,4 +160,6 @@ class ConfigFields:
         quantization = self.values.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", quantization)
-            raise ValueError(f"config field quantization_config.quant_method={method!r} is not supported; allowed: none")
+            raise ValueError(
+                f"config field quantization_config.quant_method={method!r} is not supported; allowed: no such field"
+            )

@@ -16,8 +16,6 @@ from octavo.layers.norm import QueryKeyNorm, RMSNorm
 from octavo.layers.rotary import RotaryEmbedding, rotate
 from octavo.models.base import CausalLM
 from octavo.models.config import ConfigFields, DecoderConfig
-from octavo.quantization.scheme import LinearScheme
-from octavo.quantization.unquantized import UnquantizedScheme
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -25,20 +23,16 @@ Rotation = tuple[Tensor, Tensor]
 class SelfAttention(nn.Module):
     """Grouped-query attention between its projections."""
 
-    def __init__(
-        self, config: DecoderConfig, layer_index: int, scheme: LinearScheme, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: DecoderConfig, layer_index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
-        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, scheme, dtype, device)
+        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, dtype, device)
         self.qk_norm: nn.Module | None = None
         if config.qk_norm:
             self.qk_norm = QueryKeyNorm(heads, kv_heads, dim, config.rms_norm_eps, dtype, device)
         self.attn = Attention(layer_index, heads, kv_heads, dim, config.layer_windows[layer_index])
-        self.o_proj = Linear(
-            heads * dim, {"o_proj": config.hidden_size}, config.output_bias, scheme, dtype, device
-        )
+        self.o_proj = Linear(heads * dim, {"o_proj": config.hidden_size}, config.output_bias, dtype, device)
 
     def forward(self, x: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
         attn = self.attn
@@ -53,11 +47,11 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward network."""
 
-    def __init__(self, config: DecoderConfig, scheme: LinearScheme, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, scheme, dtype, device)
-        self.down_proj = Linear(inner, {"down_proj": hidden}, bias, scheme, dtype, device)
+        self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, dtype, device)
+        self.down_proj = Linear(inner, {"down_proj": hidden}, bias, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
@@ -66,14 +60,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then the feed-forward network, each on the normalised residual stream and added to it."""
 
-    def __init__(
-        self, config: DecoderConfig, layer_index: int, scheme: LinearScheme, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: DecoderConfig, layer_index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.self_attn = SelfAttention(config, layer_index, scheme, dtype, device)
+        self.self_attn = SelfAttention(config, layer_index, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.mlp = MLP(config, scheme, dtype, device)
+        self.mlp = MLP(config, dtype, device)
 
     def forward(self, residual: Tensor, rotation: Rotation, context: AttentionContext) -> None:
         """Adds to `residual` [T, hidden_size] in place."""
@@ -84,10 +76,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids to the last hidden states."""
 
-    def __init__(self, config: DecoderConfig, scheme: LinearScheme, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, scheme, dtype, device) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings, dtype, device)
 
@@ -105,10 +97,8 @@ class LlamaForCausalLM(CausalLM):
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        scheme = UnquantizedScheme()
-        self.model = Decoder(config, scheme, dtype, device)
-        parts = {"lm_head": config.vocab_size}
-        self.lm_head = Linear(config.hidden_size, parts, False, scheme, dtype, device)
+        self.model = Decoder(config, dtype, device)
+        self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
 
     @staticmethod
     def read_config(values: Mapping[str, Any]) -> DecoderConfig:

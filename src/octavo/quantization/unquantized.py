@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.quantization.scheme import LinearLayer
+
 _CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -22,12 +24,18 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 class UnquantizedScheme:
     """Holds `weight` and `bias` as parameters; once packed, `packed_weight` and `packed_bias` in their place.
 
-    Invariant: `packed_weight` is None or opaque. It is no parameter, so that nothing that wants a plain tensor
-    (state_dict, parameters, to) meets it.
+    Invariant: one of `weight` and `packed_weight` is None, and the latter is opaque. It is no parameter, so that
+    nothing that wants a plain tensor (state_dict, parameters, to) meets it.
     """
 
     def create_weights(
-        self, layer: nn.Module, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        layer: LinearLayer,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -37,17 +45,23 @@ class UnquantizedScheme:
         layer.packed_weight = None
         layer.packed_bias = None
 
-    def load(self, layer: nn.Module, name: str, row: int, tensor: Tensor, last: bool) -> None:
-        held = getattr(layer, name)
+    def load(self, layer: LinearLayer, name: str, row: int, tensor: Tensor, last: bool) -> None:
+        held: Tensor = getattr(layer, name)
         if tensor is not held:  # a tied layer is handed the very tensor that it holds
             held[row : row + len(tensor)].copy_(tensor)
-        if last and can_pack(layer.weight.dtype, layer.weight.device):
-            layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data)
+        weight = layer.weight
+        if last and weight is not None and can_pack(weight.dtype, weight.device):
+            layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.data)
             layer.packed_bias = None if layer.bias is None else layer.bias.data
             layer.weight = None
 
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
         packed = layer.packed_weight
         if packed is None:
+            assert layer.weight is not None
             return F.linear(x, layer.weight, layer.bias)
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, layer.packed_bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, layer.packed_bias, "none", [], "")
+        return product
+
+
+UNQUANTIZED = UnquantizedScheme()

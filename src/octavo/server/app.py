@@ -20,7 +20,7 @@ from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import AccessMiddleware, GuardMiddleware
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
-from octavo.server.openai.errors import APIError, internal
+from octavo.server.openai.errors import APIError
 from octavo.server.openai.models import Models
 from octavo.server.statistics_log import log_statistics
 
@@ -48,7 +48,7 @@ def build_app(context: ServerContext) -> Starlette:
             Middleware(AccessMiddleware, metrics=state.metrics),
             Middleware(GuardMiddleware, keys=api_keys(context.options), lifecycle=state.lifecycle),
         ],
-        exception_handlers={APIError: _api_error, HTTPException: _http_error, Exception: _bug},
+        exception_handlers={APIError: _api_error, HTTPException: _http_error},
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False
@@ -96,7 +96,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message = f"{request.url.path} does not take {request.method}"
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     return APIError(error.status_code, message, code=code, headers=error.headers).response()
-
-
-async def _bug(request: Request, error: Exception) -> Response:  # noqa: ARG001 (the error is logged with its trace)
-    return internal("internal server error").response()

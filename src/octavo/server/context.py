@@ -32,8 +32,8 @@ class ServerContext:
 
     tokenizer: None serves token ids only. chat_template: None refuses chat.
     served_model_names: at least one; answers carry the first.
-    generation_defaults: the model's generation_config; its temperature, top_p, top_k, min_p and
-    repetition_penalty stand in where a request names none. Other keys are not used.
+    generation_defaults: SamplingParams fields by name (protocol.sampling.generation_defaults): they
+    stand in where a request names none; max_tokens does so in chats only.
     max_model_len, max_num_seqs: the engine's, in tokens and sequences.
     """
 

@@ -14,10 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.lifecycle import Lifecycle
-from octavo.server.limits import MAX_HEADERS
+from octavo.server.limits import MAX_HEADER_BYTES, MAX_HEADERS
 from octavo.server.metrics import MetricsRegistry
-from octavo.server.openai.errors import APIError
+from octavo.server.openai.errors import APIError, internal
 
+logger = logging.getLogger("octavo.server")
 access_log = logging.getLogger("octavo.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -29,7 +30,9 @@ _QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
 
 
 class AccessMiddleware:
-    """Gives the request its id (the client's, if it is well formed) and records what became of it."""
+    """Gives the request its id (the client's, if it is well formed) and records what became of it.
+
+    A bug behind it is a 500 without details; the log has them."""
 
     def __init__(self, app: ASGIApp, metrics: MetricsRegistry) -> None:
         self._app = app
@@ -54,6 +57,11 @@ class AccessMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if status != _CLIENT_CLOSED:
+                raise
+            await internal("internal server error").response()(scope, receive, send_with_id)
         finally:
             if scope["path"] not in _QUIET_PATHS:
                 self._record(scope, status, time.monotonic() - start, request_id)
@@ -84,8 +92,10 @@ class GuardMiddleware:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> APIError | None:
-        if len(scope["headers"]) > MAX_HEADERS:
-            return APIError(431, f"more than {MAX_HEADERS} headers", headers={"Connection": "close"})
+        size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"])
+        if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            message = f"the request has more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
+            return APIError(431, message, headers={"Connection": "close"})
         if self._digests and scope["path"] not in PUBLIC_PATHS and not self._authorized(scope):
             return APIError(
                 401,

@@ -37,7 +37,7 @@ async def serve(context: ServerContext, sock: socket.socket, on_ready: Callable[
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -12,6 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from octavo.server.limits import MAX_HEADER_BYTES, Timeouts
 from octavo.server.openai.errors import APIError, timed_out
 
+_READ_BYTES = 16 * 1024
+
 
 class TransportConfig(uvicorn.Config):
     """uvicorn's configuration plus our timeouts, which the protocol reads per connection."""
@@ -23,15 +25,18 @@ class GuardedProtocol(H11Protocol):
     """One connection. A request head must arrive within `header` seconds of its first byte (of the
     connection, for the first one), and a client must read something every `write` seconds.
 
-    Requests larger than MAX_HEADER_BYTES before their body are answered 431 by h11's own limit.
+    A head that is longer than MAX_HEADER_BYTES and still not complete is answered 431.
     """
 
     config: TransportConfig
+    _refused = False  # an error was sent in place of an answer: what still comes is discarded
     _head_timer: asyncio.TimerHandle | None = None  # runs only while no request is in progress
     _write_timer: asyncio.TimerHandle | None = None  # runs only while the write buffer is full
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio reads up to 256 KiB at once; in chunks of one byte, that would hold the loop for a second.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -40,6 +45,8 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         self._watch_head()
 
@@ -69,6 +76,7 @@ class GuardedProtocol(H11Protocol):
 
     def _refuse(self, error: APIError) -> None:
         """Answer and close. In the middle of an answer there is no way to say it: just close."""
+        self._head_timer = _stop(self._head_timer)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             body = error.body()
             headers = [
@@ -79,7 +87,15 @@ class GuardedProtocol(H11Protocol):
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body)):
                 self.transport.write(self.conn.send(event) or b"")
             self.conn.send(h11.EndOfMessage())
-        self.transport.close()
+            # Closing with unread data resets the connection, and the client might never see the answer.
+            self._refused = True
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # a handler that waits for the rest of a body must not answer too
+                self.cycle.message_event.set()
+            self.transport.write_eof()
+            self._head_timer = self.loop.call_later(self.config.timeouts.drain, self.transport.close)
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

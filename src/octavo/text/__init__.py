@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizers, incremental detokenization, stop strings and chat templates."""

@@ -24,12 +24,12 @@ _END_MARK = "\ue0f1OCTAVO_END_OF_FINAL_MESSAGE\ue0f1 "
 Message = Mapping[str, Any]
 
 
-def load_chat_template(path: Path) -> str:
+def load_chat_template(path: Path | str) -> str:
     """The source of a template file. Raises FileNotFoundError or ValueError naming the file."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no chat template at {path}")
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the chat template {path} is not UTF-8 text: {error}") from error
 

@@ -12,7 +12,7 @@ from octavo.text.gguf_metadata import read_gguf_metadata
 from octavo.text.pre_tokenizers import PRE_TOKENIZERS
 from octavo.text.tokenizer_files import TokenizerParts, add_ends, mark_special
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 _SPACE_MARK = "▁"
 # Files made before tokenizer.ggml.eot_token_id existed name the end of a chat turn only by its spelling.
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -33,7 +33,9 @@ def read_gguf(path: Path) -> TokenizerParts:
         else:
             raise ValueError(f"its tokenizer model {kind!r} is not supported; supported: 'gpt2', 'llama'")
         return _with_special_tokens(backend, facts, adds_bos)
-    except (ValueError, LookupError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} lacks tokenizer.ggml.{error.args[0]}") from error
+    except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -97,7 +99,7 @@ def _merges_by_score(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _with_special_tokens(backend: tokenizers.Tokenizer, facts: dict[str, Any], adds_bos: bool) -> TokenizerParts:
     tokens = facts["tokens"]
     types = facts.get("token_type") or [1] * len(tokens)
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     backend.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
@@ -110,8 +112,9 @@ def _with_special_tokens(backend: tokenizers.Tokenizer, facts: dict[str, Any], a
         bos_token if facts.get("add_bos_token", adds_bos) else None,
         eos_token if facts.get("add_eos_token", False) else None,
     )
-    eot = facts.get("eot_token_id")
-    ends = [eos, *([eot] if eot is not None else map(backend.token_to_id, set(_END_OF_TURN) & set(control)))]
+    ends = [eos, facts.get("eot_token_id")]
+    if ends[1] is None:
+        ends += [backend.token_to_id(token) for token in _END_OF_TURN if token in control]
     return TokenizerParts(
         backend,
         bos_token,

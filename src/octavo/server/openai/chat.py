@@ -81,7 +81,8 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         params = self._params(body, names)
         text = await self._render(body)
         ids = await self.encode(text, bool(body.add_special_tokens), "messages")
-        params = with_max_tokens(params, len(ids), None, self.context, names)
+        default = self.context.generation_defaults.get("max_tokens")
+        params = with_max_tokens(params, len(ids), default, self.context, names)
         run.add(text, ids, params)
 
     async def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:

@@ -30,7 +30,6 @@ _FIELDS = (
     "prompt_logprobs",
     "skip_special_tokens",
 )
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _FIELD_AT_START = re.compile(r"[a-z_]+")
 
 
@@ -39,8 +38,7 @@ def sampling_params(
 ) -> SamplingParams:
     """`values` (max_tokens, logprobs, …) join the body's own fields; `names` maps a SamplingParams
     field to the body's name for it, for errors. Raises APIError 400."""
-    defaults = context.generation_defaults
-    chosen = {name: defaults[name] for name in _MODEL_DEFAULTS if defaults.get(name) is not None}
+    chosen = dict(context.generation_defaults)
     chosen |= {name: value for name in _FIELDS if (value := getattr(body, name)) is not None}
     chosen |= {name: value for name, value in values.items() if value is not None}
     chosen["max_tokens"] = values.get("max_tokens")

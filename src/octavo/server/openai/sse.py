@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator
 
 import msgspec
 from starlette.types import Receive, Send
 
 from octavo.server.lifecycle import Lifecycle
-from octavo.server.openai.errors import APIError
+from octavo.server.limits import ClientGone
+from octavo.server.openai.errors import APIError, internal
+
+logger = logging.getLogger("octavo.server")
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
@@ -56,5 +60,16 @@ async def send_events(lifecycle: Lifecycle, events: AsyncGenerator[bytes], recei
     except APIError as error:
         if not started:
             raise
-        end = b"data: " + error.body() + b"\n\n" + DONE
+        end = _frame(error)
+    except ClientGone:
+        raise
+    except Exception:
+        if not started:
+            raise
+        logger.exception("a stream failed")
+        end = _frame(internal("internal server error"))
     await send({"type": "http.response.body", "body": end, "more_body": False})
+
+
+def _frame(error: APIError) -> bytes:
+    return b"data: " + error.body() + b"\n\n" + DONE

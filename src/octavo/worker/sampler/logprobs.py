@@ -36,6 +36,15 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) ->
     return Logprobs(ids, logprobs, ranks)
 
 
+def concatenate(parts: list[Logprobs]) -> Logprobs:
+    """One after the other; all with the same k."""
+    return Logprobs(
+        torch.cat([p.token_ids for p in parts]),
+        torch.cat([p.logprobs for p in parts]),
+        torch.cat([p.ranks for p in parts]),
+    )
+
+
 def to_protocol(packed: list[list[float]], num_alternatives: list[int]) -> list[TokenLogprobs]:
     """Rows of `pack`, brought to the host, as protocol objects; num_alternatives: what each asked for."""
     found = []

@@ -56,7 +56,7 @@ class Penalties:
         counts = self._output_counts[where[1]].float()
         in_output = counts.clamp(max=1)
         seen = torch.maximum(in_output, self._in_prompt[where[1]].float())
-        factor = seen.mul_(repetition - 1).add_(1)
+        factor = torch.addcmul(1 - seen, seen, repetition)  # exactly the penalty, or 1
         part = logits[where[0]]
         part = part.clamp(min=0).div_(factor).add_(part.clamp_(max=0).mul_(factor))
         part -= counts.mul_(frequency)

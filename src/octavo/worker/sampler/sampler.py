@@ -12,7 +12,7 @@ from octavo.protocol.plan import RowResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler import temperature, top_k, top_p
 from octavo.worker.sampler.logit_bias import add_bias
-from octavo.worker.sampler.logprobs import Logprobs, gather_logprobs, pack, to_protocol
+from octavo.worker.sampler.logprobs import Logprobs, concatenate, gather_logprobs, pack, to_protocol
 from octavo.worker.sampler.min_tokens import bar_stops
 from octavo.worker.sampler.penalties import Penalties
 from octavo.worker.sampler.random import uniform
@@ -21,6 +21,10 @@ from octavo.worker.sampler.slots import SlotParams, slot_params
 
 Method = Literal["greedy", "all", "top_k", "top_p"]
 _DRAWS = {"all": temperature.draw, "top_k": top_k.draw, "top_p": top_p.draw}
+
+# Rows are worked on a few at a time, so that their scratch fits a core's cache, and is bounded elsewhere.
+_ELEMENTS_AT_ONCE = {"cpu": 2**19}
+_MOST_ELEMENTS_AT_ONCE = 2**26
 
 BAD_ROW = "the model's output for this request is not a number, or no token is possible"
 
@@ -75,11 +79,28 @@ class Sampler:
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         """Draw one token for each row, and count it where the slot has penalties.
 
-        logits: [R, V], bfloat16 or float32, left as they are. slots: distinct, set before.
+        logits: [R, V], R >= 1, bfloat16 or float32, left as they are. slots: distinct, set before.
         positions: of the tokens being drawn in their sequences, so output index + num_prompt_tokens.
         Raises ValueError for a slot that was never set.
         """
         params = [self._params(slot) for slot in slots]
+        asked = {row: p.num_logprobs for row, p in enumerate(params) if p.num_logprobs is not None}
+        num_alternatives = max(asked.values(), default=0)
+        drawn, logprobs = [], []
+        step = _rows_at_once(logits)
+        for begin in range(0, len(slots), step):
+            some = slice(begin, begin + step)
+            drawn.append(self._sample_some(logits[some], slots[some], params[some], positions[some]))
+            if wanted := [row - begin for row in asked if begin <= row < begin + step]:
+                raw, tokens = _take((logits[some], drawn[-1][0]), wanted)
+                logprobs.append(gather_logprobs(raw, tokens, num_alternatives))
+        token_ids, bad = (torch.cat(column) for column in zip(*drawn))
+        return Sampled(token_ids, bad, concatenate(logprobs) if asked else None, list(asked), list(asked.values()))
+
+    def _sample_some(
+        self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and bad, of rows few enough to be worked on at once."""
         processed = self._process(logits, slots, params, positions)
         row_max = processed.amax(-1, keepdim=True).float()
         bad = ~row_max.isfinite().squeeze(-1)  # amax hands on NaN; +inf has no softmax either
@@ -87,12 +108,7 @@ class Sampler:
             bad |= ~logits.amax(-1).isfinite()
         token_ids = _draw(processed, row_max, bad, params, positions)
         self._penalties.count(slots, params, token_ids)
-        asked = {r: p.num_logprobs for r, p in enumerate(params) if p.num_logprobs is not None}
-        logprobs = None
-        if asked:
-            (raw, tokens), num = _take((logits, token_ids), list(asked)), max(asked.values())
-            logprobs = gather_logprobs(raw, tokens, num)
-        return Sampled(token_ids, bad, logprobs, list(asked), list(asked.values()))
+        return token_ids, bad
 
     def to_rows(self, sampled: Sampled) -> list[RowResult]:
         """Bring a sample to the host, in one copy: a RowResult a row. Waits for the device."""
@@ -132,6 +148,10 @@ class Sampler:
         add_bias(processed, params)
         self._penalties.apply(processed, slots, params)
         return processed
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _ELEMENTS_AT_ONCE.get(logits.device.type, _MOST_ELEMENTS_AT_ONCE) // logits.shape[-1])
 
 
 def _method(params: SlotParams) -> Method:

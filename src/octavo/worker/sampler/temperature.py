@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from octavo.worker.sampler.inverse_cdf import Cdf
+from octavo.worker.sampler.inverse_cdf import invert_cdf
 from octavo.worker.sampler.min_p import drop_unlikely
 from octavo.worker.sampler.rows import Rows
 
@@ -18,5 +18,4 @@ def probabilities(rows: Rows) -> Tensor:
 
 def draw(rows: Rows) -> Tensor:
     """Draw from the whole vocabulary, in the order of ids; int64 [R, 1]."""
-    cdf = Cdf(probabilities(rows))
-    return cdf.invert(rows.uniforms * cdf.total)[0]
+    return invert_cdf(probabilities(rows), rows.uniforms)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.worker.sampler.inverse_cdf import first_above
 from octavo.worker.sampler.min_p import drop_unlikely
 from octavo.worker.sampler.rows import Rows
-from octavo.worker.sampler.top_p import mass_wanted
+from octavo.worker.sampler.top_p import draw_in_order
 
 
 def stable_topk(values: Tensor, k: int) -> Tensor:
@@ -35,7 +34,4 @@ def draw(rows: Rows) -> Tensor:
     exponents = (logits.gather(-1, ids) - rows.row_max).double().div_(rows.temperature)
     beyond = torch.arange(rows.max_top_k, device=ids.device) >= rows.top_k
     weights = drop_unlikely(exponents.exp_().masked_fill_(beyond, 0.0), rows.min_p)
-    cumulative = weights.cumsum(-1)
-    last = first_above(cumulative, mass_wanted(cumulative[:, -1:], rows.top_p))
-    drawn = first_above(cumulative, rows.uniforms * cumulative.gather(-1, last))
-    return ids.gather(-1, torch.minimum(drawn, last))
+    return ids.gather(-1, draw_in_order(weights, rows.top_p, rows.uniforms))

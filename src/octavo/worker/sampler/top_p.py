@@ -1,79 +1,103 @@
-"""top_p: draw from the nucleus, the smallest set of tokens whose probability reaches p (Holtzman et al. 2020)."""
+"""top_p: draw from the nucleus, the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).
+
+Tokens are taken in descending order, equal probabilities by ascending id, and drawn in it too.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.worker.sampler.inverse_cdf import Cdf
+from octavo.worker.sampler.inverse_cdf import BELOW_ONE, first_above
 from octavo.worker.sampler.rows import Rows
 from octavo.worker.sampler.temperature import probabilities
 
 # A cumulative probability this close to p, relatively, reaches it: float32 logits are no finer.
-TOP_P_TOLERANCE = 1e-6
-
-_DIGIT = 15
-_RADIX = 1 << _DIGIT
-
-
-def mass_wanted(total: Tensor, top_p: Tensor) -> Tensor:
-    """The sum that the nucleus has to pass, of this total; all float64 [R, 1]."""
-    return torch.where(top_p < 1, top_p * (1 - TOP_P_TOLERANCE), 1.0) * total
+TOLERANCE = 1e-6
 
 
 def draw(rows: Rows) -> Tensor:
-    """Draw from each row's nucleus in descending order, equal probabilities by ascending id; int64 [R, 1].
+    """Draw from each row's nucleus; int64 [R, 1]."""
+    weights = probabilities(rows)
+    if weights.device.type != "cpu":
+        return draw_by_sort(weights, rows.top_p, rows.uniforms)
+    wishes = zip(weights.numpy(), rows.top_p.flatten().tolist(), rows.uniforms.flatten().tolist())
+    return torch.tensor([[draw_by_bucket(*wish)] for wish in wishes])
 
-    No sort: the token at a given cumulative probability is found by its digits, as a radix sort
-    would (`_Descending.find`), once for the end of the nucleus and once for the token drawn.
+
+def draw_by_sort(weights: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """weights: float32 [R, V]; top_p, uniforms: float64 [R, 1]. Needs no value on the host."""
+    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, draw_in_order(ordered.double(), top_p, uniforms))
+
+
+def draw_in_order(weights: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Index into descending weights, float64 [R, N], of the token drawn from their nucleus; int64 [R, 1]."""
+    cumulative = weights.cumsum(-1)
+    wanted = torch.where(top_p < 1, top_p * (1 - TOLERANCE), 1.0) * cumulative[:, -1:]
+    last = first_above(cumulative, wanted)
+    drawn = first_above(cumulative, uniforms * cumulative.gather(-1, last))
+    return torch.minimum(drawn, last)
+
+
+def draw_by_bucket(weights: NDArray[np.float32], top_p: float, uniform: float) -> int:
+    """The token that draw_by_sort draws from one row, weights [V] and top_p < 1; without sorting the row."""
+    order = _Buckets(weights)
+    last = order.find(top_p * (1 - TOLERANCE) * order.total)
+    drawn = order.find(uniform * order.sum_through(last))
+    return order.token(min(drawn, last))
+
+
+class _Buckets:
+    """One row's tokens in descending order, in buckets of near weights; a bucket is sorted when looked into.
+
+    A place in the order is (bucket, index in the bucket).
     """
-    order = _Descending(probabilities(rows))
-    wanted = mass_wanted(order.total, rows.top_p)
-    boundary, above, tied = order.find(wanted)
-    num_kept = ((wanted - above) / tied).floor_() + 1  # of the tokens as likely as the boundary
-    target = rows.uniforms * (above + num_kept * tied)
-    code, above, tied = order.find(target)
-    nth = ((target - above) / tied).floor_()
-    nth = torch.where(code == boundary, torch.minimum(nth, num_kept - 1), nth)
-    return order.token(code, nth)
 
+    _NUM_LOG2 = 13
+    _SPAN = 40 << 23  # weights below 2**-40 of the largest share the last bucket
 
-class _Descending:
-    """Tokens in the order of descending weight, told apart by code: 0 for the largest float32 below 2.
-
-    weights: float32 [R, V] in [0, 1]. A code is the weight's bits, which ascend with it, turned around:
-    30 bits, two digits. Equal weights share one.
-    """
-
-    def __init__(self, weights: Tensor) -> None:
-        self._codes = (_RADIX * _RADIX - 1) - weights.view(torch.int32)
-        self._mass = weights.double()
-        self._leading = Cdf(self._histogram(self._codes >> _DIGIT, _RADIX))
+    def __init__(self, weights: NDArray[np.float32]) -> None:
+        bits = weights.view(np.int32)  # the bits of floats >= 0 ascend with them
+        self._weights = weights
+        self._codes = bits.max() - bits
+        width = min(int(self._codes.max()), self._SPAN).bit_length()
+        self._keys = np.minimum(self._codes >> max(0, width - self._NUM_LOG2), (1 << self._NUM_LOG2) - 1)
+        self._ends = np.cumsum(np.bincount(self._keys, weights=weights), dtype=np.float64)
+        self._sorted: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
 
     @property
-    def total(self) -> Tensor:
-        """The rows' sums; float64 [R, 1]."""
-        return self._leading.total
+    def total(self) -> float:
+        return float(self._ends[-1])
 
-    def _histogram(self, keys: Tensor, num_buckets: int) -> Tensor:
-        zeros = self._mass.new_zeros(keys.shape[0], num_buckets)
-        return zeros.scatter_add_(-1, keys.long(), self._mass)
+    def find(self, target: float) -> tuple[int, int]:
+        """The place at which the running sum passes the target, in [0, total)."""
+        bucket = _first_above(self._ends, target)
+        return bucket, _first_above(self._bucket(bucket)[1], target - self._before(bucket))
 
-    def find(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The code at which the descending running sum passes the target, float64 [R, 1] in [0, total).
+    def sum_through(self, place: tuple[int, int]) -> float:
+        """The sum of the weights up to this place, its own included."""
+        bucket, index = place
+        return self._before(bucket) + float(self._bucket(bucket)[1][index])
 
-        Returns (code int64, the sum of all larger weights float64, the code's weight float64), each [R, 1].
-        """
-        leading, above = self._leading.invert(target)
-        base = leading << _DIGIT
-        # Codes with another leading digit fall into the buckets at both ends, which are cut off.
-        trailing = (self._codes - base.int()).clamp_(-1, _RADIX).add_(1)
-        digit, above_in_bucket = Cdf(self._histogram(trailing, _RADIX + 2)[:, 1:-1]).invert(target - above)
-        code = base + digit
-        weight = ((_RADIX * _RADIX - 1) - code).int().view(torch.float32).double()
-        return code, above + above_in_bucket, weight
+    def token(self, place: tuple[int, int]) -> int:
+        bucket, index = place
+        return int(self._bucket(bucket)[0][index])
 
-    def token(self, code: Tensor, nth: Tensor) -> Tensor:
-        """The id of the nth (float64 [R, 1], from 0) of the tokens with this code; int64 [R, 1]."""
-        ties = (self._codes == code).float()
-        return Cdf(ties).invert(nth + 0.5)[0]
+    def _before(self, bucket: int) -> float:
+        return float(self._ends[bucket - 1]) if bucket else 0.0
+
+    def _bucket(self, bucket: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Its tokens in order, and their running sum."""
+        if bucket not in self._sorted:
+            members = np.flatnonzero(self._keys == bucket)
+            members = members[np.argsort(self._codes[members], kind="stable")]
+            self._sorted[bucket] = members, np.cumsum(self._weights[members], dtype=np.float64)
+        return self._sorted[bucket]
+
+
+def _first_above(cumulative: NDArray[np.float64], target: float) -> int:
+    """inverse_cdf.first_above for one row."""
+    return int(np.searchsorted(cumulative, min(max(target, 0.0), cumulative[-1] * BELOW_ONE), side="right"))
