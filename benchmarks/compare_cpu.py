@@ -70,7 +70,7 @@ def octavo(folder: Path, threads: int, prefix_caching: bool) -> tuple[Run, LLM]:
 def peer(folder: Path, threads: int) -> Run:
     """The same for transformers."""
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
 
     def run_batch(batch: Sequence[Work]) -> None:
@@ -174,12 +174,13 @@ def in_process(engine: str, folder: Path, threads: int, number: int) -> dict[str
 def report(rows: dict[str, list[dict[str, float]]], model: Path, threads: int) -> str:
     """The results as a Markdown page."""
     ours, bare, theirs = ({key: statistics.median(row[key] for row in rows[e]) for key in rows[e][0]} for e in ENGINES)
+    command = " ".join(["python benchmarks/compare_cpu.py", *sys.argv[1:]])
     lines = [
         f"# Octavo beside transformers on a CPU, {datetime.date.today()}",
         "",
         f"Machine: {machine()}, {threads} threads. Commit: {commit()}. Model: {model.stem}, dequantized to bfloat16.",
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
-        f"Medians of {len(rows['octavo'])} interleaved rounds. Command: `python {' '.join(sys.argv)}`",
+        f"Medians of {len(rows['octavo'])} interleaved rounds. Command: `{command}`",
         "",
         f"| workload | Octavo | transformers, batch {PEER_BATCH} | Octavo is |",
         "|---|---|---|---|",

@@ -44,10 +44,11 @@ def serve(options: EngineOptions, server: ServerOptions) -> int:
 async def _serve(options: EngineOptions, server: ServerOptions, listener: socket, source: ModelSource) -> int:
     wire = msgspec.json.encode({**asdict(options), "log_level": server.log_level})
     engine = ProcessEngineClient(_ENGINE_COMMAND, wire)
-    watch = asyncio.create_task(_end_with(engine.given_up))
+    watch: asyncio.Task[None] | None = None
     try:
         tokenizer, template = await asyncio.to_thread(_load_text, options, server, source)
         await engine.wait_ready()
+        watch = asyncio.create_task(_end_with(engine.given_up))
         context = ServerContext(
             engine=engine,
             tokenizer=tokenizer,
@@ -67,7 +68,8 @@ async def _serve(options: EngineOptions, server: ServerOptions, listener: socket
         _log.error("%s", error)
         return 1
     finally:
-        watch.cancel()
+        if watch is not None:
+            watch.cancel()
         await engine.close()
 
 

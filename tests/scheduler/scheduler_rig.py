@@ -140,7 +140,8 @@ class FakeWorker:
     def execute(self, plan: StepPlan, broken: bool = False) -> StepResult:
         """broken: the step raises half-way: slots are up to date, what it wrote is garbage, and no result counts."""
         for new in plan.new_sequences:
-            self.slots[new.slot] = Slot(list(new.token_ids), list(new.block_table), new.num_prompt_tokens, new.sampling)
+            # Not copied: the lists of a plan are the worker's, and the scheduler must not notice.
+            self.slots[new.slot] = Slot(new.token_ids, new.block_table, new.num_prompt_tokens, new.sampling)
         for row in plan.rows:
             self.slots[row.slot].table += row.new_block_ids
             self._write(row, broken)

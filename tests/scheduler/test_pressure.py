@@ -135,6 +135,21 @@ def test_what_an_aborted_sequence_should_have_filled_is_not_found_after_its_step
     assert rig.accounts["b"].last.num_cached_tokens == 0
 
 
+def test_a_block_of_output_is_not_found_after_the_step_that_should_have_filled_it_failed():
+    """Step 1 fills the first block; its last token, sampled by step 0, is known only when step 0 is committed."""
+    rig = Rig(config(), depth=2)
+    rig.add(make_request("a", [0, 1, 0], 4, ignore_eos=True))
+    rig.submit()
+    rig.submit(broken=True)
+    rig.commit()
+    rig.add(make_request("b", [0, 1, 0, *rig.accounts["a"].tokens, 1], 4))
+    assert rows(rig.submit())[-1] == (1, 4, 1, True)
+    rig.commit()
+    rig.drain()
+    rig.add(make_request("c", [0, 1, 0, *rig.accounts["a"].tokens, 0], 4))
+    rig.drain()
+
+
 # Statistics and audit
 
 

@@ -224,6 +224,22 @@ def test_several_tokens_a_row_end_at_the_first_end():
     assert scheduler.stats().generation_tokens_total == 4
 
 
+def test_several_tokens_a_row_may_preempt_a_prompt_that_waits_its_turn():
+    """4 blocks; b's prompt is half computed when a's second token too many takes its block."""
+    scheduler = Scheduler(config(num_blocks=5, max_num_batched_tokens=4, enable_prefix_caching=False))
+    scheduler.add(make_request("a", [1, 2, 3], 8))
+    plan = scheduler.schedule(1.0)
+    scheduler.commit(plan, answer(plan, [3]))
+    scheduler.add(make_request("b", [1] * 9, 3))
+    plan = scheduler.schedule(1.0)
+    assert rows(plan) == [(0, 3, 1, True), (1, 0, 3, False)]
+    scheduler.commit(plan, StepResult(1, [RowResult([4, 5]), RowResult([])]))
+    plan = scheduler.schedule(1.0)
+    assert rows(plan) == [(0, 4, 2, True)]
+    assert scheduler.stats().num_preemptions_total == 1
+    scheduler.audit()
+
+
 def test_a_worker_that_breaks_the_contract_is_loud():
     scheduler = Scheduler(config())
     scheduler.add(make_request("a", [1, 2], 8))

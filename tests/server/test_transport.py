@@ -35,7 +35,7 @@ def error_of(answer: bytes) -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def _no_tracebacks(caplog: pytest.LogCaptureFixture):
     yield
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 async def test_slow_requests_are_answered_408_and_closed() -> None:

@@ -139,6 +139,7 @@ class ProcessEngineClient:
         self._send(Control(0, "hello"))
         if self._started is None:
             self._started = asyncio.get_running_loop().create_future()
+            self._started.add_done_callback(asyncio.Future.exception)  # heard, also where nobody waits for it
         self._reader = asyncio.create_task(self._read(self._socket))
 
     def _send(self, message: ToEngine) -> None:

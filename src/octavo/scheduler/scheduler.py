@@ -61,9 +61,10 @@ class Scheduler:
         self._in_flight: deque[_Step] = deque()  # step ids are consecutive
         self._next_step_id = 0
         self._num_added = 0
-        # The head of the queue that found too few free blocks, and how many there were: not tried
-        # again before there are more. So a long queue costs nothing per step.
-        self._blocked: tuple[Sequence, int] | None = None
+        # The head of the queue that found too few free blocks, and how many there were: it is not matched
+        # again before there are more. They come: it fits once all is free, which `add` made sure of.
+        self._blocked_head: Sequence | None = None
+        self._blocked_num_free = 0
 
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -194,8 +195,9 @@ class Scheduler:
         everyone = {id(s) for s in self._sequences.values()}
         require(both == everyone and len(both) == len(waiting) + len(running), "I9: a request is lost or queued twice")
         for sequence in waiting:
-            idle = not sequence.block_table and sequence.slot < 0 and sequence.num_tokens == len(sequence.token_ids)
+            idle = sequence.slot < 0 and not sequence.block_table and not sequence.num_computed_tokens
             require(sequence.status is Status.WAITING and idle, "I9: a waiting sequence holds blocks or a slot")
+            require(sequence.num_tokens == len(sequence.token_ids), "I8: a waiting sequence has values unknown")
         slots = [sequence.slot for sequence in running] + self._free_slots
         require(sorted(slots) == list(range(self._config.max_num_seqs)), "I7: slots are lost or used twice")
         for sequence in running:
@@ -260,16 +262,14 @@ class Scheduler:
     def _admit_waiting(self, step: _Step, now: float) -> None:
         while self._waiting and self._free_slots and step.budget:
             sequence = self._waiting.first()
-            if self._blocked is not None and self._blocked[0] is sequence:
-                if self._kv.pool.num_free <= self._blocked[1]:
-                    return
-                self._blocked = None
+            if sequence is self._blocked_head and self._kv.pool.num_free <= self._blocked_num_free:
+                return
             cached_blocks = self._kv.match(sequence)
             length = sequence.num_tokens - len(cached_blocks) * self._config.block_size
             if length > step.budget and not self._config.enable_chunked_prefill:
                 return
             if not self._kv.admit(sequence, cached_blocks):
-                self._blocked = sequence, self._kv.pool.num_free
+                self._blocked_head, self._blocked_num_free = sequence, self._kv.pool.num_free
                 return
             self._start(step, sequence, now)
             self._push_row(step, sequence, sequence.num_computed_tokens + min(length, step.budget), [])
