@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+import gpu_workloads
 from cpu_workloads import Work, batch_of_32, shared_prefix, tokens
 
 from octavo import LLM, SamplingParams
@@ -93,13 +94,11 @@ def peer(folder: Path, threads: int) -> Run:
     return run
 
 
-def mixed(rng: random.Random) -> list[Work]:
-    """48 chat-like requests: log-normal prompt and output lengths."""
-
-    def length(mean_log: float, sigma: float, high: int) -> int:
-        return min(high, max(4, int(rng.lognormvariate(mean_log, sigma))))
-
-    return [(tokens(rng, length(4.3, 0.9, 512)), length(3.8, 0.7, 192)) for _ in range(48)]
+def chat_like(rng: random.Random) -> list[Work]:
+    """The first 64 requests of gpu_workloads.py's `mixed`, which have log-normal prompt and output lengths, as long
+    as the context holds."""
+    prompts, outs = gpu_workloads.mixed(rng)
+    return [(prompt[:1024], out) for prompt, out in zip(prompts[:64], outs)]
 
 
 def kv_waste(run: Run, llm: LLM, work: Sequence[Work]) -> float:
@@ -140,7 +139,7 @@ def measure(engine: str, folder: Path, threads: int, number: int) -> dict[str, f
         row["batch_tok_s"] = sum(out for _, out in batch) / run(batch)
     row["shared_s"] = run(shared_prefix(random.Random(200 + number)))
     if engine == "octavo" and llm is not None:
-        row["kv_waste"] = kv_waste(run, llm, mixed(rng))
+        row["kv_waste"] = kv_waste(run, llm, chat_like(rng))
     return row
 
 
@@ -193,7 +192,7 @@ def report(rows: dict[str, list[dict[str, float]]], model: Path, threads: int) -
     lines += [
         "",
         f"Prefix cache off / on, time of the shared-prefix workload: {bare['shared_s'] / ours['shared_s']:.1f}x.",
-        f"KV entries allocated but empty, 48 requests of mixed lengths, average over steps: {ours['kv_waste']:.1%}.",
+        f"KV entries allocated but empty, 64 requests of the mixed workload, average over steps: {ours['kv_waste']:.1%}.",
         "",
         "Every round:",
         "",

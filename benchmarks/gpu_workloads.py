@@ -102,9 +102,7 @@ def main() -> None:
     module = importlib.import_module(args.package)
     params = module.SamplingParams
     began = time.perf_counter()
-    llm = module.LLM(
-        model=args.model, load_format="dummy", skip_tokenizer_init=True, seed=0, **json.loads(args.kwargs)
-    )
+    llm = module.LLM(model=args.model, load_format="dummy", skip_tokenizer_init=True, seed=0, **json.loads(args.kwargs))
     rows: list[dict[str, Any]] = [{"workload": "startup", "seconds": round(time.perf_counter() - began, 2)}]
     run(llm, params, [tokens(random.Random(9), 64)] * 8, [16] * 8)
     for name in args.workloads.split(","):

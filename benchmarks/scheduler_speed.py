@@ -38,9 +38,7 @@ def requests(num_prompt: int, max_tokens: int) -> Iterator[Request]:
     """Endless requests; the first half of each prompt is the same."""
     for index in count():
         prompt = list(range(num_prompt // 2)) + [index % 65536] * (num_prompt // 2 + index % 16)
-        yield Request(
-            request_id=str(index), prompt_token_ids=prompt, sampling=SamplingParams(), max_tokens=max_tokens
-        )
+        yield Request(request_id=str(index), prompt_token_ids=prompt, sampling=SamplingParams(), max_tokens=max_tokens)
 
 
 def answer(plan: StepPlan) -> StepResult:

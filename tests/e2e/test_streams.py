@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-from server_process import ServerProcess, running
-from streams import ARGUMENTS, measure
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> object:
-    assert smollm2_path.exists()
-    with running(ARGUMENTS, tmp_path_factory.mktemp("server") / "log.txt") as server:
-        yield server
-        text = server.log.read_text()
-        assert "Traceback" not in text, text
+from server_process import ServerProcess
+from streams import measure
 
 
 async def test_all_complete_with_the_text_of_the_sequential_run(server: ServerProcess) -> None:

@@ -72,7 +72,7 @@ def test_logprobs_equal_those_of_transformers(name: str, tmp_path: Path, dense_c
     )
 
 
-def test_options_of_a_case_matter(tmp_path: Path, dense_context: DenseContext) -> None:
+def test_options_of_a_case_matter(tmp_path: Path) -> None:
     """The comparison above would notice a scaling, a window or an epsilon that is not applied."""
     plain = reference_logprobs(save(rope(rope_type="default"), tmp_path))
     for config in (rope(rope_type="linear", factor=3.0), rope(**LLAMA3), rope(**YARN), llama(rms_norm_eps=0.5)):
@@ -116,7 +116,7 @@ def test_without_packing_the_result_is_the_same(
 ) -> None:
     save(CASES["llama-tied"], tmp_path)
     packed = load(tmp_path)
-    monkeypatch.setattr("octavo.quantization.unquantized.can_pack", lambda dtype, device: False)
+    monkeypatch.setattr("octavo.quantization.unquantized.can_pack", lambda *_: False)
     plain = load(tmp_path)
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     torch.testing.assert_close(logprobs(packed, dense_context), logprobs(plain, dense_context), atol=1e-4, rtol=0)
@@ -126,7 +126,7 @@ def test_without_packing_the_result_is_the_same(
     assert packed.weight_bytes == num_bytes + tied
 
 
-def test_a_prompt_in_two_batches_of_other_sequences_is_the_same(tmp_path: Path, dense_context: DenseContext) -> None:
+def test_a_token_does_not_depend_on_its_neighbours_in_the_batch(tmp_path: Path) -> None:
     """Only attention mixes tokens: rows of a flat batch do not depend on their neighbours."""
     save(CASES["qwen3"], tmp_path)
     model = load(tmp_path)
@@ -134,7 +134,7 @@ def test_a_prompt_in_two_batches_of_other_sequences_is_the_same(tmp_path: Path, 
     class Own:
         """Every token sees itself alone."""
 
-        def forward(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        def forward(self, layer: Any, _query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return value.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1)
 
     ids, positions = torch.tensor([3, 1, 4, 1]), torch.tensor([0, 9, 2, 9])

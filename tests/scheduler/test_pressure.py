@@ -23,7 +23,8 @@ def test_the_last_arrived_is_preempted_and_comes_back_with_its_tokens():
         rig.commit()
     (back,) = plan.new_sequences
     assert back.num_prompt_tokens == 7
-    assert back.token_ids == [1] * 7 + rig.accounts["b"].tokens
+    # The worker has added what this step sampled.
+    assert back.token_ids[:-1] == [1] * 7 + rig.accounts["b"].tokens
     rig.commit()
     rig.drain()
 

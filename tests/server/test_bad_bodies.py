@@ -10,6 +10,7 @@ import pytest
 from server_rig import MAX_MODEL_LEN, VOCAB_SIZE, running
 
 from octavo.config import ServerOptions
+from octavo.server import Timeouts
 from octavo.server.openai.schema import UNSUPPORTED, ChatBody, CompletionBody
 
 CHAT = "/v1/chat/completions"
@@ -221,7 +222,7 @@ async def test_default_max_tokens_shrinks_to_the_context_but_a_given_one_does_no
 
 
 async def test_a_huge_prompt_is_refused_before_it_is_tokenized() -> None:
-    async with running(options=ServerOptions(max_body_bytes=64 * 2**20)) as rig:
+    async with running(options=ServerOptions(max_body_bytes=64 * 2**20), timeouts=Timeouts()) as rig:
         body = json.dumps({"model": "fake", "prompt": "a" * 50_000_000}).encode()
         answer = await rig.http.post(PLAIN, content=body, headers={"Content-Type": "application/json"})
         _check_error(answer, "prompt", "context_length_exceeded", "huge")

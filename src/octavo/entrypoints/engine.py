@@ -53,8 +53,8 @@ def main() -> int:
 
         built = build_engine(options)
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError))
-        logging.getLogger(__name__).error("the engine could not start: %s", error, exc_info=not expected)
+        if not isinstance(error, (ValueError, OSError)):  # those name their cause, and the parent prints it
+            logging.getLogger(__name__).exception("the engine could not start")
         refuse_all(channel, f"the engine could not start: {error}", timeout=2.0)
         channel.close()
         return 1

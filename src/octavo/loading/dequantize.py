@@ -6,10 +6,10 @@ same float32 values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import gguf
-import numpy as np
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
@@ -32,7 +32,7 @@ def num_bytes(shape: tuple[int, ...], kind: int) -> int:
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[known[kind]]
     if shape[-1] % block_size:
         raise ValueError(f"rows of {shape[-1]} are not whole blocks of {block_size} ({known[kind].name})")
-    return int(np.prod(shape, dtype=np.int64)) // block_size * block_bytes
+    return math.prod(shape) // block_size * block_bytes
 
 
 def dequantize(raw: Tensor, shape: tuple[int, ...], kind: int, dtype: torch.dtype) -> Tensor:

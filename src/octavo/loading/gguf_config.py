@@ -42,17 +42,17 @@ class _Metadata:
             raise self._refused("split.count", self._values["split.count"], "1 (merge the parts first)")
         if "token_embd.weight" not in self._file.tensors:
             raise ValueError(f"{self._file.path}: tensor token_embd.weight is missing")
-        hidden_size, num_heads = self._need("embedding_length"), self._need("attention.head_count")
+        hidden_size, num_heads = self._size("embedding_length"), self._size("attention.head_count")
         config = {
             "architectures": [_ARCHITECTURES[self._architecture]],
             "vocab_size": self._file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden_size,
-            "intermediate_size": self._need("feed_forward_length"),
-            "num_hidden_layers": self._need("block_count"),
+            "intermediate_size": self._size("feed_forward_length"),
+            "num_hidden_layers": self._size("block_count"),
             "num_attention_heads": num_heads,
             "num_key_value_heads": self._get("attention.head_count_kv", num_heads),
             "head_dim": self._get("attention.key_length", hidden_size // num_heads),
-            "max_position_embeddings": self._need("context_length"),
+            "max_position_embeddings": self._size("context_length"),
             "rms_norm_eps": self._need("attention.layer_norm_rms_epsilon"),
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
@@ -96,6 +96,12 @@ class _Metadata:
 
     def _get(self, name: str, default: Any) -> Any:
         return self._values.get(f"{self._architecture}.{name}", default)
+
+    def _size(self, name: str) -> int:
+        value = self._need(name)
+        if not isinstance(value, int) or value < 1:
+            raise self._refused(f"{self._architecture}.{name}", value, "an integer >= 1")
+        return value
 
     def _need(self, name: str) -> Any:
         value = self._get(name, None)

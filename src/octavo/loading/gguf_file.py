@@ -111,7 +111,7 @@ class _Header:
     def _tensor(self) -> GgufTensor:
         """Its offset is still relative to the start of the data."""
         (num_dimensions,) = self._unpack("I")
-        if num_dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"a tensor has {num_dimensions} dimensions; allowed: 0..{_MAX_DIMENSIONS}")
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"a tensor has {num_dimensions} dimensions; allowed: 1..{_MAX_DIMENSIONS}")
         *shape, kind, offset = self._unpack(f"{num_dimensions}QIQ")
         return GgufTensor(tuple(reversed(shape)), kind, offset)

@@ -30,6 +30,7 @@ _IN_BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+_ALIGNMENT = 8  # bytes, at least, by the specification
 _SKIPPED = frozenset({"rope_freqs.weight"})  # it is part of the config
 
 
@@ -63,11 +64,14 @@ def _read(file: GgufFile, name: str, raw: Tensor, heads: dict[str, int], dtype: 
         size = num_bytes(tensor.shape, tensor.type)
         if tensor.offset + size > len(raw):
             raise ValueError(f"the file ends at byte {len(raw)}, inside it")
+        if tensor.offset % _ALIGNMENT:
+            raise ValueError(f"its offset {tensor.offset} is no multiple of {_ALIGNMENT}")
         values = dequantize(raw[tensor.offset : tensor.offset + size], tensor.shape, tensor.type, dtype)
+        match = _NAME.fullmatch(name)
+        num_heads = heads.get(match["part"]) if match else None
+        return values if num_heads is None else _unpermute(values, num_heads)
     except ValueError as error:
         raise ValueError(f"{file.path}: tensor {name}: {error}") from error
-    part = name.split(".")[-2]
-    return _unpermute(values, heads[part]) if part in heads else values
 
 
 def checkpoint_name(name: str) -> str:
@@ -91,5 +95,7 @@ def _heads_to_unpermute(file: GgufFile) -> dict[str, int]:
 
 def _unpermute(rows: Tensor, num_heads: int) -> Tensor:
     """Each head's rows 0, 2, 4, ... and then 1, 3, 5, ...: from rotation of neighbours to rotation of halves."""
+    if len(rows) % (2 * num_heads):
+        raise ValueError(f"its {len(rows)} rows are not {num_heads} heads of pairs")
     by_pair = rows.view(num_heads, -1, 2, *rows.shape[1:])
     return by_pair.transpose(1, 2).reshape(rows.shape)

@@ -78,7 +78,7 @@ def _refusal(headers: Headers, max_bytes: int) -> APIError | None:
 
 def _too_large(max_bytes: int) -> APIError:
     message = f"the request body is larger than {max_bytes} bytes"
-    return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
+    return APIError(413, message, code="request_too_large")
 
 
 async def _discard(receive: Receive, timeouts: Timeouts) -> None:

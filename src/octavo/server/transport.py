@@ -50,16 +50,27 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
         self._watch_head()
 
-    def _watch_head(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._head_timer = _stop(self._head_timer)
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.config.timeouts.header, self._head_late)
-
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing() and self.conn.trailing_data[0]:
-            self._watch_head()
+        self._watch_head()
+
+    def _watch_head(self) -> None:
+        """One timer at most, for what the connection waits for now."""
+        timeouts = self.config.timeouts
+        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+            self._head_timer = _stop(self._head_timer)
+        elif self.conn.their_state is h11.SEND_BODY:
+            # Answered before its body was read: the rest is discarded for a while, since closing with
+            # unread data resets the connection, and the client might never see the answer.
+            self._head_timer = self._head_timer or self.loop.call_later(timeouts.drain, self.transport.close)
+        elif self.cycle is None or self.conn.trailing_data[0]:
+            self._head_timer = self._head_timer or self.loop.call_later(timeouts.header, self._head_late)
+        else:
+            self._head_timer = _stop(self._head_timer)
+            if self.timeout_keep_alive_task is None:  # data_received stopped it
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
     def _head_late(self) -> None:
         self._head_timer = None
@@ -87,7 +98,6 @@ class GuardedProtocol(H11Protocol):
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body)):
                 self.transport.write(self.conn.send(event) or b"")
             self.conn.send(h11.EndOfMessage())
-            # Closing with unread data resets the connection, and the client might never see the answer.
             self._refused = True
             if self.cycle is not None:
                 self.cycle.disconnected = True  # a handler that waits for the rest of a body must not answer too

@@ -71,4 +71,4 @@ def internal(message: str) -> APIError:
 
 
 def timed_out(message: str) -> APIError:
-    return APIError(408, message, code="request_timeout", headers={"Connection": "close"})
+    return APIError(408, message, code="request_timeout")
