@@ -24,9 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_workloads
 import torch
 import transformers
-import gpu_workloads
 from cpu_workloads import Work, batch_of_32, shared_prefix, tokens
 
 from octavo import LLM, SamplingParams
@@ -192,7 +192,7 @@ def report(rows: dict[str, list[dict[str, float]]], model: Path, threads: int) -
     lines += [
         "",
         f"Prefix cache off / on, time of the shared-prefix workload: {bare['shared_s'] / ours['shared_s']:.1f}x.",
-        f"KV entries allocated but empty, 64 requests of the mixed workload, average over steps: {ours['kv_waste']:.1%}.",
+        f"KV entries allocated but empty, 64 mixed requests, average over steps: {ours['kv_waste']:.1%}.",
         "",
         "Every round:",
         "",

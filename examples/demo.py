@@ -1,6 +1,6 @@
 """Start a server on a small model, send it 16 chats at once with the `openai` client, print the answers as they come.
 
-    python examples/demo.py [MODEL]
+python examples/demo.py [MODEL]
 """
 
 from __future__ import annotations

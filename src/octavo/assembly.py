@@ -40,7 +40,9 @@ class BuiltEngine:
 def build_engine(options: EngineOptions) -> BuiltEngine:
     """Load the model and size its KV pool. Raises ValueError naming an option or a file, OSError for one unread."""
     began = time.perf_counter()
-    source = resolve_source(options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer)
+    source = resolve_source(
+        options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
+    )
     facts = model_facts(source.config)
     device = DeviceFacts(kind="cpu", num_threads=len(os.sched_getaffinity(0)))
     config = resolve(options, facts, device)

@@ -16,7 +16,7 @@ from octavo.config import DEFAULT_MODEL, engine_options
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.protocol.outputs import SchedulerStats
 from octavo.protocol.plan import TokenLogprobs
-from octavo.protocol.request import Request, fan_out, resolve_max_tokens
+from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.generation import Generation
@@ -158,20 +158,27 @@ class LLM:
     def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
         text, token_ids, cache_salt = self._read(prompt)
         sampling.check_vocabulary(self._vocab_size)
-        request = Request(
-            request_id=str(next(self._request_ids)),
-            prompt_token_ids=token_ids,
-            sampling=sampling,
-            max_tokens=resolve_max_tokens(sampling, len(token_ids), self.config.max_model_len),
-            eos_token_ids=self._eos_token_ids,
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-        requests = fan_out(request, sampling.n, lambda: self._seeds.getrandbits(63))
-        job = _Job(request.request_id, text, token_ids, sampling, num_unfinished=sampling.n)
-        for own in requests:
-            job.completions[own.request_id] = Generation(self._tokenizer, own.sampling, token_ids)
+        room = self.config.max_model_len - len(token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens; allowed: at most {self.config.max_model_len - 1}, "
+                f"so that one more fits max_model_len={self.config.max_model_len}"
+            )
+        job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.n)
+        requests = []
+        for index, own in enumerate(sampling.completions(lambda: self._seeds.getrandbits(63))):
+            request = Request(
+                request_id=f"{job.request_id}-{index}",
+                prompt_token_ids=token_ids,
+                sampling=own,
+                max_tokens=min(room, sampling.max_tokens or room),
+                eos_token_ids=self._eos_token_ids,
+                arrival_time=time.monotonic(),
+                priority=priority,
+                cache_salt=cache_salt,
+            )
+            job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
+            requests.append(request)
         return job, requests
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:

@@ -37,7 +37,9 @@ def serve(options: EngineOptions, server: ServerOptions) -> int:
     """
     logging.basicConfig(level=server.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     listener = bind(server.host, server.port)
-    source = resolve_source(options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer)
+    source = resolve_source(
+        options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
+    )
     return asyncio.run(_serve(options, server, listener, source))
 
 

@@ -132,7 +132,6 @@ def test_logit_bias_forces_and_penalties_change(llm: LLM) -> None:
         ("", SamplingParams(), "has no tokens"),
         ([5, 10**6], SamplingParams(), r"prompt_token_ids has 1000000; allowed: 0\.\.49151"),
         ([1] * 256, SamplingParams(), "256 tokens; allowed: at most 255"),
-        ([1] * 250, SamplingParams(max_tokens=7), r"max_tokens=7 is out of range; allowed: 1\.\.6"),
         ([1], SamplingParams(stop_token_ids=[49152]), r"stop_token_ids=49152 is out of range; allowed: 0\.\.49151"),
         ([1], SamplingParams(logit_bias={50000: 1.0}), r"logit_bias=50000 is out of range"),
         ({"text": "x"}, SamplingParams(), "allowed: cache_salt, prompt, prompt_token_ids"),
@@ -146,6 +145,12 @@ def test_what_cannot_run_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         llm.generate(prompt, params, use_tqdm=False)  # type: ignore[arg-type]
     assert llm.stats().num_steps_total == before
+
+
+def test_output_ends_where_the_context_does(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=100, ignore_eos=True, seed=1)
+    output = llm.generate([[1] * 250], params, use_tqdm=False)[0].outputs[0]
+    assert (len(output.token_ids), output.finish_reason) == (6, "length")
 
 
 def test_priority_needs_its_policy(llm: LLM) -> None:

@@ -125,6 +125,11 @@ def test_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pull("owner/name", "v1") == tmp_path
 
 
+def test_gguf_files_are_not_fetched_from_the_hub() -> None:
+    with pytest.raises(ValueError, match="load_format='gguf' and model 'owner/name' is a hub id"):
+        resolve_source("owner/name", load_format="gguf")
+
+
 def test_a_hub_model_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(_name: str, **_options: Any) -> str:
         raise LocalEntryNotFoundError("offline")

@@ -52,6 +52,19 @@ def test_with_all_in_flight_the_pipeline_drains_before_anyone_is_preempted():
     rig.drain()
 
 
+def test_a_half_computed_prompt_goes_on_while_a_decode_of_lower_rank_lacks_a_block():
+    rig = Rig(config(num_blocks=4, policy="priority", max_num_batched_tokens=4, enable_prefix_caching=False))
+    rig.add(make_request("low", [0] * 3, 6, priority=1, ignore_eos=True))
+    rig.step()
+    rig.add(make_request("high", [1] * 8, 4, priority=0, ignore_eos=True))
+    assert rows(rig.submit()) == [(0, 3, 1, True), (1, 0, 3, False)]
+    rig.commit()
+    assert rows(rig.submit()) == [(1, 3, 4, False)]
+    assert rig.scheduler.stats().num_preemptions_total == 1
+    rig.commit()
+    rig.drain()
+
+
 def test_priority_decides_who_runs_first_and_who_is_preempted():
     def order(policy):
         rig = Rig(config(num_blocks=6, policy=policy, max_num_seqs=2, enable_prefix_caching=False))

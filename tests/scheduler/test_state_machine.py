@@ -27,9 +27,9 @@ configs = st.builds(
     policy=st.sampled_from(["fcfs", "priority"]),
 )
 # All prompts are of two tokens and most begin alike, so that many of their blocks are equal.
-prompts = st.tuples(
-    st.sampled_from([17, 16, 5, 31, 36, 0]), st.lists(st.integers(0, 1), min_size=1, max_size=4)
-).map(lambda x: ([0, 1, 1, 0] * 9)[: x[0]] + x[1])
+prompts = st.tuples(st.sampled_from([17, 16, 5, 31, 36, 0]), st.lists(st.integers(0, 1), min_size=1, max_size=4)).map(
+    lambda x: ([0, 1, 1, 0] * 9)[: x[0]] + x[1]
+)
 options = st.fixed_dictionaries(
     {},
     optional={

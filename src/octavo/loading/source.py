@@ -11,7 +11,7 @@ from octavo.config import LoadFormat
 from octavo.loading import hub
 from octavo.loading.gguf_config import config_of, generation_config_of
 from octavo.loading.gguf_file import read_gguf
-from octavo.loading.package import PACKAGES, pull
+from octavo.loading.package import PACKAGES, find, pull
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -51,6 +51,8 @@ def resolve_source(
     model: a folder, a .gguf file, a hub id, or a key of PACKAGES; tokenizer: a folder, a .gguf file or a hub id.
     Raises ValueError naming the file at fault, or the model where there is none; OSError if it cannot be had.
     """
+    if load_format == "gguf" and find(model) is None and hub.is_hub_id(model):
+        raise ValueError(f"load_format='gguf' and model {model!r} is a hub id; allowed: a file or folder")
     path = _locate(model, revision, hub.CONFIG_FILES if load_format == "dummy" else None)
     tokenizer_path = path if tokenizer is None else _locate(tokenizer, None, hub.TOKENIZER_FILES)
     weights = path if path.is_file() else _gguf_in(path, load_format)

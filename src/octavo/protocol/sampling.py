@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -125,9 +125,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             for token_id in ids or ():
                 _integer(name, token_id, 0, vocab_size - 1)
 
+    def completions(self, fresh_seed: Callable[[], int]) -> list[SamplingParams]:
+        """One for each of the n completions, with n=1 and a seed of its own: the given seed plus the
+        completion's index, else a fresh one."""
+        if self.seed is None or self.seed == -1:
+            return [self.replace(n=1, seed=fresh_seed()) for _ in range(self.n)]
+        return [self.replace(n=1, seed=_wrapped(self.seed + index)) for index in range(self.n)]
+
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
         return msgspec.structs.replace(self, **changes)
+
+
+def _wrapped(seed: int) -> int:
+    """`seed` as an int64. -1 would mean "no seed", so it becomes another."""
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return INT64_MAX if seed == -1 else seed
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

@@ -219,19 +219,25 @@ class Scheduler:
         require(bool(steps) == self._is_in_flight(sequence), f"I9: {name!r} is wrong about being in flight")
 
     def _continue_running(self, step: _Step) -> bool:
-        """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait."""
+        """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait.
+
+        Then so does every one that ranks below it; those above go on, so that a step never comes out empty
+        while something could run.
+        """
         prompts: list[Sequence] = []
+        complete = True
         for sequence in self._running:
             length = sequence.num_tokens - sequence.num_computed_tokens
             if length > 1:
                 prompts.append(sequence)
             elif sequence.num_tokens < sequence.max_num_tokens and step.budget and not self._add_row(step, sequence, 1):
-                return False
+                complete = False
+                break
         for sequence in prompts:
             length = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget)
             if length and sequence.status is Status.RUNNING and not self._add_row(step, sequence, length):
                 return False
-        return True
+        return complete
 
     def _add_row(self, step: _Step, sequence: Sequence, length: int) -> bool:
         start = sequence.num_computed_tokens

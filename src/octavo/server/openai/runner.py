@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerState
 from octavo.server.metrics import MetricsRegistry, RequestRecord
 from octavo.server.openai.errors import APIError, internal, invalid, unavailable
-from octavo.server.openai.sampling import completion_params
 from octavo.server.openai.schema import GenerationBody
 from octavo.text.generation import Delta, Generation
 
 logger = logging.getLogger("octavo.server")
+
+
+def _fresh_seed() -> int:
+    return secrets.randbits(63)
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -68,7 +72,7 @@ class Run:
         """Plan n completions of one prompt; params.max_tokens is resolved. Raises APIError 400."""
         self._num_prompt_tokens += len(token_ids)
         assert params.max_tokens is not None
-        for own in completion_params(params):
+        for own in params.completions(_fresh_seed):
             index = len(self.choices)
             request = Request(
                 request_id=f"{self._engine_id}-{index}",

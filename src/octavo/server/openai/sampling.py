@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import secrets
 from typing import Any
 
-from octavo.protocol.sampling import INT64_MAX, SamplingParams
+from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.schema import GenerationBody
@@ -79,20 +78,6 @@ def with_max_tokens(
         return params.replace(max_tokens=wanted)
     except ValueError as error:  # min_tokens is above it
         raise _named(error, names) from None
-
-
-def completion_params(params: SamplingParams) -> list[SamplingParams]:
-    """One SamplingParams for each of the n completions, with n=1 and a seed of its own: the given one
-    plus the completion's index, else 63 random bits."""
-    if params.seed in (None, -1):
-        return [params.replace(n=1, seed=secrets.randbits(63)) for _ in range(params.n)]
-    return [params.replace(n=1, seed=_wrapped(params.seed + index)) for index in range(params.n)]
-
-
-def _wrapped(seed: int) -> int:
-    """`seed` as an int64. -1 would mean "no seed", so it becomes another."""
-    seed = (seed + 2**63) % 2**64 - 2**63
-    return INT64_MAX if seed == -1 else seed
 
 
 def _token_id(key: str) -> int:
