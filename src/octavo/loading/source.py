@@ -11,7 +11,7 @@ from octavo.config import LoadFormat
 from octavo.loading import hub
 from octavo.loading.gguf_config import config_of, generation_config_of
 from octavo.loading.gguf_file import read_gguf
-from octavo.loading.package import PACKAGES, find, pull
+from octavo.loading.package import PACKAGES, find, pull, refuse_revision
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -74,6 +74,7 @@ def _locate(name: str, revision: str | None, files: tuple[str, ...] | None) -> P
     """The file or folder of a name. files: patterns of what is wanted of a hub model; None for all of it."""
     path = Path(name).expanduser()
     if name not in PACKAGES and path.exists():
+        refuse_revision(name, revision)
         return path
     return hub.fetch(name, revision, files) if files and hub.is_hub_id(name) else pull(name, revision)
 
