@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -81,8 +82,9 @@ CASES: list[tuple[str, Any, int, str | None]] = [
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> httpx.Client:
-    return httpx.Client(base_url=server.base_url, timeout=60, headers={"Content-Type": "application/json"})
+def client(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.base_url, timeout=60, headers={"Content-Type": "application/json"}) as client:
+        yield client
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), CASES)
