@@ -162,3 +162,15 @@ async def test_idle_costs_no_cpu() -> None:
         before = used()
         await asyncio.sleep(1.0)
         assert used() - before <= 1
+
+
+async def test_submitting_while_outputs_arrive_loses_no_wakeup() -> None:
+    async with engine() as client:
+
+        async def chain(name: str) -> None:
+            for i in range(10):
+                assert len(await collect(client, f"{name}-{i}", [3, i + 1], 3)) == 3
+
+        async with asyncio.timeout(30):
+            for round_number in range(20):
+                await asyncio.gather(*(chain(f"{round_number}-{i}") for i in range(30)))

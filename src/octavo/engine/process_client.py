@@ -135,7 +135,6 @@ class ProcessEngineClient:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 10)  # ms: the child binds some time after this connects
         self._socket.connect(self._process.address)
-        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket.underlying)
         self._send(Control(0, "hello"))
         if self._started is None:
             self._started = asyncio.get_running_loop().create_future()
@@ -145,7 +144,9 @@ class ProcessEngineClient:
     def _send(self, message: ToEngine) -> None:
         if self._process.exited.is_set():
             return  # what was said to a dead process has no meaning: its requests have ended
-        self._sender.send(self._encoder.encode(message), zmq.NOBLOCK)
+        # Through the asyncio socket: a send takes up the edge that also tells of what can be received, and
+        # only that socket looks again. It never waits, for there is no limit on what may be unsent.
+        self._socket.send(self._encoder.encode(message))
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
