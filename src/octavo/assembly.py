@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from octavo.attention.cpu import CpuAttention
-from octavo.config import DeviceFacts, EngineConfig, EngineOptions, resolve
+from octavo.config import DeviceFacts, EngineConfig, EngineOptions, home, resolve
 from octavo.distributed.executor import InProcessExecutor
 from octavo.engine.engine import Engine
+from octavo.kernels.cpu import library
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.loading.weights import load_model
 from octavo.models.registry import model_facts
@@ -47,6 +48,7 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     device = DeviceFacts(kind="cpu", num_threads=len(os.sched_getaffinity(0)))
     config = resolve(options, facts, device)
     torch.set_num_threads(config.num_threads)
+    _log.info("%s", library.load(home() / "kernels"))
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
     cpu = torch.device("cpu")
     model = load_model(source, dtype, cpu, options.seed)

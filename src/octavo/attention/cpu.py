@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.attention.backend import AttentionBatch, AttentionCapability, AttentionLayer, KVLayout
+from octavo.kernels.cpu import library
+from octavo.kernels.cpu.library import DecodeRows
 
 _TILE_QUERIES = 128  # queries of a row that are attended at once
 _FLASH_KEYS = 640  # a lone decode row with at most so many keys goes to the flash kernel
@@ -93,9 +95,11 @@ class CpuAttention:
         self._slots = [layer.view(-1, head_dim) for layer in self._cache]
         self._chunks = [layer.view(-1, block_size * head_dim) for layer in self._cache]
         self._gathered, self._scores, self._weights = (_Scratch(dtype) for _ in range(3))
+        self._kernels = library.get()
         self._batch = AttentionBatch([], [], torch.empty(0, 0), torch.empty(0))
         self._write_index = torch.empty(0)
-        self._groups: dict[int | None, list[_Group]] = {}  # of this step, by sliding window
+        # Of this step, by sliding window: the rows that a native kernel decodes, and the groups of all others.
+        self._plans: dict[int | None, tuple[DecodeRows | None, list[_Group]]] = {}
 
     def kv_layout(self) -> KVLayout:
         names = ("layer", "block", "key_or_value", "kv_head", "offset", "head_dim")
@@ -109,7 +113,7 @@ class CpuAttention:
         if len(batch.slot_mapping) != num_tokens:
             raise ValueError(f"slot_mapping has {len(batch.slot_mapping)} slots for {num_tokens} tokens")
         self._batch = batch
-        self._groups = {}
+        self._plans = {}
         size, num_chunks = self._block_size, 2 * self._num_kv_heads
         slots = batch.slot_mapping[:, None]
         chunks = slots // size * num_chunks + torch.arange(num_chunks)
@@ -132,12 +136,14 @@ class CpuAttention:
             self._cache.index_fill_(1, self._batch.block_tables[rows, columns].long(), 0)
 
     def forward(self, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        new = torch.cat((key, value), 1).view(-1, self._head_dim)
-        self._slots[layer.layer_index].index_copy_(0, self._write_index, new)
-        groups = self._groups.get(layer.sliding_window)
-        if groups is None:
-            groups = self._groups[layer.sliding_window] = self._plan(layer.sliding_window)
-        out = torch.empty_like(query)
+        self._write(layer.layer_index, key, value)
+        plan = self._plans.get(layer.sliding_window)
+        if plan is None:
+            plan = self._plans[layer.sliding_window] = self._plan(layer)
+        decodes, groups = plan
+        out = torch.empty(query.shape, dtype=query.dtype)
+        if decodes is not None and self._kernels is not None:
+            self._kernels.paged_decode(query, out, self._cache[layer.layer_index], decodes, layer.scale)
         for group in groups:
             keys, values = self._gather(layer.layer_index, group)
             for tile in group.tiles:
@@ -146,6 +152,13 @@ class CpuAttention:
                     return heads  # the tile is the batch
                 out[tile.tokens] = heads
         return out
+
+    def _write(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+        if self._kernels is not None and key.stride(-1) == value.stride(-1) == 1:
+            self._kernels.write_kv(key, value, self._cache[layer_index], self._batch.slot_mapping)
+            return
+        new = torch.cat((key, value), 1).view(-1, self._head_dim)
+        self._slots[layer_index].index_copy_(0, self._write_index, new)
 
     def _gather(self, layer_index: int, group: _Group) -> Tensor:
         """Keys and values of a group, [2, R * KV heads, block_size * blocks per row, head_dim]."""
@@ -170,16 +183,18 @@ class CpuAttention:
             heads = torch.bmm(torch.softmax(scores, -1, out=self._weights.take(*shape)), values)
         return heads.view(by_head.shape).transpose(1, 2).reshape(query.shape)
 
-    def _plan(self, window: int | None) -> list[_Group]:
-        """How this step's rows are attended in layers with this sliding window (None: no window)."""
+    def _plan(self, layer: AttentionLayer) -> tuple[DecodeRows | None, list[_Group]]:
+        """How this step's rows are attended in layers of this shape: natively, and in groups."""
+        window = layer.sliding_window
         starts, lengths, size = self._batch.starts, self._batch.lengths, self._block_size
         firsts = [0 if window is None else max(0, start - window + 1) // size for start in starts]
         blocks = [-(-(start + length) // size) - first for start, length, first in zip(starts, lengths, firsts)]
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)
+        decodes, others = self._decode_rows(layer, offsets)
         groups = []
-        for rows in _group_rows(lengths, [count * size for count in blocks]):
+        for rows in _group_rows(others, lengths, [count * size for count in blocks]):
             if len(rows) == 1:
                 row = rows[0]
                 tiles = self._tiles_of_row(starts[row], lengths[row], offsets[row], firsts[row] * size, window)
@@ -188,7 +203,22 @@ class CpuAttention:
                 tiles = [self._tile_of_rows(rows, offsets, [firsts[row] * size for row in rows], most * size, window)]
             chunks = self._chunk_index(rows, [firsts[row] for row in rows], [blocks[row] for row in rows])
             groups.append(_Group(chunks, len(rows), tiles))
-        return groups
+        return decodes, groups
+
+    def _decode_rows(self, layer: AttentionLayer, offsets: list[int]) -> tuple[DecodeRows | None, list[int]]:
+        """The rows of one query, where the native kernel serves their shape; and all other rows."""
+        batch, everyone = self._batch, list(range(len(self._batch.starts)))
+        if self._kernels is None or not self._kernels.serves(layer.num_heads, layer.num_kv_heads, layer.head_dim):
+            return None, everyone
+        rows = [row for row in everyone if batch.lengths[row] == 1]
+        if not rows:
+            return None, everyone
+        tables = batch.block_tables if len(rows) == len(everyone) else batch.block_tables[rows]
+        ends = [batch.starts[row] + 1 for row in rows]
+        begins = [0 if layer.sliding_window is None else max(0, end - layer.sliding_window) for end in ends]
+        where, first, last = torch.tensor([[offsets[row] for row in rows], begins, ends])
+        decodes = DecodeRows(where, tables.long().contiguous(), first, last)
+        return decodes, [row for row in everyone if batch.lengths[row] > 1]
 
     def _chunk_index(self, rows: list[int], firsts: list[int], blocks: list[int]) -> Tensor:
         """The rows of self._chunks that hold the group's keys, then its values. A row with fewer blocks than the
@@ -242,12 +272,12 @@ class CpuAttention:
         return bias[:, None, :, None, :]
 
 
-def _group_rows(lengths: list[int], num_keys: list[int]) -> list[list[int]]:
-    """Split rows into groups to be padded together: a group grows, in order of size, while the padding costs
+def _group_rows(rows: list[int], lengths: list[int], num_keys: list[int]) -> list[list[int]]:
+    """Split `rows` into groups to be padded together: a group grows, in order of size, while the padding costs
     less than a further group would. Rows of a group are in ascending order."""
     groups: list[list[int]] = []
     most_queries = most_keys = spent = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], num_keys[row])):
+    for row in sorted(rows, key=lambda row: (lengths[row], num_keys[row])):
         queries, keys = lengths[row], num_keys[row]
         cost = keys * (queries + _KEY_COST)
         most_queries, most_keys = max(most_queries, queries), max(most_keys, keys)
