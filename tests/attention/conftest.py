@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from octavo.kernels.cpu import library
-
-
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> library.CpuKernels:
-    before = library.get()
-    assert library.load(tmp_path_factory.mktemp("kernels")) == "native kernels"
-    made = library.get()
-    assert made is not None
-    library._loaded = before
-    return made
 
 
 @pytest.fixture(autouse=True, params=["torch", "native"])

@@ -143,7 +143,7 @@ class CpuAttention:
         decodes, groups = plan
         out = torch.empty(query.shape, dtype=query.dtype)
         if decodes is not None and self._kernels is not None:
-            self._kernels.paged_decode(query, out, self._cache[layer.layer_index], decodes, layer.scale)
+            self._kernels.paged_attention(query, out, self._cache[layer.layer_index], decodes, layer.scale)
         for group in groups:
             keys, values = self._gather(layer.layer_index, group)
             for tile in group.tiles:
@@ -208,7 +208,7 @@ class CpuAttention:
     def _decode_rows(self, layer: AttentionLayer, offsets: list[int]) -> tuple[DecodeRows | None, list[int]]:
         """The rows of one query, where the native kernel serves their shape; and all other rows."""
         batch, everyone = self._batch, list(range(len(self._batch.starts)))
-        if self._kernels is None or not self._kernels.serves(layer.num_heads, layer.num_kv_heads, layer.head_dim):
+        if self._kernels is None or not library.serves(layer.num_heads, layer.num_kv_heads, layer.head_dim):
             return None, everyone
         rows = [row for row in everyone if batch.lengths[row] == 1]
         if not rows:

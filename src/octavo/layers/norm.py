@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.kernels.cpu import library
 from octavo.layers.slot import WeightSlot
 
 
@@ -17,10 +18,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
         self._shape = (size,)
         self._eps = eps
+        served = device.type == "cpu" and size % 16 == 0 and dtype in (torch.bfloat16, torch.float32)
+        self._kernels = library.get() if served else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size]. Returns a new tensor of the same shape and dtype."""
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        """x: [T, size], contiguous. Returns a new tensor of the same shape and dtype."""
+        if self._kernels is None:
+            return F.rms_norm(x, self._shape, self.weight, self._eps)
+        out = torch.empty_like(x)
+        self._kernels.rms_norm(x, None, self.weight, out, self._eps)
+        return out
+
+    def add(self, residual: Tensor, delta: Tensor) -> Tensor:
+        """residual += delta, in place; returns the norm of the sum. All [T, size], contiguous."""
+        if self._kernels is None:
+            return F.rms_norm(residual.add_(delta), self._shape, self.weight, self._eps)
+        out = torch.empty_like(residual)
+        self._kernels.rms_norm(residual, delta, self.weight, out, self._eps)
+        return out
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         return {f"{path}.weight": WeightSlot(self._shape, self.weight.data.copy_)}

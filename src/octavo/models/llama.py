@@ -69,8 +69,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: Tensor, rotation: Rotation, context: AttentionContext) -> None:
         """Adds to `residual` [T, hidden_size] in place."""
-        residual.add_(self.self_attn(self.input_layernorm(residual), rotation, context))
-        residual.add_(self.mlp(self.post_attention_layernorm(residual)))
+        attended = self.self_attn(self.input_layernorm(residual), rotation, context)
+        residual.add_(self.mlp(self.post_attention_layernorm.add(residual, attended)))
 
 
 class Decoder(nn.Module):

@@ -43,15 +43,23 @@ inline void store(bf16* p, f32x16 v) {
     std::memcpy(p, &half, sizeof half);
 }
 
+using f32x8 = float __attribute__((vector_size(32)));
+using f32x4 = float __attribute__((vector_size(16)));
+
 inline float sum(f32x16 v) {
-    float total = 0;
-    for (int i = 0; i < LANES / 2; i++) total += v[i] + v[i + LANES / 2];
-    return total;
+    const f32x8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const f32x4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                       __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 inline float largest(f32x16 v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    const f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    const f32x8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const f32x8 eight = a > b ? a : b;
+    float most = eight[0];
+    for (int i = 1; i < LANES / 2; i++) most = eight[i] > most ? eight[i] : most;
     return most;
 }
 
@@ -101,6 +109,16 @@ void attend(const T* query, const T* cache, const int64_t* table, int64_t begin,
         const T* block = cache + (table[at / block_size] * 2 * num_kv_heads + kv_head) * block_size * DIM;
         const T* keys = block + offset * DIM;
         const T* values = keys + num_kv_heads * block_size * DIM;
+        if (at + count < end && offset + count == block_size) {
+            // The next block lies anywhere: ask for it while this one is computed.
+            const char* next = reinterpret_cast<const char*>(
+                cache + (table[at / block_size + 1] * 2 * num_kv_heads + kv_head) * block_size * DIM);
+            const int64_t run = block_size * DIM * sizeof(T);
+            for (int64_t byte = 0; byte < run; byte += 64) {
+                __builtin_prefetch(next + byte);
+                __builtin_prefetch(next + num_kv_heads * run + byte);
+            }
+        }
         f32x16 scores[MAX_GROUP];
         for (int g = 0; g < group; g++) scores[g] = f32x16{} + LOWEST;
         for (int t = 0; t < count; t++) {
@@ -123,11 +141,15 @@ void attend(const T* query, const T* cache, const int64_t* table, int64_t begin,
             scores[g] = exp_negative(scores[g] - partial.most[g]);
             partial.total[g] += sum(scores[g]);
         }
-        for (int t = 0; t < count; t++) {
-            for (int d = 0; d < VECTORS; d++) {
-                const f32x16 value = load(values + t * DIM + d * LANES);
-                for (int g = 0; g < group; g++) acc[g][d] += scores[g][t] * value;
-            }
+        f32x16 wide[LANES][VECTORS];
+        for (int t = 0; t < count; t++)
+            for (int d = 0; d < VECTORS; d++) wide[t][d] = load(values + t * DIM + d * LANES);
+        for (int g = 0; g < group; g++) {
+            f32x16 own[VECTORS];
+            for (int d = 0; d < VECTORS; d++) own[d] = acc[g][d];
+            for (int t = 0; t < count; t++)
+                for (int d = 0; d < VECTORS; d++) own[d] += scores[g][t] * wide[t][d];
+            for (int d = 0; d < VECTORS; d++) acc[g][d] = own[d];
         }
         at += count;
     }

@@ -34,15 +34,11 @@ class CpuKernels:
         self._write_kv = library.octavo_write_kv
         self._write_kv.argtypes = [pointer] * 4 + [integer] * 7
         self._write_kv.restype = None
-        self._paged_decode = library.octavo_paged_decode
-        self._paged_decode.argtypes = [pointer] * 7 + [integer] * 8 + [real]
+        self._paged_attention = library.octavo_paged_decode
+        self._paged_attention.argtypes = [pointer] * 7 + [integer] * 8 + [real]
         self._rms_norm = library.octavo_rms_norm
         self._rms_norm.argtypes = [pointer] * 4 + [integer] * 3 + [real]
         self._rms_norm.restype = None
-
-    def serves(self, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-        """Whether paged_decode is compiled for such heads."""
-        return head_dim in _HEAD_DIMS and num_heads // num_kv_heads <= _MAX_GROUP
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         """Copy key and value [T, KV heads, head_dim] to their slots of cache [blocks, 2, KV heads, block_size,
@@ -62,11 +58,11 @@ class CpuKernels:
             cache.element_size(),
         )
 
-    def paged_decode(self, query: Tensor, out: Tensor, cache: Tensor, rows: DecodeRows, scale: float) -> None:
+    def paged_attention(self, query: Tensor, out: Tensor, cache: Tensor, rows: DecodeRows, scale: float) -> None:
         """Attend one query a row, flash-decoding style (Dao et al., 2023): query [T, heads, head_dim] of which rows
         name some tokens, out [T, heads, head_dim] contiguous. Raises ValueError for heads that are not served."""
         _, _, num_kv_heads, block_size, head_dim = cache.shape
-        refused = self._paged_decode(
+        refused = self._paged_attention(
             query.data_ptr(),
             out.data_ptr(),
             cache.data_ptr(),
@@ -100,6 +96,11 @@ class CpuKernels:
             residual.element_size(),
             eps,
         )
+
+
+def serves(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether CpuKernels.paged_attention is compiled for such heads."""
+    return head_dim in _HEAD_DIMS and num_heads // num_kv_heads <= _MAX_GROUP
 
 
 class DecodeRows:
