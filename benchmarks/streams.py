@@ -47,8 +47,8 @@ async def stream(client: AsyncOpenAI, prompt: str, num_tokens: int, *, cut: bool
     return "".join(parts)
 
 
-async def alone(client: AsyncOpenAI, prompt: str, num_tokens: int) -> tuple[list[str], list[dict[str, float]]]:
-    """Tokens of one completion and, at each of them, the candidates' log-probabilities."""
+async def alone(client: AsyncOpenAI, prompt: str, num_tokens: int) -> tuple[str, list[str], list[dict[str, float]]]:
+    """Text and tokens of one completion and, at each of these, the candidates' log-probabilities."""
     answer = await client.completions.create(
         model="smollm2",
         prompt=prompt,
@@ -61,12 +61,12 @@ async def alone(client: AsyncOpenAI, prompt: str, num_tokens: int) -> tuple[list
     assert logprobs is not None
     assert logprobs.tokens is not None
     assert logprobs.top_logprobs is not None
-    return logprobs.tokens, logprobs.top_logprobs
+    return answer.choices[0].text, logprobs.tokens, logprobs.top_logprobs
 
 
-def compare(text: str, tokens: list[str], candidates: list[dict[str, float]]) -> str:
-    """ "equal", "tie" or "different"."""
-    if text == "".join(tokens):
+def compare(text: str, reference: str, tokens: list[str], candidates: list[dict[str, float]]) -> str:
+    """ "equal", "tie" or "different". The tokens are `reference` with its special tokens shown."""
+    if text == reference:
         return "equal"
     at = 0
     for token, scores in zip(tokens, candidates):
