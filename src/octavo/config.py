@@ -45,7 +45,8 @@ class EngineOptions:
     block_size: int = 16
     """Tokens in a KV block."""
     kv_cache_memory: str | None = None
-    """Memory for the KV cache, such as "2GiB" or a number of bytes. None: a fraction of what is free."""
+    """Memory for the KV cache, such as "2GiB" or a number of bytes; it decides alone where it is given. None: a
+    fraction of what is free, by gpu_memory_utilization."""
     gpu_memory_utilization: float | None = None
     """Fraction (0, 1] of the device's memory that may be used; on a CPU, of the RAM that is free once
     the weights are loaded, for the KV cache. None: 0.9 on a GPU, 0.4 on a CPU."""
