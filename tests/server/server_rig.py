@@ -85,7 +85,7 @@ class FakeEngine:
     def emit(self, stats: SchedulerStats, num_step_tokens: int = 0) -> None:
         self.stats = stats
         for listener in self.listeners:
-            listener(Outputs([], stats, 0.0, num_step_tokens))
+            listener(Outputs([], stats, num_step_tokens))
 
     async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
         if self.dead is not None:

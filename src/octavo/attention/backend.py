@@ -98,7 +98,7 @@ class AttentionBackend(Protocol):
         """Write the new tokens' KV of all rows, then attend.
 
         query: [T, num_heads, head_dim], positions already encoded; key, value: [T, num_kv_heads, head_dim].
-        All of the cache's dtype. Returns a new tensor [T, num_heads, head_dim].
+        All of the cache's dtype, the last dimension contiguous. Returns a new tensor [T, num_heads, head_dim].
         """
         ...
 

@@ -97,7 +97,7 @@ class CpuAttention:
         self._gathered, self._scores, self._weights = (_Scratch(dtype) for _ in range(3))
         self._kernels = library.get()
         self._batch = AttentionBatch([], [], torch.empty(0, 0), torch.empty(0))
-        self._write_index = torch.empty(0)
+        self._write_index = torch.empty(0)  # of this step, where no native kernel writes
         # Of this step, by sliding window: the rows that a native kernel decodes, and the groups of all others.
         self._plans: dict[int | None, tuple[DecodeRows | None, list[_Group]]] = {}
 
@@ -114,10 +114,11 @@ class CpuAttention:
             raise ValueError(f"slot_mapping has {len(batch.slot_mapping)} slots for {num_tokens} tokens")
         self._batch = batch
         self._plans = {}
-        size, num_chunks = self._block_size, 2 * self._num_kv_heads
-        slots = batch.slot_mapping[:, None]
-        chunks = slots // size * num_chunks + torch.arange(num_chunks)
-        self._write_index = (chunks * size + slots % size).view(-1)
+        if self._kernels is None:
+            size, num_chunks = self._block_size, 2 * self._num_kv_heads
+            slots = batch.slot_mapping[:, None]
+            chunks = slots // size * num_chunks + torch.arange(num_chunks)
+            self._write_index = (chunks * size + slots % size).view(-1)
         self._zero_opened_blocks()
 
     def _zero_opened_blocks(self) -> None:
@@ -154,7 +155,7 @@ class CpuAttention:
         return out
 
     def _write(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        if self._kernels is not None and key.stride(-1) == value.stride(-1) == 1:
+        if self._kernels is not None:
             self._kernels.write_kv(key, value, self._cache[layer_index], self._batch.slot_mapping)
             return
         new = torch.cat((key, value), 1).view(-1, self._head_dim)

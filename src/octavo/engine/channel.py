@@ -16,7 +16,7 @@ _MAX_UNREAD_MESSAGES = 50_000
 
 
 class EngineChannel:
-    """msgpack over a unix socket. A message that does not decode is counted and dropped."""
+    """msgpack over a unix socket. A message that does not decode is logged and dropped."""
 
     def __init__(self, address: str) -> None:
         self._context = zmq.Context()
@@ -28,7 +28,6 @@ class EngineChannel:
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
-        self.num_dropped = 0
 
     def poll(self, timeout: float | None) -> bool:
         """Whether a message waits, after at most `timeout` seconds (None: as long as it takes)."""
@@ -45,7 +44,6 @@ class EngineChannel:
                 identity, body = parts
                 return identity, self._decoder.decode(body)
             except (ValueError, msgspec.MsgspecError) as error:
-                self.num_dropped += 1
                 _log.warning("dropped a message that does not decode: %s", error)
 
     def send(self, identity: bytes, message: FromEngine) -> bool:

@@ -84,9 +84,9 @@ class EngineService:
             by_owner.setdefault(owner, []).append(output)
             if output.finish_reason is not None:
                 del self._owners[output.request_id]
-        stats, now = self._engine.stats(), time.monotonic()
+        stats = self._engine.stats()
         for owner, own in by_owner.items():
-            if not self._channel.send(owner, Outputs(own, stats, now, self._engine.num_step_tokens)):
+            if not self._channel.send(owner, Outputs(own, stats, self._engine.num_step_tokens)):
                 self._forget(owner)
 
     def _forget(self, owner: bytes) -> None:

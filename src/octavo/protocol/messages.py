@@ -42,7 +42,6 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
 
     outputs: list[TokenOutput]
     stats: SchedulerStats
-    timestamp: float
     num_step_tokens: int = 0
 
 
