@@ -103,19 +103,23 @@ def main() -> None:
     params = module.SamplingParams
     began = time.perf_counter()
     llm = module.LLM(model=args.model, load_format="dummy", skip_tokenizer_init=True, seed=0, **json.loads(args.kwargs))
-    rows: list[dict[str, Any]] = [{"workload": "startup", "seconds": round(time.perf_counter() - began, 2)}]
+    startup = round(time.perf_counter() - began, 2)
+    label = {"package": args.package, "model": Path(args.model).name, "kwargs": args.kwargs}
+
+    def report(row: dict[str, Any]) -> None:
+        """Print a row, and write it at once: a later workload that fails takes no earlier one with it."""
+        print(json.dumps(row), flush=True)
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps({**label, **row}) + "\n")
+
+    report({"workload": "startup", "seconds": startup})
     run(llm, params, [tokens(random.Random(9), 64)] * 8, [16] * 8)
     for name in args.workloads.split(","):
         for i in range(args.repeat):
             rng = random.Random(1000 + i)  # fresh prompts each time: the prefix cache must not help by accident
             row = latency(llm, params, rng) if name == "latency" else throughput(llm, params, WORKLOADS[name](rng))
-            rows.append({"workload": name, "run": i, **row})
-            print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps(rows[0]), flush=True)
-    if args.out:
-        label = {"package": args.package, "model": Path(args.model).name, "kwargs": args.kwargs}
-        with open(args.out, "a") as file:
-            file.writelines(json.dumps({**label, **row}) + "\n" for row in rows)
+            report({"workload": name, "run": i, **row})
 
 
 if __name__ == "__main__":

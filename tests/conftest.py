@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from octavo.kernels.cpu import library
-from octavo.loading.package import pull
+# Before anything imports triton: without a GPU, its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from octavo.kernels.cpu import library  # noqa: E402
+from octavo.loading.package import pull  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from octavo.attention.cpu import CpuAttention
-from octavo.config import DeviceFacts, EngineConfig, EngineOptions, home, resolve
+from octavo.config import DeviceFacts, EngineConfig, EngineOptions, ModelFacts, home, resolve
 from octavo.distributed.executor import InProcessExecutor
 from octavo.engine.engine import Engine
+from octavo.engine.executor import Executor
 from octavo.kernels.cpu import library
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.loading.weights import load_model
@@ -26,10 +28,14 @@ from octavo.worker.slots import Slots
 
 _log = logging.getLogger(__name__)
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Seconds that recording CUDA graphs may take before the engine is ready; others are recorded when idle, or needed.
+_GRAPH_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine ready to step, and what was decided on the way."""
+    """An engine ready to step, and what was decided on the way. max_model_len is in `ready`."""
 
     engine: Engine
     config: EngineConfig
@@ -38,42 +44,71 @@ class BuiltEngine:
     ready: Ready
 
 
+class Stopwatch:
+    """Where the seconds of a start went."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps.append(f"{name} {now - self._last:.2f} s")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{time.perf_counter() - self._began:.2f} s ({', '.join(self._laps)})"
+
+
 def build_engine(options: EngineOptions) -> BuiltEngine:
     """Load the model and size its KV pool. Raises ValueError naming an option or a file, OSError for one unread."""
-    began = time.perf_counter()
+    watch = Stopwatch()
     source = resolve_source(
         options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
     )
     facts = model_facts(source.config)
-    device = DeviceFacts(kind="cpu", num_threads=len(os.sched_getaffinity(0)))
+    device = _device(options)
     config = resolve(options, facts, device)
     torch.set_num_threads(config.num_threads)
-    _log.info("%s", library.load(home() / "kernels"))
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
-    cpu = torch.device("cpu")
-    model = load_model(source, dtype, cpu, options.seed)
-    loaded = time.perf_counter()
+    if config.device == "cpu":
+        executor, ledger = _build_cpu(config, facts, source, watch)
+    else:
+        from octavo.device_assembly import build_cuda  # brings Triton
 
-    ledger = plan_memory(config, model.weight_bytes, free_host_bytes())
-    attention = CpuAttention(
-        facts.num_layers, ledger.num_blocks, options.block_size, facts.num_kv_heads, facts.head_dim, dtype
-    )
-    sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
-    slots = Slots(config.max_num_seqs, config.max_model_len, options.block_size, cpu)
-    runner = ModelRunner(model, attention, sampler, slots)
-    scheduler = Scheduler(config.scheduler(ledger.num_blocks))
-    executor = InProcessExecutor(runner, threaded=config.pipeline_depth > 1)
+        executor, ledger = build_cuda(config, facts, source, watch.lap)
+    scheduler = Scheduler(config.scheduler(ledger.num_blocks, ledger.max_model_len))
     engine = Engine(scheduler, executor, config.pipeline_depth)
-
     for line in (*config.decisions, *ledger.lines()):
         _log.info("%s", line)
-    _log.info(
-        "%s ready in %.2f s (weights %.2f s), %s, %d threads",
-        source.name,
-        time.perf_counter() - began,
-        loaded - began,
-        config.dtype,
-        config.num_threads,
-    )
-    ready = Ready(config.max_model_len, config.max_num_seqs, ledger.num_blocks, options.block_size, facts.vocab_size)
+    _log.info("%s on %s in %s, ready in %s", source.name, device.name, config.dtype, watch)
+    gc.collect()
+    gc.freeze()  # what is there now stays: collections need not look at it again
+    ready = Ready(ledger.max_model_len, config.max_num_seqs, ledger.num_blocks, config.block_size, facts.vocab_size)
     return BuiltEngine(engine, config, source, ledger, ready)
+
+
+def _device(options: EngineOptions) -> DeviceFacts:
+    """Raises ValueError where a GPU is asked for and there is none."""
+    num_threads = len(os.sched_getaffinity(0))
+    if options.device != "cpu" and torch.cuda.is_available():
+        return DeviceFacts(kind="cuda", num_threads=num_threads, name=torch.cuda.get_device_name())
+    if options.device == "cuda":
+        raise ValueError("device=cuda, and torch finds no CUDA device here; allowed: auto, cpu")
+    return DeviceFacts(kind="cpu", num_threads=num_threads, name=f"{num_threads} CPU cores")
+
+
+def _build_cpu(
+    config: EngineConfig, facts: ModelFacts, source: ModelSource, watch: Stopwatch
+) -> tuple[Executor, MemoryLedger]:
+    _log.info("%s", library.load(home() / "kernels"))
+    dtype, cpu = _DTYPES[config.dtype], torch.device("cpu")
+    model = load_model(source, dtype, cpu, config.options.seed, config.options.quantization)
+    watch.lap("weights")
+    ledger = plan_memory(config, model.weight_bytes, free_host_bytes())
+    attention = CpuAttention(
+        facts.num_layers, ledger.num_blocks, config.block_size, facts.num_kv_heads, facts.head_dim, dtype
+    )
+    sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
+    slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
+    runner = ModelRunner(model, attention, sampler, slots)
+    return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger

@@ -27,6 +27,7 @@ _SERVER_RANGES = (
     ("port", 0, 65535),
     ("max_waiting_requests", 0, None),
     ("max_body_bytes", 1, None),
+    ("api_server_count", 1, 64),
     ("drain_timeout", 0, None),
 )
 
@@ -168,7 +169,15 @@ def _spell_out(args: Sequence[str]) -> list[str]:
 def _check_engine(options: EngineOptions) -> None:
     """Refuse early what needs no model to be refused. The engine resolves the options again, with the real facts."""
     boundless = ModelFacts(max_position_embeddings=2**62, vocab_size=1, num_layers=1, num_kv_heads=1, head_dim=1)
-    resolve(options, boundless, DeviceFacts(kind="cpu", num_threads=1))
+    devices = [options.device] if options.device != "auto" else ["cuda", "cpu"]
+    refused = []
+    for kind in devices:
+        try:
+            resolve(options, boundless, DeviceFacts(kind=kind, num_threads=1))
+        except ValueError as error:
+            refused.append(error)
+    if len(refused) == len(devices):
+        raise refused[-1]
 
 
 def _check_server(options: ServerOptions) -> None:

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+AttentionBackendName = Literal["auto", "triton", "flashinfer", "torch"]
+Quantization = Literal["fp8"]
+KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
@@ -36,14 +40,26 @@ class EngineOptions:
     """Where weights come from; "dummy" makes random ones from the config alone."""
     dtype: Dtype = "auto"
     """Type of weights, activations and KV cache. auto: bfloat16."""
-    max_model_len: int | None = None
-    """Longest sequence, prompt and output together, in tokens. None: what the model was trained for."""
+    device: Device = "auto"
+    """Where the model runs. auto: on the GPU, if there is one."""
+    quantization: Quantization | None = None
+    """Quantize the linear layers while they are loaded. fp8: one scale an output channel and one a token."""
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
+    attention_backend: AttentionBackendName = "auto"
+    """How a GPU attends. auto: our kernels, and cuDNN for long prompts where it serves them; triton: our kernels
+    alone; flashinfer: FlashInfer for long prompts; torch: plain operators, slow, for comparison."""
+    enforce_eager: bool = False
+    """Record no CUDA graphs: every step is launched kernel by kernel."""
+    max_model_len: int | Literal["auto"] | None = None
+    """Longest sequence, prompt and output together, in tokens. None: what the model was trained for; auto: that, or
+    less where the KV cache is too small for it."""
     max_num_seqs: int | None = None
-    """Most sequences that run at once. None: 64 on a CPU, 256 on a GPU."""
+    """Most sequences that run at once. None: 64 on a CPU, 1024 on a GPU."""
     max_num_batched_tokens: int | None = None
     """Most tokens computed in one step. None: 512 on a CPU, 8192 on a GPU."""
-    block_size: int = 16
-    """Tokens in a KV block."""
+    block_size: int | None = None
+    """Tokens in a KV block. On a GPU, a multiple of 16. None: 16 on a CPU, 64 on a GPU."""
     kv_cache_memory: str | None = None
     """Memory for the KV cache, such as "2GiB" or a number of bytes; it decides alone where it is given. None: a
     fraction of what is free, by gpu_memory_utilization."""
@@ -84,6 +100,9 @@ class ServerOptions:
     """Sequences that may wait beyond those that run; more are answered 429 with Retry-After."""
     max_body_bytes: int = 32 * 1024**2
     """Largest request body; a larger one is answered 413."""
+    api_server_count: int = 1
+    """API processes that share the port, 1..64, for more than one core's worth of HTTP; one engine serves them all.
+    Each takes an equal part of the places in the queue."""
     drain_timeout: float = 60.0
     """Seconds that streams get to finish after SIGTERM."""
     chat_template: str | None = None
@@ -94,13 +113,17 @@ class ServerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What the configuration needs to know of a model. Sizes in bytes."""
+    """What the configuration needs to know of a model."""
 
     max_position_embeddings: int
     vocab_size: int
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    num_heads: int = 1
+    hidden_size: int = 1
+    sliding_window: int | None = None
+    """The window of any layer that has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +132,7 @@ class DeviceFacts:
 
     kind: Literal["cpu", "cuda"]
     num_threads: int
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +155,13 @@ class EngineConfig:
 
     options: EngineOptions
     device: Literal["cpu", "cuda"]
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int
+    shrinks: bool
+    """Whether max_model_len may be lowered to what the KV cache holds."""
     max_num_seqs: int
     max_num_batched_tokens: int
+    block_size: int
     kv_cache_memory: int | None
     memory_fraction: float
     num_threads: int
@@ -142,13 +169,13 @@ class EngineConfig:
     kv_bytes_per_token: int
     decisions: tuple[str, ...] = field(default=())
 
-    def scheduler(self, num_blocks: int) -> SchedulerConfig:
-        """The scheduler's part, once the size of the KV pool is known."""
+    def scheduler(self, num_blocks: int, max_model_len: int) -> SchedulerConfig:
+        """The scheduler's part, once the size of the KV pool is known, and with it the longest sequence."""
         return SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            block_size=self.options.block_size,
+            max_model_len=max_model_len,
+            block_size=self.block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=self.options.enable_prefix_caching,
             enable_chunked_prefill=self.options.enable_chunked_prefill,
@@ -170,15 +197,46 @@ def engine_options(values: Mapping[str, Any]) -> EngineOptions:
 def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> EngineConfig:
     """Turn wishes into numbers. Raises ValueError naming the option, its value and the allowed range."""
     _check(options)
-    decisions: list[str] = []
     cpu = device.kind == "cpu"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16" if options.dtype == "auto" else options.dtype
-    max_model_len = options.max_model_len or model.max_position_embeddings
+    _check_device(options, cpu)
+    decisions: list[str] = []
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16" if options.dtype == "auto" else options.dtype
+    shrinks = options.max_model_len == "auto"
+    max_model_len = options.max_model_len if isinstance(options.max_model_len, int) else model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ValueError(
             f"max_model_len={max_model_len} is out of range; allowed: 1..{model.max_position_embeddings} for this model"
         )
-    max_num_seqs = options.max_num_seqs or (64 if cpu else 256)
+    max_num_seqs = options.max_num_seqs or (64 if cpu else 1024)
+    batched = _max_num_batched_tokens(options, cpu, max_num_seqs, max_model_len, decisions)
+    depth = 2 if (options.async_scheduling if options.async_scheduling is not None else not cpu) else 1
+    for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+        if getattr(options, name) is None:
+            decisions.append(f"{name}={value}")
+    if options.max_num_batched_tokens is None:
+        decisions.append(f"max_num_batched_tokens={batched}")
+    kv_bytes = 1 if options.kv_cache_dtype == "fp8" else 4 if dtype == "float32" else 2
+    return EngineConfig(
+        options=options,
+        device=device.kind,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        shrinks=shrinks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=batched,
+        block_size=options.block_size or (16 if cpu else 64),
+        kv_cache_memory=parse_size("kv_cache_memory", options.kv_cache_memory),
+        memory_fraction=options.gpu_memory_utilization or (0.4 if cpu else 0.9),
+        num_threads=options.threads or device.num_threads,
+        pipeline_depth=depth,
+        kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * kv_bytes,
+        decisions=tuple(decisions),
+    )
+
+
+def _max_num_batched_tokens(
+    options: EngineOptions, cpu: bool, max_num_seqs: int, max_model_len: int, decisions: list[str]
+) -> int:
     batched = options.max_num_batched_tokens or max(512 if cpu else 8192, max_num_seqs)
     if batched < max_num_seqs:
         raise ValueError(f"max_num_batched_tokens={batched} is out of range; allowed: >= max_num_seqs={max_num_seqs}")
@@ -190,30 +248,22 @@ def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> E
             )
         batched = max_model_len
         decisions.append(f"max_num_batched_tokens is max_model_len={batched}: prompts are not chunked")
-    depth = 2 if (options.async_scheduling if options.async_scheduling is not None else not cpu) else 1
-    for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
-        if getattr(options, name) is None:
-            decisions.append(f"{name}={value}")
-    if options.max_num_batched_tokens is None:
-        decisions.append(f"max_num_batched_tokens={batched}")
-    return EngineConfig(
-        options=options,
-        device=device.kind,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=batched,
-        kv_cache_memory=parse_size("kv_cache_memory", options.kv_cache_memory),
-        memory_fraction=options.gpu_memory_utilization or (0.4 if cpu else 0.9),
-        num_threads=options.threads or device.num_threads,
-        pipeline_depth=depth,
-        kv_bytes_per_token=2
-        * model.num_layers
-        * model.num_kv_heads
-        * model.head_dim
-        * (2 if dtype == "bfloat16" else 4),
-        decisions=tuple(decisions),
-    )
+    return batched
+
+
+def _check_device(options: EngineOptions, cpu: bool) -> None:
+    """Refuse what the device does not serve."""
+    if cpu:
+        for name, served in (
+            ("kv_cache_dtype", ("auto",)),
+            ("attention_backend", ("auto", "torch")),
+            ("dtype", ("auto", "bfloat16", "float32")),
+        ):
+            value = getattr(options, name)
+            if value not in served:
+                raise ValueError(f"{name}={value} needs a GPU; allowed on a CPU: {', '.join(served)}")
+    elif options.block_size is not None and options.block_size % 16:
+        raise ValueError(f"block_size={options.block_size} is out of range; allowed on a GPU: multiples of 16 up to 256")
 
 
 def _check(options: EngineOptions) -> None:
@@ -226,7 +276,9 @@ def _check(options: EngineOptions) -> None:
         ("threads", 1, 1024),
     ):
         value = getattr(options, name)
-        if value is not None and (value < low or (high is not None and value > high)):
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"{name}={value!r} is not a number; allowed: auto, or >= {low}")
+        if isinstance(value, int) and (value < low or (high is not None and value > high)):
             allowed = f"{low}..{high}" if high is not None else f">= {low}"
             raise ValueError(f"{name}={value} is out of range; allowed: {allowed}")
     fraction = options.gpu_memory_utilization

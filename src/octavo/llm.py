@@ -56,6 +56,7 @@ class LLM:
         self.config = built.config
         self._defaults = generation_defaults(built.source.generation_config)
         self._vocab_size = built.ready.vocab_size
+        self._max_model_len = built.ready.max_model_len
         self._eos_token_ids = built.source.eos_token_ids
         self._tokenizer: Tokenizer | None = None
         if not self._options.skip_tokenizer_init:
@@ -158,11 +159,11 @@ class LLM:
     def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
         text, token_ids, cache_salt = self._read(prompt)
         sampling.check_vocabulary(self._vocab_size)
-        room = self.config.max_model_len - len(token_ids)
+        room = self._max_model_len - len(token_ids)
         if room < 1:
             raise ValueError(
-                f"the prompt has {len(token_ids)} tokens; allowed: at most {self.config.max_model_len - 1}, "
-                f"so that one more fits max_model_len={self.config.max_model_len}"
+                f"the prompt has {len(token_ids)} tokens; allowed: at most {self._max_model_len - 1}, "
+                f"so that one more fits max_model_len={self._max_model_len}"
             )
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.n)
         requests = []

@@ -207,7 +207,6 @@ def test_layout_and_capability() -> None:
     assert layout.shape == (2, 10, 2, 3, 16, 64)
     assert len(layout.dimensions) == len(layout.shape)
     assert layout.bytes_per_block == 2 * 2 * 3 * 16 * 64 * 2
-    assert not backend.capability.supports_graphs
     assert backend.capability.dtypes == set(TOLERANCE)
 
 

@@ -1,4 +1,7 @@
-"""An engine process without a model, for tests of everything around it: `python fake_engine.py BEHAVIOUR ADDRESS`."""
+"""An engine process without a model, for tests of everything around it: `python fake_engine.py [BEHAVIOUR] ADDRESS`.
+
+What it does is in the options on standard input and in BEHAVIOUR, both JSON objects.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from octavo.scheduler.scheduler import Scheduler
 
 def main() -> int:
     options = json.loads(read_line(0))
+    if len(sys.argv) > 2:
+        options |= json.loads(sys.argv[1])
     die_with_parent()
     channel = EngineChannel(sys.argv[-1])
     if options.get("refuse"):
@@ -31,7 +36,7 @@ def main() -> int:
     config = SchedulerConfig(
         max_num_seqs=8,
         max_num_batched_tokens=64,
-        max_model_len=options.get("max_model_len", 256),
+        max_model_len=options.get("max_model_len") or 256,
         block_size=4,
         num_blocks=129,
     )

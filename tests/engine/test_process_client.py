@@ -20,6 +20,8 @@ from fake_worker import expected
 
 from octavo.engine.client import EngineDeadError
 from octavo.engine.process_client import ProcessEngineClient
+from octavo.engine.socket_client import SocketEngineClient
+from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 
@@ -41,8 +43,24 @@ def request(name: str, prompt: list[int], max_tokens: int) -> Request:
     return Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens)
 
 
-async def collect(client: ProcessEngineClient, name: str, prompt: list[int], count: int) -> list[int]:
-    return [t async for output in client.generate(request(name, prompt, count)) for t in output.new_token_ids]
+async def outputs(client: SocketEngineClient, wanted: Request) -> AsyncIterator[TokenOutput]:
+    """Submit, and yield what comes up to the end. Closing the iterator aborts."""
+    queue: asyncio.Queue[TokenOutput | EngineDeadError] = asyncio.Queue()
+    client.submit(wanted, queue.put_nowait)
+    try:
+        while True:
+            output = await queue.get()
+            if isinstance(output, EngineDeadError):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return
+    finally:
+        client.abort(wanted.request_id)
+
+
+async def collect(client: SocketEngineClient, name: str, prompt: list[int], count: int) -> list[int]:
+    return [t async for output in outputs(client, request(name, prompt, count)) for t in output.new_token_ids]
 
 
 async def until_free(client: ProcessEngineClient) -> None:
@@ -65,15 +83,15 @@ async def test_concurrent_requests_each_get_their_tokens() -> None:
 
 async def test_leaving_early_aborts() -> None:
     async with engine(step_seconds=0.005) as client:
-        outputs = client.generate(request("a", [1, 2], 200))
-        await anext(outputs)
-        await outputs.aclose()
+        arriving = outputs(client, request("a", [1, 2], 200))
+        await anext(arriving)
+        await arriving.aclose()
         await until_free(client)
 
 
 async def test_a_request_that_can_never_fit_is_refused_alone() -> None:
     async with engine(max_model_len=64) as client:
-        refused = [o async for o in client.generate(request("big", [1] * 60, 10))]
+        refused = [o async for o in outputs(client, request("big", [1] * 60, 10))]
         assert refused[-1].finish_reason == "error"
         assert "64" in (refused[-1].error or "")
         assert await collect(client, "small", [1, 2], 5) == expected([1, 2], 5)

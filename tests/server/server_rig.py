@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from octavo.config import ServerOptions
-from octavo.engine.client import EngineDeadError
+from octavo.engine.client import EngineDeadError, Sink
 from octavo.protocol.messages import Outputs, Ready
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
@@ -59,7 +59,7 @@ class Script:
     step: int = 1  # tokens an output
     delay: float = 0.0  # seconds before each output
     gate: asyncio.Event | None = None  # waited for before the first output
-    fault: str | None = None  # "die", "error", "abort", "vanish"
+    fault: str | None = None  # "die", "error", "abort", "mute" (an error without words)
 
 
 @dataclass
@@ -74,6 +74,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     listeners: list[Callable[[Outputs], None]] = field(default_factory=list)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def num_unfinished(self) -> int:
@@ -87,7 +88,7 @@ class FakeEngine:
         for listener in self.listeners:
             listener(Outputs([], stats, num_step_tokens))
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+    def submit(self, request: Request, sink: Sink) -> None:
         if self.dead is not None:
             raise EngineDeadError(self.dead)
         assert request.request_id not in self.running
@@ -96,18 +97,23 @@ class FakeEngine:
         assert len(request.prompt_token_ids) + request.max_tokens <= self.ready.max_model_len
         self.requests.append(request)
         self.running.add(request.request_id)
-        ended = False
+        self.tasks[request.request_id] = asyncio.create_task(self._feed(request, sink))
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self.running:
+            self.running.discard(request_id)
+            self.aborted.append(request_id)
+            self.tasks[request_id].cancel()
+
+    async def _feed(self, request: Request, sink: Sink) -> None:
         try:
             async for output in self._outputs(request, self.script(request)):
-                ended = output.finish_reason is not None
-                yield output
-        except EngineDeadError:
-            ended = True
-            raise
-        finally:
+                if output.finish_reason is not None:
+                    self.running.discard(request.request_id)
+                sink(output)
+        except EngineDeadError as error:
             self.running.discard(request.request_id)
-            if not ended:
-                self.aborted.append(request.request_id)
+            sink(error)
 
     async def _outputs(self, request: Request, script: Script) -> AsyncIterator[TokenOutput]:
         if script.gate is not None:
@@ -126,8 +132,9 @@ class FakeEngine:
             piece, last = ids[at : min(at + script.step, stop)], at + script.step >= stop
             if last and script.fault is not None:
                 self._fail(script.fault)
-                if script.fault != "vanish":
-                    yield TokenOutput(request.request_id, [], None, None, script.fault, None, "the row failed")
+                mute = script.fault == "mute"
+                reason, words = ("error", None) if mute else (script.fault, "the row failed")
+                yield TokenOutput(request.request_id, [], finish_reason=reason, error=words)
                 return
             yield TokenOutput(
                 request.request_id,

@@ -34,7 +34,7 @@ def frames(text: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize(("fault", "status"), [("die", 503), ("error", 500), ("abort", 503), ("vanish", 500)])
+@pytest.mark.parametrize(("fault", "status"), [("die", 503), ("error", 500), ("abort", 503), ("mute", 500)])
 async def test_an_engine_failure_is_a_clean_error(fault: str, status: int, n: int) -> None:
     def script(request: object) -> Script:
         return Script(b"abc", fault=fault if request.request_id.endswith(f"-{n - 1}") else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import time
 
@@ -236,7 +237,7 @@ async def test_disconnect_while_the_body_is_sent_or_tokenized_leaves_nothing() -
 
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:
-    async with running(FakeEngine(lambda _: Script(b"x" * 400)), send_buffer=4096) as rig:
+    async with running(FakeEngine(lambda _: Script(b"x" * 400, delay=0.005)), send_buffer=4096) as rig:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", rig.port))
@@ -244,6 +245,42 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
             body = b'{"model": "fake", "messages": [{"role": "user", "content": "x"}], %s}' % fields
             sock.sendall(request(body, "/v1/chat/completions"))
             await until(lambda: len(rig.engine.aborted) == 1)
+
+
+async def test_a_client_that_reads_slowly_gets_everything() -> None:
+    """More than the buffers hold, read for longer than the write timeout, in pauses shorter than it."""
+    text = bytes(range(0x41, 0x5B)) * 15
+    async with running(FakeEngine(lambda _: Script(text)), send_buffer=4096) as rig:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", rig.port))
+            sock.setblocking(False)
+            fields = b'"max_tokens": 390, "stream": true, "logprobs": true, "top_logprobs": 20'
+            body = b'{"model": "fake", "messages": [{"role": "user", "content": "x"}], %s}' % fields
+            sock.sendall(request(body, "/v1/chat/completions"))
+            await asyncio.sleep(0.1)
+            assert rig.engine.running == set()  # the engine is not held up by its reader
+            loop, answer, start = asyncio.get_running_loop(), b"", time.monotonic()
+            while piece := await loop.sock_recv(sock, 32768):
+                answer += piece
+                await asyncio.sleep(0.02)
+        assert time.monotonic() - start > 0.6
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert "".join(re.findall(r'"delta":{"content":"(.)"}', answer.decode())) == text.decode()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_for_http_1_0_is_not_chunked(n: int) -> None:
+    async with running() as rig:
+        body = b'{"model": "fake", "prompt": "x", "n": %d, "stream": true}' % n
+        answer = await rig.raw(request(body, connection="").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, events = answer.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        *frames, done, rest = events.split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        texts = [json.loads(frame.removeprefix(b"data: "))["choices"][0] for frame in frames]
+        for index in range(n):
+            assert "".join(choice["text"] for choice in texts if choice["index"] == index) == "hello"
 
 
 async def test_log_lines_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:

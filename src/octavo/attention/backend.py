@@ -6,10 +6,14 @@ the step's tokens stand, then every attention layer calls `forward` in order of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -21,8 +25,6 @@ class AttentionCapability:
     head_dims: frozenset[int] | None
     """Head dimensions that are served; None for any."""
     sliding_window: bool
-    supports_graphs: bool
-    """Whether the backend is a GraphAttentionBackend too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,39 @@ class AttentionBatch:
     lengths: list[int]
     block_tables: Tensor
     slot_mapping: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A step of T tokens and R rows on a GPU, padded to the sizes of the buffers that it lies in.
+
+    row_slots: int32 [R], -1 for a padding row. starts: int32 [R], tokens in the cache before the step.
+    cu_q: int32 [R + 1]; row r has the tokens [cu_q[r], cu_q[r + 1]). slot_mapping: int64 [T].
+    block_tables: int32 [num_slots, max_blocks].
+    decode_items, prefill_items: int32 [I, fields]; what the planners made of the rows with one query token, and of
+        those with more. Unused ones have row -1; where there are none at all, the kernel is not launched.
+    rows: the rows themselves, for a step that is not part of a graph; else None.
+    """
+
+    row_slots: Tensor
+    starts: Tensor
+    cu_q: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    decode_items: Tensor
+    prefill_items: Tensor
+    rows: Sequence[PlanRow] | None
+
+
+class PlanRow(Protocol):
+    """What a backend asks of a row of the step: its slot, the tokens in the cache, and the new ones."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def length(self) -> int: ...
 
 
 class AttentionLayer(Protocol):
@@ -103,13 +138,35 @@ class AttentionBackend(Protocol):
         ...
 
 
-class GraphAttentionBackend(AttentionBackend, Protocol):
-    """A backend whose `forward` can be recorded in a device graph (capability.supports_graphs)."""
+class FusedAttentionBackend(ABC):
+    """A backend that does all between the projections in few kernels, on a GPU. It may be recorded in a CUDA graph:
+    what `prepare` is given lies in buffers that keep their place, and its launches depend on their shapes alone."""
 
-    def capture(self, num_rows: int) -> None:
-        """Point `forward` at static buffers for `num_rows` decode rows, for the recording that follows."""
-        ...
+    item_fields: tuple[int, int]
+    """Words of a decode item and of a prefill item."""
 
-    def replay(self, batch: AttentionBatch) -> None:
-        """In place of `prepare`: fill the buffers of the graph captured for this many rows."""
-        ...
+    @abstractmethod
+    def max_items(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        """The most decode and prefill items that a step of such a size can have."""
+
+    @abstractmethod
+    def plan(
+        self, rows: Sequence[PlanRow], block_tables: Tensor, whole: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Decode and prefill items of the rows, as DeviceBatch takes them. block_tables: as in DeviceBatch. whole:
+        they must cover every row, for `forward_fused` is recorded and cannot do anything beside them."""
+
+    @abstractmethod
+    def prepare(self, batch: DeviceBatch) -> None:
+        """Take in where the step's tokens stand. Holds until the next `prepare`."""
+
+    @abstractmethod
+    def forward_fused(
+        self, layer: AttentionLayer, qkv: Tensor, rotation: tuple[Tensor, Tensor], norm: tuple[Tensor, float] | None
+    ) -> Tensor:
+        """Normalise queries and keys, rotate them, write keys and values to the cache, attend.
+
+        qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; it may be overwritten. rotation: cosines and
+        signed sines, [T, 1, head_dim] each. norm: RMSNorm's weight [num_heads + num_kv_heads, head_dim] and epsilon.
+        Returns [T, num_heads, head_dim].
+        """

@@ -80,7 +80,7 @@ class CpuAttention:
     """
 
     capability = AttentionCapability(
-        dtypes=frozenset({torch.float32, torch.bfloat16}), head_dims=None, sliding_window=True, supports_graphs=False
+        dtypes=frozenset({torch.float32, torch.bfloat16}), head_dims=None, sliding_window=True
     )
 
     def __init__(

@@ -12,6 +12,38 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
+class Handle(Protocol):
+    def result(self) -> StepResult: ...
+
+
+class AsyncRunner(Protocol):
+    def launch(self, plan: StepPlan) -> Handle: ...
+    def warm_up(self) -> bool: ...
+
+
+class DeviceExecutor:
+    """Launches plans on a GPU from the caller's own thread: the device runs them in order while the caller goes on."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Start one step. The handle waits for its result, or raises what launching it raised."""
+        try:
+            return self._runner.launch(plan)
+        except Exception as error:
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def warm_up(self) -> bool:
+        """Do a little of what makes later steps faster. False: nothing is left to do."""
+        return self._runner.warm_up()
+
+    def shutdown(self) -> None:
+        """Nothing runs here that the device would not end by itself."""
+
+
 class InProcessExecutor:
     """Runs plans in order, on one thread of its own, so that the caller may schedule meanwhile.
 
@@ -33,6 +65,10 @@ class InProcessExecutor:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def warm_up(self) -> bool:
+        """There is nothing to prepare."""
+        return False
 
     def shutdown(self) -> None:
         """Wait for what was submitted, and end the thread."""

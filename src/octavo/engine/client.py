@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from octavo.protocol.messages import Outputs, Ready
@@ -12,6 +12,11 @@ from octavo.protocol.request import Request
 
 class EngineDeadError(RuntimeError):
     """The engine process is gone, or said that it cannot go on. The message says why."""
+
+
+# What a request's outputs are given to, on the event loop, as they arrive: each TokenOutput up to the one with a
+# finish_reason, or an EngineDeadError as the last. It must not block, and should not raise: that is a bug, and logged.
+Sink = Callable[[TokenOutput | EngineDeadError], None]
 
 
 class EngineClient(Protocol):
@@ -33,12 +38,16 @@ class EngineClient(Protocol):
         """Why the engine is gone, or None while it lives."""
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
-        """Submit, and yield each TokenOutput up to the one with a finish_reason.
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Start a request; what comes of it goes to `sink`, which is called from the loop, never from here.
 
-        Closing the iterator early (aclose, or cancelling its task) aborts the request.
-        Raises EngineDeadError if the engine is or becomes dead, ValueError for a duplicate id.
+        Calls instead of a queue: at 10,000 tokens a second, waking a task for each is most of the cost.
+        Raises EngineDeadError if the engine is dead, ValueError for the id of an unfinished request.
         """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its sink hears nothing more. An id that is unknown or finished is ignored."""
         ...
 
     async def control(self, name: str) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class Engine:
             return self._scheduler.fail(plan, f"the step that computed this request failed: {type(error).__name__}")
         return self._scheduler.commit(plan, result)
 
+    def warm_up(self) -> bool:
+        """Use idle time: prepare a little of what later steps need. False: nothing is left to prepare."""
+        return self._executor.warm_up()
+
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 

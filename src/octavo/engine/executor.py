@@ -20,6 +20,10 @@ class Executor(Protocol):
         """Start a step. Steps run in the order they are submitted."""
         ...
 
+    def warm_up(self) -> bool:
+        """Do a little, some 20 ms, of what makes later steps faster. False: nothing is left to do."""
+        ...
+
     def shutdown(self) -> None:
         """End the workers. Nothing may be submitted afterwards."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from octavo.engine.channel import EngineChannel
@@ -22,6 +23,9 @@ from octavo.protocol.outputs import TokenOutput
 
 _log = logging.getLogger(__name__)
 
+# Statistics cost O(running) to take. While the engine works, they are taken and told to all this often.
+_STATS_SECONDS = 0.1
+
 
 class EngineService:
     """Serves an Engine to the front ends of a channel until one of them says "shutdown".
@@ -29,12 +33,21 @@ class EngineService:
     Owns which front end each unfinished request belongs to.
     """
 
-    def __init__(self, engine: Engine, channel: EngineChannel, ready: Ready) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: EngineChannel,
+        ready: Ready,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._ready = ready
+        self._clock = clock
         self._owners: dict[str, bytes] = {}
         self._front_ends: set[bytes] = set()
+        self._stats = engine.stats()  # as last told; written by `_send`
+        self._stats_due = 0.0  # when they are told again, seconds of `clock`
         self._running = True
 
     def run(self) -> None:
@@ -44,7 +57,8 @@ class EngineService:
                 self._channel.poll(None)
             self._drain()
             if self._engine.has_work:
-                self._send(self._engine.step())
+                outputs = self._engine.step()
+                self._send(outputs, self._engine.num_step_tokens)
         self._engine.shutdown()
 
     def _drain(self) -> None:
@@ -71,23 +85,32 @@ class EngineService:
             refused = TokenOutput(request.request_id, [], finish_reason="error", error=str(error))
             self._send([refused])
 
-    def _send(self, outputs: list[TokenOutput]) -> None:
-        """One message to each front end that owns an output; to every one of them when the engine falls idle,
-        so that the statistics they hold end up true."""
+    def _send(self, outputs: list[TokenOutput], num_step_tokens: int = 0) -> None:
+        """One message to each front end that owns an output. Fresh statistics go to every one of them: now and
+        then, and when the engine falls idle, so that those they hold end up true.
+
+        num_step_tokens: the size of the step that brought the outputs, if one did. It is told to one front end
+        only: what they count is summed.
+        """
         by_owner: dict[bytes, list[TokenOutput]] = {}
-        if not self._engine.has_work:
+        now = self._clock()
+        if now >= self._stats_due or not self._engine.has_work:
+            self._stats, self._stats_due = self._engine.stats(), now + _STATS_SECONDS
             by_owner = {identity: [] for identity in self._front_ends}
+        owners = self._owners
         for output in outputs:
-            owner = self._owners.get(output.request_id)
+            name = output.request_id
+            owner = owners.get(name) if output.finish_reason is None else owners.pop(name, None)
             if owner is None:
                 continue
-            by_owner.setdefault(owner, []).append(output)
-            if output.finish_reason is not None:
-                del self._owners[output.request_id]
-        stats = self._engine.stats()
+            own = by_owner.get(owner)
+            if own is None:
+                own = by_owner[owner] = []
+            own.append(output)
         for owner, own in by_owner.items():
-            if not self._channel.send(owner, Outputs(own, stats, self._engine.num_step_tokens)):
+            if not self._channel.send(owner, Outputs(own, self._stats, num_step_tokens)):
                 self._forget(owner)
+            num_step_tokens = 0
 
     def _forget(self, owner: bytes) -> None:
         """A front end that is gone leaves nothing running."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.kernels import triton
+
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU: Shazeer, 2020). gate_up: [T, 2 * size], gate first. Returns a new [T, size]."""
+    kernels = triton.get()
+    if kernels is not None and gate_up.is_cuda:
+        fused: Tensor = kernels.silu_and_mul(gate_up)
+        return fused
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)

@@ -6,7 +6,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from octavo.attention.backend import AttentionLayer
+from octavo.attention.backend import AttentionLayer, FusedAttentionBackend
+from octavo.layers.norm import QueryKeyNorm
+from octavo.layers.rotary import Rotation, rotate
 
 
 class AttentionContext(Protocol):
@@ -34,6 +36,17 @@ class Attention(nn.Module):
         self.scale = head_dim**-0.5
         self.sliding_window = sliding_window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Shapes as in AttentionContext. Returns [T, num_heads * head_dim]."""
+    def forward(
+        self, qkv: Tensor, rotation: Rotation, qk_norm: QueryKeyNorm | None, context: AttentionContext
+    ) -> Tensor:
+        """Split, normalise, rotate, attend. qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: queries,
+        keys, values; it may be overwritten. Returns [T, num_heads * head_dim]."""
+        if isinstance(context, FusedAttentionBackend):
+            norm = None if qk_norm is None else (qk_norm.weight, qk_norm.eps)
+            return context.forward_fused(self, qkv, rotation, norm).view(-1, self.num_heads * self.head_dim)
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        queries_keys, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
+        if qk_norm is not None:
+            queries_keys = qk_norm(queries_keys)
+        query, key = rotate(queries_keys, *rotation).split((self.num_heads, self.num_kv_heads), 1)
         return context.forward(self, query, key, value).reshape(-1, self.num_heads * self.head_dim)

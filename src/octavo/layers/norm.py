@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.kernels import triton
 from octavo.kernels.cpu import library
 from octavo.layers.slot import WeightSlot
 
@@ -19,23 +20,24 @@ class RMSNorm(nn.Module):
         self._shape = (size,)
         self._eps = eps
         served = device.type == "cpu" and size % 16 == 0 and dtype in (torch.bfloat16, torch.float32)
-        self._kernels = library.get() if served else None
+        self._native = library.get() if served else None
+        self._fused = triton.get() if device.type == "cuda" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, size], contiguous. Returns a new tensor of the same shape and dtype."""
-        if self._kernels is None:
-            return F.rms_norm(x, self._shape, self.weight, self._eps)
-        out = torch.empty_like(x)
-        self._kernels.rms_norm(x, None, self.weight, out, self._eps)
-        return out
+    def forward(self, residual: Tensor, delta: Tensor | None = None) -> Tensor:
+        """residual += delta, in place, where there is a delta; returns the norm of residual, a new tensor.
 
-    def add(self, residual: Tensor, delta: Tensor) -> Tensor:
-        """residual += delta, in place; returns the norm of the sum. All [T, size], contiguous."""
-        if self._kernels is None:
-            return F.rms_norm(residual.add_(delta), self._shape, self.weight, self._eps)
-        out = torch.empty_like(residual)
-        self._kernels.rms_norm(residual, delta, self.weight, out, self._eps)
-        return out
+        All [T, size], contiguous, of one dtype.
+        """
+        if self._fused is not None:
+            normed: Tensor = self._fused.rms_norm(residual, delta, self.weight, self._eps)
+            return normed
+        if self._native is not None:
+            out = torch.empty_like(residual)
+            self._native.rms_norm(residual, delta, self.weight, out, self._eps)
+            return out
+        if delta is not None:
+            residual.add_(delta)
+        return F.rms_norm(residual, self._shape, self.weight, self._eps)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         return {f"{path}.weight": WeightSlot(self._shape, self.weight.data.copy_)}
@@ -52,11 +54,11 @@ class QueryKeyNorm(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._num_heads = num_heads
         self._shape = (head_dim,)
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, heads: Tensor) -> Tensor:
         """heads: [T, num_heads + num_kv_heads, head_dim], queries first. Returns a new tensor like it."""
-        return F.rms_norm(heads, self._shape, None, self._eps) * self.weight
+        return F.rms_norm(heads, self._shape, None, self.eps) * self.weight
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
         parent = path.rpartition(".")[0]

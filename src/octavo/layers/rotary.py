@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.kernels import triton
+
+
+Rotation = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeParameters:
@@ -47,9 +52,15 @@ class RotaryEmbedding(nn.Module):
         self._signed_amplitude: Tensor
         self.register_buffer("_signed_amplitude", sign * self._amplitude, persistent=False)
         self._dtype = dtype
+        self._fused = triton.get() if device.type == "cuda" else None
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotation:
         """positions: int64 [T]. Returns what `rotate` takes: cosines and signed sines, [T, 1, head_dim] each."""
+        if self._fused is not None:
+            made: Rotation = self._fused.rotation(
+                positions, self.frequencies, self._signed_amplitude, self._amplitude, self._dtype
+            )
+            return made
         angles = positions[:, None, None] * self.frequencies
         return (angles.cos() * self._amplitude).to(self._dtype), (angles.sin() * self._signed_amplitude).to(self._dtype)
 

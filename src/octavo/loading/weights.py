@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from octavo.config import Quantization
+from octavo.loading.device_stream import read_header, stream_tensors
 from octavo.loading.gguf_file import read_gguf
 from octavo.loading.gguf_weights import gguf_weights
 from octavo.loading.source import INDEX_NAME, ModelSource
@@ -20,17 +23,24 @@ from octavo.models.registry import build_model
 _DUMMY_STD = 0.02  # the initializer_range of most families
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:
-    """Build the model, fill it and pack its weights. seed: of dummy weights, and of nothing else.
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    quantization: Quantization | None = None,
+) -> CausalLM:
+    """Build the model, fill it and pack its weights. seed: of dummy weights, and of nothing else; quantization: of
+    the linear layers, tensor by tensor as they arrive.
 
     Raises ValueError naming the file or the source, and the tensors or the config field at fault.
     """
     try:
-        model = build_model(source.config, dtype, device)
+        model = build_model(source.config, dtype, device, quantization)
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
     if source.format == "dummy":
-        model.load_weights(dummy_weights(model, seed))
+        model.load_weights(dummy_weights(model, seed, device))
         return model
     try:
         if source.format == "gguf":
@@ -38,7 +48,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, se
             with _one_thread_an_operator():
                 model.load_weights(gguf_weights(read_gguf(source.files[0]), dtype, num_threads))
         else:
-            model.load_weights(safetensors_weights(source.files))
+            read = safetensors_weights if device.type == "cpu" else partial(streamed_weights, device=device)
+            model.load_weights(read(source.files))
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
@@ -63,26 +74,50 @@ def safetensors_weights(files: tuple[Path, ...]) -> Iterator[tuple[str, Tensor]]
 
     Raises ValueError naming a file that is cut short or corrupt, or the tensor that a file lacks.
     """
-    index = files[0].parent / INDEX_NAME
-    listed = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    listed = _weight_map(files)
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 names = set(opened.keys())
-                for name, holder in listed.items():
-                    if holder == file.name and name not in names:
-                        raise ValueError(f"{file}: tensor {name}, which {INDEX_NAME} places here, is missing")
+                _require(file, names, listed)
                 for name in sorted(names):
                     yield name, opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def dummy_weights(model: CausalLM, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Random weights for every tensor that the model wants: the same for the same seed, whatever the dtype."""
-    generator = torch.Generator().manual_seed(seed)
+def streamed_weights(files: tuple[Path, ...], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors on the device, in the order that they have in the files. Raises as `safetensors_weights`,
+    for all of the headers at once, before the first tensor."""
+    listed = _weight_map(files)
+    stored = []
+    for file in files:
+        tensors = read_header(file)
+        _require(file, {tensor.name for tensor in tensors}, listed)
+        stored += tensors
+    yield from stream_tensors(stored, device)
+
+
+def _weight_map(files: tuple[Path, ...]) -> dict[str, str]:
+    """Tensor name -> file name, as the index beside the files says; empty where there is none."""
+    index = files[0].parent / INDEX_NAME
+    listed: dict[str, str] = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    return listed
+
+
+def _require(file: Path, names: set[str], listed: dict[str, str]) -> None:
+    """Raises ValueError naming a tensor that the index places in a file that lacks it."""
+    for name, holder in listed.items():
+        if holder == file.name and name not in names:
+            raise ValueError(f"{file}: tensor {name}, which {INDEX_NAME} places here, is missing")
+
+
+def dummy_weights(model: CausalLM, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Random float32 weights for every tensor that the model wants, made on the device: the same for the same seed
+    on one kind of device, whatever the model's dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
     for name, slot in model.weight_slots().items():
         if name.endswith("norm.weight"):
-            yield name, torch.ones(slot.shape)
+            yield name, torch.ones(slot.shape, device=device)
         else:
-            yield name, torch.empty(slot.shape).normal_(0, _DUMMY_STD, generator=generator)
+            yield name, torch.empty(slot.shape, device=device).normal_(0, _DUMMY_STD, generator=generator)

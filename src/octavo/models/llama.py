@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,47 @@ from octavo.layers.attention import Attention, AttentionContext
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear
 from octavo.layers.norm import QueryKeyNorm, RMSNorm
-from octavo.layers.rotary import RotaryEmbedding, rotate
+from octavo.layers.rotary import RotaryEmbedding, Rotation
 from octavo.models.base import CausalLM
 from octavo.models.config import ConfigFields, DecoderConfig
+from octavo.quantization.scheme import LinearScheme
+from octavo.quantization.unquantized import UNQUANTIZED
 
-Rotation = tuple[Tensor, Tensor]
+
+class Place(NamedTuple):
+    """How and where a layer keeps its weights; what Linear takes last."""
+
+    dtype: torch.dtype
+    device: torch.device
+    scheme: LinearScheme
 
 
 class SelfAttention(nn.Module):
     """Grouped-query attention between its projections."""
 
-    def __init__(self, config: DecoderConfig, layer_index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, layer_index: int, place: Place) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
-        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, dtype, device)
-        self.qk_norm: nn.Module | None = None
+        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, *place)
+        self.qk_norm: QueryKeyNorm | None = None
         if config.qk_norm:
-            self.qk_norm = QueryKeyNorm(heads, kv_heads, dim, config.rms_norm_eps, dtype, device)
+            self.qk_norm = QueryKeyNorm(heads, kv_heads, dim, config.rms_norm_eps, place.dtype, place.device)
         self.attn = Attention(layer_index, heads, kv_heads, dim, config.layer_windows[layer_index])
-        self.o_proj = Linear(heads * dim, {"o_proj": config.hidden_size}, config.output_bias, dtype, device)
+        self.o_proj = Linear(heads * dim, {"o_proj": config.hidden_size}, config.output_bias, *place)
 
     def forward(self, x: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
-        attn = self.attn
-        heads = self.qkv_proj(x).view(x.shape[0], -1, attn.head_dim)
-        queries_keys, value = heads.split((attn.num_heads + attn.num_kv_heads, attn.num_kv_heads), 1)
-        if self.qk_norm is not None:
-            queries_keys = self.qk_norm(queries_keys)
-        query, key = rotate(queries_keys, *rotation).split((attn.num_heads, attn.num_kv_heads), 1)
-        return self.o_proj(attn(query, key, value, context))
+        return self.o_proj(self.attn(self.qkv_proj(x), rotation, self.qk_norm, context))
 
 
 class MLP(nn.Module):
     """The gated feed-forward network."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, place: Place) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, dtype, device)
-        self.down_proj = Linear(inner, {"down_proj": hidden}, bias, dtype, device)
+        self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, *place)
+        self.down_proj = Linear(inner, {"down_proj": hidden}, bias, *place)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
@@ -60,44 +62,51 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then the feed-forward network, each on the normalised residual stream and added to it."""
 
-    def __init__(self, config: DecoderConfig, layer_index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, layer_index: int, place: Place) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.self_attn = SelfAttention(config, layer_index, dtype, device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.mlp = MLP(config, dtype, device)
+        norm = config.hidden_size, config.rms_norm_eps, place.dtype, place.device
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = SelfAttention(config, layer_index, place)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        self.mlp = MLP(config, place)
 
-    def forward(self, residual: Tensor, rotation: Rotation, context: AttentionContext) -> None:
-        """Adds to `residual` [T, hidden_size] in place."""
-        attended = self.self_attn(self.input_layernorm(residual), rotation, context)
-        residual.add_(self.mlp(self.post_attention_layernorm.add(residual, attended)))
+    def forward(self, residual: Tensor, delta: Tensor | None, rotation: Rotation, context: AttentionContext) -> Tensor:
+        """Adds to `residual` [T, hidden_size] in place: `delta`, then the attention. Returns what is still to be
+        added: each norm adds what came before it, in one pass."""
+        attended = self.self_attn(self.input_layernorm(residual, delta), rotation, context)
+        return self.mlp(self.post_attention_layernorm(residual, attended))
 
 
 class Decoder(nn.Module):
     """Token ids to the last hidden states."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, place: Place) -> None:
         super().__init__()
+        dtype, device, _ = place
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, place) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings, dtype, device)
 
     def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         residual = self.embed_tokens(input_ids)
         rotation = self.rotary(positions)
+        delta: Tensor | None = None
         for layer in self.layers:
-            layer(residual, rotation, context)
-        return self.norm(residual)
+            delta = layer(residual, delta, rotation, context)
+        return self.norm(residual, delta)
 
 
 class LlamaForCausalLM(CausalLM):
     """Llama 1 to 3.x, SmolLM2 and others that carry the name."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, scheme: LinearScheme = UNQUANTIZED
+    ) -> None:
+        """scheme: of the layers' projections; the embedding and lm_head keep the dtype."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config, dtype, device)
+        self.model = Decoder(config, Place(dtype, device, scheme))
         self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
 
     @staticmethod

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from octavo.config import ModelFacts
+from octavo.config import ModelFacts, Quantization
 from octavo.models.base import CausalLM
 from octavo.models.llama import LlamaForCausalLM
 from octavo.models.mistral import MistralForCausalLM
 from octavo.models.qwen2 import Qwen2ForCausalLM
 from octavo.models.qwen3 import Qwen3ForCausalLM
+from octavo.quantization.registry import scheme_of
 
 ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
@@ -23,13 +24,17 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
 }
 
 
-def build_model(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> CausalLM:
+def build_model(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+) -> CausalLM:
     """The model that a config.json describes, its weights not loaded yet.
+
+    quantization: how the linear layers keep what is loaded into them.
 
     Raises ValueError naming the field that is missing, out of range or not supported.
     """
     family = _family(config)
-    return family(family.read_config(config), dtype, device).eval()
+    return family(family.read_config(config), dtype, device, scheme_of(quantization)).eval()
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:
@@ -41,6 +46,9 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         num_layers=read.num_layers,
         num_kv_heads=read.num_kv_heads,
         head_dim=read.head_dim,
+        num_heads=read.num_heads,
+        hidden_size=read.hidden_size,
+        sliding_window=max((window for window in read.layer_windows if window is not None), default=None),
     )
 
 

@@ -12,6 +12,7 @@ class LinearLayer(nn.Module):
     """What schemes keep on a linear layer; which of it is None, the scheme says."""
 
     weight: nn.Parameter | None
+    weight_scale: nn.Parameter | None
     bias: nn.Parameter | None
     packed_weight: Tensor | None
     packed_bias: Tensor | None

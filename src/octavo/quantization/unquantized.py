@@ -1,4 +1,5 @@
-"""Weights in the model's own dtype; on a CPU, in the blocked layout that oneDNN multiplies fastest."""
+"""Weights in the model's own dtype; on a CPU, in the blocked layout that oneDNN multiplies fastest; on a GPU, read by
+a kernel of their own where the tokens are few."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.kernels import triton as device_kernels
 from octavo.quantization.scheme import LinearLayer
 
 _CPU_DTYPES = (torch.bfloat16, torch.float32)
+_SKINNY_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -59,6 +62,10 @@ class UnquantizedScheme:
         packed = layer.packed_weight
         if packed is None:
             assert layer.weight is not None
+            kernels = device_kernels.get() if x.is_cuda else None
+            if kernels is not None and 0 < len(x) <= kernels.SKINNY_MAX_M and x.dtype in _SKINNY_DTYPES:
+                few: Tensor = kernels.skinny_linear(x, layer.weight, layer.bias)
+                return few
             return F.linear(x, layer.weight, layer.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, layer.packed_bias, "none", [], "")
         return product

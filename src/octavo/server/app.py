@@ -69,17 +69,21 @@ class _Probes:
         return Response(msgspec.json.encode({"version": self._state.context.version}), media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002
-        return Response(self._state.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await self._state.metrics_exchange.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     state: ServerState = app.state.server
-    log = asyncio.create_task(log_statistics(state.metrics))
+    await state.metrics_exchange.open()
+    # One log line for all API processes: each hears the same of the engine.
+    log = asyncio.create_task(log_statistics(state.metrics)) if state.context.group.index == 0 else None
     try:
         yield
     finally:
-        log.cancel()
+        if log is not None:
+            log.cancel()
+        state.metrics_exchange.close()
         state.close()
 
 

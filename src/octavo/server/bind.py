@@ -32,6 +32,33 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def bind_shared(host: str, port: int, count: int) -> tuple[list[socket.socket], socket.socket]:
+    """`count` sockets on one address, for as many processes, and a guard to keep until they listen.
+
+    The kernel spreads connections over those that listen (SO_REUSEPORT), which one shared socket would not: whoever
+    wakes first takes a whole burst. The guard keeps a second server that still starts from joining in; one that
+    listens is found as by `bind`. Raises OSError like `bind`.
+    """
+    probe = bind(host, port)
+    family, address = probe.family, probe.getsockname()
+    probe.close()
+    guard = socket.socket(socket.AF_UNIX)
+    try:
+        guard.bind(f"\0octavo-port-{address[0]}-{address[1]}")  # in Linux's abstract namespace: no file is left
+    except OSError as error:
+        guard.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: another server is starting on it") from None
+    sockets = []
+    for _ in range(count):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets, guard
+
+
 def _holder(port: int) -> str:
     """Who listens on the port, in brackets, or nothing where that cannot be seen (not Linux, another user)."""
     inodes = set()

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from octavo.config import SchedulingPolicy, ServerOptions
 from octavo.engine.client import EngineClient
+from octavo.server.front_ends import FrontEndGroup
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import Admission, Timeouts
 from octavo.server.metrics import MetricsRegistry
+from octavo.server.metrics_exchange import MetricsExchange
 from octavo.server.openai.errors import model_not_found, unavailable
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ class ServerContext:
     generation_defaults: SamplingParams fields by name (protocol.sampling.generation_defaults): they
     stand in where a request names none; max_tokens does so in chats only.
     max_model_len, max_num_seqs: the engine's, in tokens and sequences.
+    group: which of the server's API processes this is; each takes an equal part of the places in the queue.
     """
 
     engine: EngineClient
@@ -48,6 +51,7 @@ class ServerContext:
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     scheduling_policy: SchedulingPolicy = "fcfs"
     timeouts: Timeouts = field(default_factory=Timeouts)
+    group: FrontEndGroup = field(default_factory=FrontEndGroup)
 
 
 class ServerState:
@@ -56,10 +60,12 @@ class ServerState:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
         self.lifecycle = Lifecycle()
-        self.admission = Admission(context.engine, context.max_num_seqs + context.options.max_waiting_requests)
+        places = context.max_num_seqs + context.options.max_waiting_requests
+        self.admission = Admission(context.engine, -(-places // context.group.count))
         ready = context.engine.ready
         cache_config = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
         self.metrics = MetricsRegistry(context.served_model_names[0], context.max_model_len, cache_config)
+        self.metrics_exchange = MetricsExchange(self.metrics, context.group)
         self.max_prompt_chars = context.max_model_len * _longest_token(context.tokenizer)
         self._pool = ThreadPoolExecutor(_TEXT_THREADS, "octavo-text")
         context.engine.add_listener(self.metrics.on_outputs)

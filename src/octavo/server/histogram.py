@@ -34,6 +34,15 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def export(self) -> tuple[list[int], float]:
+        """Counts per bucket, and the sum; for `add` on another histogram of the same bounds."""
+        return self._counts.copy(), self._sum
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Take in what another histogram of the same bounds exported."""
+        self._counts = [mine + other for mine, other in zip(self._counts, counts, strict=True)]
+        self._sum += total
+
     @property
     def count(self) -> int:
         return sum(self._counts)

@@ -99,7 +99,7 @@ class Admission:
 
     def __init__(self, engine: EngineClient, max_sequences: int) -> None:
         self._engine = engine
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._num_held = 0  # written by `hold` only
 
     @contextlib.contextmanager
@@ -108,10 +108,10 @@ class Admission:
 
         Held from before tokenization: sequences on their way to the engine count too.
         """
-        if num_sequences > self._max_sequences:
-            raise invalid(f"{num_sequences} sequences in one request; at most {self._max_sequences} are allowed", param)
+        if num_sequences > self.max_sequences:
+            raise invalid(f"{num_sequences} sequences in one request; at most {self.max_sequences} are allowed", param)
         busy = max(self._num_held, self._engine.num_unfinished)
-        if busy + num_sequences > self._max_sequences:
+        if busy + num_sequences > self.max_sequences:
             raise too_busy(f"the server is full: {busy} sequences run or wait; try again shortly")
         self._num_held += num_sequences
         try:

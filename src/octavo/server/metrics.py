@@ -31,6 +31,7 @@ class MetricsRegistry(Collector):
         lengths = histogram.one_two_five(max_model_len)
         seconds = histogram.REQUEST_SECONDS
         self.stats = SchedulerStats()
+        self.stats_time = 0.0  # when it was said, monotonic seconds
         self.num_received = 0
         self.finished: Counter[str] = Counter(dict.fromkeys(_FINISHED, 0))
         self.num_cached_tokens = 0
@@ -53,26 +54,37 @@ class MetricsRegistry(Collector):
             "request_prefill_kv_computed_tokens": Histogram(lengths),
             "request_params_n": Histogram(histogram.PARAMS_N),
         }
+        self.http: Counter[tuple[str, str, str]] = Counter()  # by handler, method, class of the status
+        self.http_seconds: dict[tuple[str, str], Histogram] = {}  # by handler, method
+        self._arguments = (model_name, max_model_len, cache_config)
         self._labels = (model_name, "0")
         self._cache_config = dict(cache_config)
-        self._http: Counter[tuple[str, str, str]] = Counter()
-        self._http_seconds: dict[tuple[str, str], Histogram] = {}
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        PlatformCollector(registry=self._process)
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
         self._registry.register(self)
+
+    def empty_copy(self) -> MetricsRegistry:
+        """One with the same labels and buckets, and nothing counted."""
+        return MetricsRegistry(*self._arguments)
 
     def on_outputs(self, outputs: Outputs) -> None:
         """Listener for EngineClient.add_listener."""
         self.stats = outputs.stats
+        self.stats_time = time.monotonic()
         if outputs.num_step_tokens:
             self.histograms["iteration_tokens_total"].observe(outputs.num_step_tokens)
 
     def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP answer. `handler` is a route's pattern, so that label values stay few."""
         method = method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH") else "other"
-        self._http[handler, method, f"{status // 100}xx"] += 1
-        self._http_seconds.setdefault((handler, method), Histogram(histogram.HTTP_SECONDS)).observe(seconds)
+        self.http[handler, method, f"{status // 100}xx"] += 1
+        self.http_histogram((handler, method)).observe(seconds)
+
+    def http_histogram(self, key: tuple[str, str]) -> Histogram:
+        """That of (handler, method), made where there is none yet."""
+        return self.http_seconds.setdefault(key, Histogram(histogram.HTTP_SECONDS))
 
     @property
     def num_in_flight(self) -> int:
@@ -80,6 +92,14 @@ class MetricsRegistry(Collector):
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format 0.0.4."""
+        return self.render_process() + self.render_own()
+
+    def render_process(self) -> bytes:
+        """The part about this process: memory, CPU time, platform."""
+        return generate_latest(self._process)
+
+    def render_own(self) -> bytes:
+        """The part about the engine and the requests."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -159,13 +179,13 @@ class MetricsRegistry(Collector):
 
     def _http_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("handler", "method", "status"))
-        for key, number in self._http.items():
+        for key, number in self.http.items():
             requests.add_metric(key, number)
         yield requests
         seconds = HistogramMetricFamily(
             "http_request_duration_seconds", "Time to the end of the answer", labels=("handler", "method")
         )
-        for labels, data in self._http_seconds.items():
+        for labels, data in self.http_seconds.items():
             seconds.add_metric(labels, data.buckets(), data.sum)
         yield seconds
 

@@ -23,12 +23,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ERROR_SECONDS = 3  # for the last error frames to be written
 
 
-async def serve(context: ServerContext, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+async def serve(
+    context: ServerContext,
+    sock: socket.socket,
+    on_ready: Callable[[], None] | None = None,
+    on_signal: Callable[[], None] | None = None,
+) -> None:
     """Serve on `sock` (from `bind`) until SIGTERM or SIGINT, then return.
 
     The first signal drains: /health and new requests answer 503, running ones get
     options.drain_timeout seconds. What is left then, or at a second signal, gets a clean error.
-    on_ready: called once requests are accepted.
+    on_ready: called once requests are accepted. on_signal: called at each signal.
     """
     app = build_app(context)
     config = TransportConfig(
@@ -49,8 +54,14 @@ async def serve(context: ServerContext, sock: socket.socket, on_ready: Callable[
     server = _Server(config, on_ready)
     ending = _Ending(app.state.server.lifecycle, server, context.options.drain_timeout)
     loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        if on_signal is not None:
+            on_signal()
+        ending.signal()
+
     for number in _SIGNALS:
-        loop.add_signal_handler(number, ending.signal)
+        loop.add_signal_handler(number, signalled)
     try:
         await server.serve(sockets=[sock])
     finally:

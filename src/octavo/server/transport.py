@@ -4,15 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import deque
+from collections.abc import Awaitable
 
 import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from octavo.server.limits import MAX_HEADER_BYTES, Timeouts
 from octavo.server.openai.errors import APIError, timed_out
 
 _READ_BYTES = 16 * 1024
+
+
+_EXTENSION = "octavo.stream_writer"  # where a request's scope has its StreamWriter
+
+
+def stream_writer(scope: Scope) -> StreamWriter:
+    """The writer for the request of `scope`. Raises KeyError under a server other than GuardedProtocol."""
+    writer: StreamWriter = scope["extensions"][_EXTENSION]
+    return writer
+
+
+class StreamWriter:
+    """Writes pieces of one answer's body straight to the socket, between ASGI's first and last body messages.
+
+    Only for answers without a content-length. While the client does not keep up, pieces wait here and not in the
+    transport, so that its buffer empties, and the write timeout stops, as the client reads.
+    """
+
+    def __init__(self, protocol: GuardedProtocol, cycle: RequestResponseCycle) -> None:
+        self._transport = protocol.transport
+        self._flow = protocol.flow
+        self._cycle = cycle
+        self._chunked = cycle.scope["http_version"] != "1.0"  # for 1.0, the end of the connection ends the body
+        self._waiting: deque[bytes] = deque()
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, which is not empty. After a disconnect, nothing happens."""
+        piece = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+        if self._flow.write_paused or self._waiting:
+            self._waiting.append(piece)
+        elif not self._cycle.disconnected:
+            self._transport.write(piece)
+
+    def resume(self) -> None:
+        """For the protocol: the transport's buffer has room."""
+        while self._waiting and not self._flow.write_paused:
+            self._transport.write(self._waiting.popleft())
+
+    async def drain(self) -> None:
+        """Wait until all is with the transport, or the client is gone."""
+        while self._waiting and not self._cycle.disconnected:
+            await self._flow.drain()
 
 
 class TransportConfig(uvicorn.Config):
@@ -32,12 +77,20 @@ class GuardedProtocol(H11Protocol):
     _refused = False  # an error was sent in place of an answer: what still comes is discarded
     _head_timer: asyncio.TimerHandle | None = None  # runs only while no request is in progress
     _write_timer: asyncio.TimerHandle | None = None  # runs only while the write buffer is full
+    _writer: StreamWriter | None = None  # of the request in progress
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app = self._with_writer
         # asyncio reads up to 256 KiB at once; in chunks of one byte, that would hold the loop for a second.
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._watch_head()
+
+    def _with_writer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        self._writer = StreamWriter(self, self.cycle)
+        scope.setdefault("extensions", {})[_EXTENSION] = self._writer
+        answer: Awaitable[None] = self.config.loaded_app(scope, receive, send)
+        return answer
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _stop(self._head_timer)
@@ -114,6 +167,8 @@ class GuardedProtocol(H11Protocol):
     def resume_writing(self) -> None:
         self._write_timer = _stop(self._write_timer)
         super().resume_writing()
+        if self._writer is not None:
+            self._writer.resume()
 
     def _unsupported_upgrade_warning(self) -> None:
         """An Upgrade header is ignored, as HTTP allows, and is not worth a log line."""

@@ -31,7 +31,8 @@ class IncrementalDetokenizer:
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
         raw = b"".join([self._token_bytes(i) or b"" for i in token_ids if i not in self._skipped])
-        return self._strip(self._utf8.decode(raw))
+        text = self._utf8.decode(raw)
+        return self._strip(text) if self._spaces_to_strip else text
 
     def flush(self) -> str:
         """The end of the text: U+FFFD for an unfinished character, else nothing."""

@@ -60,6 +60,9 @@ class Generation:
         self.error: str | None = None
         self.num_cached_tokens = 0
         self.finished_early = False  # a stop string ended it: the engine's request is to be aborted
+        # Nothing but text to look after: then a token in the middle of the output takes the short way.
+        asks_for_logprobs = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        self._plain = self._detokenizer is not None and self._stops is None and not asks_for_logprobs
 
     @property
     def text(self) -> str:
@@ -79,8 +82,10 @@ class Generation:
 
     def push(self, output: TokenOutput) -> Delta:
         """Take what the engine says of this request. Once it has finished, nothing more is added."""
-        if self.finished:
+        if self.finish_reason is not None:
             return Delta("", [])
+        if self._plain and output.finish_reason is None:
+            return self._push_plain(output)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         if self.prompt_logprobs is not None:
             self.prompt_logprobs += output.prompt_logprobs or ()
@@ -101,6 +106,18 @@ class Generation:
             self._text.append(text)
         token_ids = self.token_ids[num_old:]
         return Delta(text, token_ids, self._add_logprobs(output, len(token_ids)), self.finish_reason, self.stop_reason)
+
+    def _push_plain(self, output: TokenOutput) -> Delta:
+        """`push` for the bulk of all tokens: no end, no stop strings, no logprobs."""
+        assert self._detokenizer is not None
+        token_ids = output.new_token_ids
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
+        self.token_ids += token_ids
+        text = self._detokenizer.push(token_ids)
+        if text:
+            self._text.append(text)
+        return Delta(text, token_ids)
 
     def _add_tokens(self, output: TokenOutput, detokenizer: IncrementalDetokenizer) -> str:
         """Take tokens up to a stop string; returns the text they release."""

@@ -19,6 +19,12 @@ class MemoryLedger:
     num_blocks: int
     block_size: int
     max_model_len: int
+    activation_bytes: int = 0
+    """What the largest step takes beside the weights; known on a GPU only, where it is set aside."""
+    graph_bytes: int = 0
+    """What CUDA graphs are expected to take."""
+    free_bytes: int = 0
+    """What is left to others on the GPU."""
 
     @property
     def num_tokens(self) -> int:
@@ -28,41 +34,96 @@ class MemoryLedger:
     def lines(self) -> list[str]:
         """The ledger in words, for the log."""
         whole = self.num_tokens / self.max_model_len
+        lines = [f"weights {self.weight_bytes / _MIB:,.0f} MiB"]
+        if self.activation_bytes:
+            lines.append(
+                f"largest step {self.activation_bytes / _MIB:,.0f} MiB, graphs {self.graph_bytes / _MIB:,.0f} MiB, "
+                f"left free {self.free_bytes / _MIB:,.0f} MiB"
+            )
         return [
-            f"weights {self.weight_bytes / _MIB:,.0f} MiB",
+            *lines,
             f"KV cache {self.kv_bytes / _MIB:,.0f} MiB: {self.num_blocks - 1:,} blocks of {self.block_size}, "
             f"{self.num_tokens:,} tokens, {whole:.1f} concurrent requests of {self.max_model_len:,} tokens",
         ]
 
 
 def plan_memory(config: EngineConfig, weight_bytes: int, free_bytes: int) -> MemoryLedger:
-    """Size the KV pool: what the user said, else a fraction of what is free once the weights are in,
-    and no more than max_num_seqs sequences of max_model_len could fill.
+    """Size the KV pool of a CPU: what the user said, else a fraction of what is free once the weights are in.
 
     Raises ValueError when not even one sequence of max_model_len fits, saying what to change.
     """
-    block_size = config.options.block_size
-    block_bytes = config.kv_bytes_per_token * block_size
-    blocks_per_sequence = -(-config.max_model_len // block_size)
     budget = config.kv_cache_memory
     if budget is None:
         budget = int(free_bytes * config.memory_fraction)
-        budget = min(budget, (config.max_num_seqs * blocks_per_sequence + 1) * block_bytes)
-    num_blocks = budget // block_bytes
-    if num_blocks - 1 < blocks_per_sequence:
-        fits = max(0, (num_blocks - 1) * block_size)
-        needs = (blocks_per_sequence + 1) * block_bytes / _MIB
+    return MemoryLedger(weight_bytes=weight_bytes, **_pool(config, budget, "kv_cache_memory"))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A GPU once the weights are in. Sizes in bytes.
+
+    total, free: of the device, as the driver tells; activations: of the largest step; graphs: expected.
+    """
+
+    total: int
+    free: int
+    activations: int
+    graphs: int
+
+
+def plan_device_memory(config: EngineConfig, weight_bytes: int, device: DeviceMemory) -> MemoryLedger:
+    """Size the KV pool of a GPU: kv_cache_memory if it is given, else what memory_fraction of the device leaves beside
+    everything that is in use or set aside.
+
+    Raises ValueError when that is too little, saying what to lower and by how much.
+    """
+    aside = device.activations + device.graphs
+    budget = config.kv_cache_memory
+    if budget is None:
+        budget = int(device.total * config.memory_fraction) - (device.total - device.free) - aside
+    elif budget > device.free - aside:
         raise ValueError(
-            f"max_model_len={config.max_model_len} needs {needs:,.0f} MiB of KV cache, but there are "
-            f"{budget / _MIB:,.0f} MiB: lower max_model_len to {fits} or less, or raise kv_cache_memory"
+            f"kv_cache_memory={budget} is more than the {device.free - aside} bytes left beside the weights and the "
+            f"largest step: lower it by {(budget - device.free + aside) / _MIB:,.0f} MiB"
         )
+    pool = _pool(config, budget, "gpu_memory_utilization")
     return MemoryLedger(
         weight_bytes=weight_bytes,
-        kv_bytes=num_blocks * block_bytes,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_model_len=config.max_model_len,
+        activation_bytes=device.activations,
+        graph_bytes=device.graphs,
+        free_bytes=device.free - aside - pool["kv_bytes"],
+        **pool,
     )
+
+
+def _pool(config: EngineConfig, budget: int, option: str) -> dict[str, int]:
+    """The pool's part of the ledger, no more than max_num_seqs sequences of max_model_len could fill.
+
+    option: what to raise where the budget is too small.
+    """
+    block_size = config.block_size
+    block_bytes = config.kv_bytes_per_token * block_size
+    max_model_len = config.max_model_len
+    blocks_per_sequence = -(-max_model_len // block_size)
+    if config.kv_cache_memory is None:
+        budget = min(budget, (config.max_num_seqs * blocks_per_sequence + 1) * block_bytes)
+    num_blocks = budget // block_bytes
+    fits = max(0, (num_blocks - 1) * block_size)
+    if config.shrinks and fits:
+        max_model_len = min(max_model_len, fits)
+    if fits < max_model_len:
+        needs = (blocks_per_sequence + 1) * block_bytes
+        raise ValueError(
+            f"max_model_len={max_model_len} needs {needs / _MIB:,.0f} MiB of KV cache, but there are "
+            f"{max(0, budget) / _MIB:,.0f} MiB, {(needs - budget) / _MIB:,.0f} MiB too little: lower max_model_len to "
+            f"{fits} or less, lower max_num_batched_tokens or max_num_seqs, or raise {option}"
+        )
+    return {
+        "kv_bytes": num_blocks * block_bytes,
+        "num_blocks": num_blocks,
+        "block_size": block_size,
+        "max_model_len": max_model_len,
+    }
 
 
 def free_host_bytes() -> int:

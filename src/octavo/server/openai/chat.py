@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +23,9 @@ _RESERVED_KWARGS = {
     *("self", "conversation", "messages", "tools", "documents", "tokenize", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "bos_token", "eos_token"),
 }
+
+
+_PLAIN_TAIL = b'},"finish_reason":null}'  # of a ChunkChoice that has only text
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
@@ -85,10 +87,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         params = with_max_tokens(params, len(ids), default, self.context, names)
         run.add(text, ids, params)
 
-    async def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
-        await self.prepare(body, run)
-        async for _ in run.deltas():
-            pass
+    def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
         first = run.choices[0]
         prompt_logprobs = first.generation.prompt_logprobs
         return ChatCompletion(
@@ -103,30 +102,8 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
         )
 
-    async def events(self, body: ChatBody, run: Run, request_id: str) -> AsyncGenerator[bytes]:
-        await self.prepare(body, run)
-        encoder = EventEncoder(
-            {
-                "id": f"chatcmpl-{request_id}",
-                "object": "chat.completion.chunk",
-                "created": int(time.time()),
-                "model": self.context.served_model_names[0],
-                "system_fingerprint": self.fingerprint,
-            }
-        )
-        options = self.stream_options(body)
-        opening: bytes | None = b"".join(
-            encoder.chunk(ChunkChoice(choice.index, ChatDelta("assistant", ""), None)) for choice in run.choices
-        )
-        async for batch in run.deltas():
-            usage = run.usage() if options.continuous_usage_stats else None
-            chunks = [self._chunk(body, choice, delta) for choice, delta in batch]
-            frames = b"".join(encoder.chunk(chunk, usage) for chunk in chunks if chunk is not None)
-            if opening is not None or frames:
-                yield (opening or b"") + frames
-                opening = None
-        if options.include_usage:
-            yield encoder.chunk(None, run.usage())
+    def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
+        return ChatFrames(self, body, run, request_id)
 
     def _params(self, body: ChatBody, names: dict[str, str]) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
@@ -170,18 +147,64 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             token_ids=generation.token_ids if body.return_token_ids else None,
         )
 
-    def _chunk(self, body: ChatBody, choice: Choice, delta: Delta) -> ChunkChoice | None:
-        """None where there is nothing to say yet: all its text is held back."""
-        shows_tokens = bool(delta.token_ids) and bool(delta.logprobs or body.return_token_ids)
+
+class ChatFrames:
+    """The chunks of one streamed answer. Before the first one, each choice opens with its role."""
+
+    def __init__(self, endpoint: ChatCompletions, body: ChatBody, run: Run, request_id: str) -> None:
+        self._formatter = endpoint.formatter
+        self._body = body
+        self._run = run
+        self._options = endpoint.stream_options(body)
+        self._encoder = EventEncoder(
+            {
+                "id": f"chatcmpl-{request_id}",
+                "object": "chat.completion.chunk",
+                "created": int(time.time()),
+                "model": endpoint.context.served_model_names[0],
+                "system_fingerprint": endpoint.fingerprint,
+            }
+        )
+        self._opened = False
+        # Nothing but text in all chunks but each choice's last.
+        self._plain = not (body.return_token_ids or body.logprobs or self._options.continuous_usage_stats)
+
+    def frame(self, choice: Choice, delta: Delta) -> bytes:
+        """See Frames.frame."""
+        opening = b""
+        if not self._opened:
+            self._opened = True
+            opening = b"".join(
+                self._encoder.chunk(ChunkChoice(each.index, ChatDelta("assistant", ""), None))
+                for each in self._run.choices
+            )
+        if self._plain and delta.finish_reason is None:
+            if not delta.text:
+                return opening
+            return opening + self._encoder.text_chunk(
+                b'{"index":%d,"delta":{"content":' % choice.index, delta.text, _PLAIN_TAIL
+            )
+        chunk = self._chunk(choice, delta)
+        if chunk is None:
+            return opening
+        return opening + self._encoder.chunk(chunk, self._run.usage() if self._options.continuous_usage_stats else None)
+
+    def last(self) -> bytes:
+        """See Frames.last."""
+        return self._encoder.chunk(None, self._run.usage()) if self._options.include_usage else b""
+
+    def _chunk(self, choice: Choice, delta: Delta) -> ChunkChoice | None:
+        shows_tokens = bool(delta.token_ids) and bool(delta.logprobs or self._body.return_token_ids)
         if not (delta.text or delta.finish_reason or shows_tokens):
             return None
+        logprobs = self._formatter.chat(delta.logprobs, self._body.top_logprobs or 0) if delta.logprobs else None
         return ChunkChoice(
             index=choice.index,
             delta=ChatDelta(content=delta.text) if delta.text or shows_tokens else ChatDelta(),
             finish_reason=delta.finish_reason,
-            logprobs=self.formatter.chat(delta.logprobs, body.top_logprobs or 0) if delta.logprobs else None,
+            logprobs=logprobs,
             stop_reason=delta.stop_reason,
-            token_ids=delta.token_ids if body.return_token_ids else None,
+            token_ids=delta.token_ids if self._body.return_token_ids else None,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from typing import cast
 
 import msgspec
@@ -19,6 +18,7 @@ from octavo.server.openai.sse import EventEncoder
 from octavo.text.generation import Delta
 
 _DEFAULT_MAX_TOKENS = 16
+_PLAIN_TAIL = b',"finish_reason":null,"logprobs":null,"stop_reason":null}'  # of a CompletionChoice that has only text
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -71,10 +71,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
                 text = self._text_of(ids) if body.echo else ""
             run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
 
-    async def answer(self, body: CompletionBody, run: Run, request_id: str) -> Completion:
-        await self.prepare(body, run)
-        async for _ in run.deltas():
-            pass
+    def answer(self, body: CompletionBody, run: Run, request_id: str) -> Completion:
         usage = run.usage()
         if _only_scores(body):
             usage = Usage(usage.prompt_tokens, 0, usage.prompt_tokens, usage.prompt_tokens_details)
@@ -88,32 +85,8 @@ class Completions(GenerationEndpoint[CompletionBody]):
             usage=usage,
         )
 
-    async def events(self, body: CompletionBody, run: Run, request_id: str) -> AsyncGenerator[bytes]:
-        await self.prepare(body, run)
-        encoder = EventEncoder(
-            {
-                "id": f"cmpl-{request_id}",
-                "object": "text_completion",
-                "created": int(time.time()),
-                "model": self.context.served_model_names[0],
-                "system_fingerprint": self.fingerprint,
-            }
-        )
-        options = self.stream_options(body)
-        opened: set[int] = set()  # choices whose prompt was echoed
-        async for batch in run.deltas():
-            usage = run.usage() if options.continuous_usage_stats else None
-            frames = []
-            for choice, delta in batch:
-                echoed = choice.prompt if body.echo and choice.index not in opened else ""
-                opened.add(choice.index)
-                chunk = self._chunk(body, choice, delta, echoed)
-                if chunk is not None:
-                    frames.append(encoder.chunk(chunk, usage))
-            if frames:
-                yield b"".join(frames)
-        if options.include_usage:
-            yield encoder.chunk(None, run.usage())
+    def frames(self, body: CompletionBody, run: Run, request_id: str) -> CompletionFrames:
+        return CompletionFrames(self, body, run, request_id)
 
     def _choice(self, body: CompletionBody, choice: Choice) -> CompletionChoice:
         generation = choice.generation
@@ -140,11 +113,66 @@ class Completions(GenerationEndpoint[CompletionBody]):
             prompt_token_ids=choice.request.prompt_token_ids if body.return_token_ids else None,
         )
 
-    def _chunk(self, body: CompletionBody, choice: Choice, delta: Delta, echoed: str) -> CompletionChoice | None:
-        """None where there is nothing to say yet: all its text is held back."""
+    def _checked(self, ids: list[int]) -> list[int]:
+        vocab_size = self.context.engine.ready.vocab_size
+        if len(ids) > self.context.max_model_len:
+            limit = self.context.max_model_len
+            raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", "prompt")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            token_id = next(i for i in ids if not 0 <= i < vocab_size)
+            raise invalid(f"prompt: token id {token_id} is out of range; allowed: 0..{vocab_size - 1}", "prompt")
+        return ids
+
+    def _text_of(self, ids: list[int]) -> str:
+        tokenizer = self.context.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(ids, False)
+
+
+class CompletionFrames:
+    """The chunks of one streamed answer."""
+
+    def __init__(self, endpoint: Completions, body: CompletionBody, run: Run, request_id: str) -> None:
+        self._formatter = endpoint.formatter
+        self._body = body
+        self._run = run
+        self._options = endpoint.stream_options(body)
+        self._encoder = EventEncoder(
+            {
+                "id": f"cmpl-{request_id}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": endpoint.context.served_model_names[0],
+                "system_fingerprint": endpoint.fingerprint,
+            }
+        )
+        self._opened: set[int] = set()  # choices whose prompt was echoed
+        # Nothing but text in all chunks but each choice's last.
+        self._plain = not (
+            body.echo or body.return_token_ids or body.logprobs is not None or self._options.continuous_usage_stats
+        )
+
+    def frame(self, choice: Choice, delta: Delta) -> bytes:
+        """See Frames.frame."""
+        if self._plain and delta.finish_reason is None:
+            if not delta.text:
+                return b""
+            return self._encoder.text_chunk(b'{"index":%d,"text":' % choice.index, delta.text, _PLAIN_TAIL)
+        echoed = choice.prompt if self._body.echo and choice.index not in self._opened else ""
+        self._opened.add(choice.index)
+        chunk = self._chunk(choice, delta, echoed)
+        if chunk is None:
+            return b""
+        return self._encoder.chunk(chunk, self._run.usage() if self._options.continuous_usage_stats else None)
+
+    def last(self) -> bytes:
+        """See Frames.last."""
+        return self._encoder.chunk(None, self._run.usage()) if self._options.include_usage else b""
+
+    def _chunk(self, choice: Choice, delta: Delta, echoed: str) -> CompletionChoice | None:
+        body = self._body
         logprobs = None
         if delta.logprobs and body.logprobs is not None:
-            logprobs, choice.text_offset = self.formatter.completion(
+            logprobs, choice.text_offset = self._formatter.completion(
                 delta.token_ids, delta.logprobs, body.logprobs, choice.text_offset
             )
         shows_tokens = bool(delta.token_ids) and (logprobs is not None or bool(body.return_token_ids))
@@ -160,20 +188,6 @@ class Completions(GenerationEndpoint[CompletionBody]):
             token_ids=delta.token_ids if body.return_token_ids else None,
         )
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        vocab_size = self.context.engine.ready.vocab_size
-        if len(ids) > self.context.max_model_len:
-            limit = self.context.max_model_len
-            raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", "prompt")
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise invalid(f"prompt: token id {token_id} is out of range; allowed: 0..{vocab_size - 1}", "prompt")
-        return ids
-
-    def _text_of(self, ids: list[int]) -> str:
-        tokenizer = self.context.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(ids, False)
-
 
 def _only_scores(body: CompletionBody) -> bool:
     return bool(body.echo) and body.max_tokens == 0 and not body.stream
@@ -187,11 +201,13 @@ def _num_prompt_logprobs(body: CompletionBody) -> int | None:
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """The body's prompts, each a text or token ids. Raises APIError 400 for none, too many, or a mixture."""
+    # Of the items' types there are few; of token ids, maybe 100,000.
+    kinds: set[type] = set() if isinstance(prompt, str) else set(map(type, prompt))
     if isinstance(prompt, str):
         prompts: list[str | list[int]] = [prompt]
-    elif prompt and all(isinstance(item, int) for item in prompt):
+    elif kinds == {int}:
         prompts = [cast(list[int], prompt)]
-    elif all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
+    elif len(kinds) <= 1:
         prompts = cast(list[str | list[int]], prompt)
     else:
         raise invalid("prompt mixes texts and token ids", "prompt", "invalid_type")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
 from typing import Generic, TypeVar
 
 import msgspec
@@ -21,7 +20,7 @@ from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
 from octavo.server.openai.runner import Run
 from octavo.server.openai.schema import GenerationBody, StreamOptions
-from octavo.server.openai.sse import send_events
+from octavo.server.openai.sse import Frames, send_events
 
 B = TypeVar("B", bound=GenerationBody)
 
@@ -45,12 +44,12 @@ class GenerationEndpoint(ABC, Generic[B]):
         """Tokenize, and add each prompt to `run`. Raises APIError 400."""
 
     @abstractmethod
-    def events(self, body: B, run: Run, request_id: str) -> AsyncGenerator[bytes]:
-        """The streamed answer, frame by frame, `prepare` included."""
+    def frames(self, body: B, run: Run, request_id: str) -> Frames:
+        """How the streamed answer is written."""
 
     @abstractmethod
-    async def answer(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
-        """The whole answer, `prepare` included."""
+    def answer(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
+        """The whole answer of a run that is complete."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrival = time.monotonic()
@@ -65,10 +64,20 @@ class GenerationEndpoint(ABC, Generic[B]):
             with self.state.admission.hold((body.n or 1) * self.num_prompts(body), "n"):
                 run = Run(self.state, body, arrival, request_id)
                 if body.stream:
-                    await send_events(self.state.lifecycle, self.events(body, run, request_id), receive, send)
+
+                    async def prepared() -> tuple[Run, Frames]:
+                        await self.prepare(body, run)
+                        return run, self.frames(body, run, request_id)
+
+                    await send_events(self.state.lifecycle, prepared, scope, receive, send)
                 else:
-                    value = await self.state.lifecycle.run(receive, self.answer(body, run, request_id))
+                    value = await self.state.lifecycle.run(receive, self._whole(body, run, request_id))
                     await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)
+
+    async def _whole(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
+        await self.prepare(body, run)
+        await run.complete()
+        return self.answer(body, run, request_id)
 
     def _check(self, body: B) -> None:
         if body.n is not None and not 1 <= body.n <= MAX_N:

@@ -1,15 +1,13 @@
-"""From prompts to deltas: one engine request a completion, merged into one stream of batches."""
+"""From prompts to deltas: one engine request a completion, and one place where all their tokens arrive."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import msgspec
 
@@ -43,7 +41,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: CachedTokens
 
 
-@dataclass
+@dataclass(slots=True)
 class Choice:
     """One completion on its way. `index` counts over all prompts, completions of one prompt together."""
 
@@ -52,6 +50,15 @@ class Choice:
     request: Request
     generation: Generation
     text_offset: int = 0  # characters of token texts so far; written by the logprobs formatter
+
+
+# What a Run's deltas are given to, one call each, as they arrive. The last delta of a choice, and only
+# that, has a finish_reason. An exception it raises fails the run.
+Consumer = Callable[[Choice, Delta], None]
+
+
+def _ignore(choice: Choice, delta: Delta) -> None:
+    """The consumer of those who read the choices at the end."""
 
 
 class Run:
@@ -67,6 +74,11 @@ class Run:
         self._engine_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.choices: list[Choice] = []
         self._num_prompt_tokens = 0
+        self._feeds: list[_Feed] = []
+        self._num_unfinished = 0
+        self._consume: Consumer | None = None
+        # Done with the last delta of the last choice, or with what failed the run.
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def add(self, prompt: str, token_ids: list[int], params: SamplingParams) -> None:
         """Plan n completions of one prompt; params.max_tokens is resolved. Raises APIError 400."""
@@ -90,19 +102,60 @@ class Run:
                 raise invalid(str(error), "stop") from None
             self.choices.append(Choice(index, prompt, request, generation))
 
-    async def deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
-        """What came, in batches: all that is there by the time the consumer asks again.
+    def start(self, consume: Consumer) -> None:
+        """Submit everything; what comes goes to `consume`, from the loop. `close` must follow, whatever happens.
 
-        The last delta of a choice, and only that, has a finish_reason. Closing the generator aborts
-        what still runs. Raises APIError when the engine fails one of the choices.
+        Raises APIError when the engine is dead.
         """
         self._metrics.histograms["request_params_n"].observe(self._body.n or 1)
-        batches = self._single(self.choices[0]) if len(self.choices) == 1 else self._merged()
-        async with contextlib.aclosing(batches):
-            async for batch in batches:
-                yield batch
+        self._consume = consume
+        self._num_unfinished = len(self.choices)
+        try:
+            for choice in self.choices:
+                request = choice.request
+                num_prompt_tokens = len(request.prompt_token_ids)
+                record = RequestRecord(self._metrics, self._arrival, num_prompt_tokens, request.max_tokens)
+                self._feeds.append(_Feed(self, choice, record))
+                self._engine.submit(request, self._feeds[-1])
+        except EngineDeadError as error:
+            self._feeds[-1](error)
+
+    async def ended(self) -> None:
+        """Wait for the last delta of the last choice. Raises what failed the run: mostly APIError, by the engine."""
+        await self.end
         longest = max(len(choice.generation.token_ids) for choice in self.choices)
         self._metrics.histograms["request_max_num_generation_tokens"].observe(longest)
+
+    def close(self) -> None:
+        """Abort what still runs, and forget the consumer. Idempotent."""
+        self._consume = None
+        for feed in self._feeds:
+            feed.leave()
+        self.end.cancel()
+
+    async def complete(self) -> None:
+        """Run to the end, for those who want the choices whole. Raises like `ended`."""
+        try:
+            self.start(_ignore)
+            await self.ended()
+        finally:
+            self.close()
+
+    def deliver(self, choice: Choice, delta: Delta) -> None:
+        """For the feeds: one delta of one choice."""
+        if self._consume is None or self.end.done():
+            return
+        self._consume(choice, delta)
+        if delta.finish_reason is not None:
+            self._num_unfinished -= 1
+            if not self._num_unfinished:
+                self.end.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """For the feeds: the first failure is that of the run."""
+        if not self.end.done():
+            self.end.set_exception(error)
+            self.end.exception()  # heard, also where the consumer has left
 
     def usage(self) -> Usage:
         """Tokens so far."""
@@ -112,64 +165,59 @@ class Run:
         prompt = self._num_prompt_tokens
         return Usage(prompt, completion, prompt + completion, CachedTokens(cached))
 
-    async def _single(self, choice: Choice) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
-        async with contextlib.aclosing(self._complete(choice)) as deltas:
-            async for delta in deltas:
-                yield [(choice, delta)]
+    def abort(self, choice: Choice) -> None:
+        """For the feeds: tell the engine to stop working on a choice."""
+        self._engine.abort(choice.request.request_id)
 
-    async def _merged(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
-        queue: asyncio.Queue[tuple[Choice, Delta | Exception]] = asyncio.Queue()
 
-        async def drive(choice: Choice) -> None:
-            try:
-                async for delta in self._complete(choice):
-                    queue.put_nowait((choice, delta))
-            except Exception as error:
-                queue.put_nowait((choice, error))
+class _Feed:
+    """The engine's sink for one choice: counts, detokenizes, and hands the delta on."""
 
-        tasks = [asyncio.create_task(drive(choice)) for choice in self.choices]
-        num_unfinished = len(tasks)
+    __slots__ = ("_choice", "_generation", "_open", "_record", "_run")
+
+    def __init__(self, run: Run, choice: Choice, record: RequestRecord) -> None:
+        self._run = run
+        self._choice = choice
+        self._generation = choice.generation
+        self._record = record
+        self._open = True  # the record has yet to be finished, which happens exactly once
+
+    def __call__(self, output: TokenOutput | EngineDeadError) -> None:
+        if not self._open:
+            return
+        if isinstance(output, EngineDeadError):
+            self._finish("error")
+            self._run.fail(unavailable("the engine stopped before the request was complete"))
+            return
         try:
-            while num_unfinished:
-                arrived = [await queue.get()]
-                while not queue.empty():
-                    arrived.append(queue.get_nowait())
-                batch = []
-                for choice, item in arrived:
-                    if isinstance(item, Exception):
-                        raise item
-                    num_unfinished -= item.finish_reason is not None
-                    batch.append((choice, item))
-                yield batch
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._take(output)
+        except Exception as error:
+            self.leave()
+            self._run.fail(error)
 
-    async def _complete(self, choice: Choice) -> AsyncGenerator[Delta]:
-        request, generation = choice.request, choice.generation
-        record = RequestRecord(self._metrics, self._arrival, len(request.prompt_token_ids), request.max_tokens)
-        end: FinishReason = "abort"  # what it is if the consumer leaves
-        try:
-            outputs = cast(AsyncGenerator[TokenOutput], self._engine.generate(request))
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    if output.new_token_ids:
-                        record.tokens(len(output.new_token_ids), output.num_cached_tokens, output.scheduled_time)
-                    if output.finish_reason in ("error", "abort"):
-                        end = output.finish_reason
-                        raise _failure(output)
-                    delta = generation.push(output)
-                    end = delta.finish_reason or end
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-            raise internal("the engine ended the request without a reason")
-        except EngineDeadError:
-            end = "error"
-            raise unavailable("the engine stopped before the request was complete") from None
-        finally:
-            record.finish(end)
+    def leave(self) -> None:
+        """Nobody wants more of this choice."""
+        if self._open:
+            self._finish("abort")
+            self._run.abort(self._choice)
+
+    def _take(self, output: TokenOutput) -> None:
+        if output.new_token_ids:
+            self._record.tokens(len(output.new_token_ids), output.num_cached_tokens, output.scheduled_time)
+        reason = output.finish_reason
+        if reason in ("error", "abort"):
+            self._finish(reason)
+            raise _failure(output)
+        delta = self._generation.push(output)
+        if delta.finish_reason is not None:
+            self._finish(delta.finish_reason)
+            if reason is None:  # a stop string: the engine does not know
+                self._run.abort(self._choice)
+        self._run.deliver(self._choice, delta)
+
+    def _finish(self, reason: FinishReason) -> None:
+        self._open = False
+        self._record.finish(reason)
 
 
 def _failure(output: TokenOutput) -> APIError:

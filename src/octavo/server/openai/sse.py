@@ -1,17 +1,25 @@
-"""Server-sent events, and the answer that carries them."""
+"""Server-sent events, and the answer that carries them.
+
+A token's way is a chain of plain calls within one turn of the loop: the engine client's sink, the run, the frame's
+bytes, one write on the socket. The request's task sleeps from the first frame to the last.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import ClientGone
 from octavo.server.openai.errors import APIError, internal
+from octavo.server.openai.runner import Choice, Run
+from octavo.server.transport import StreamWriter, stream_writer
+from octavo.text.generation import Delta
 
 logger = logging.getLogger("octavo.server")
 
@@ -36,27 +44,112 @@ class EventEncoder:
         tail = b"]}\n\n" if usage is None else b'],"usage":' + self._encode(usage) + b"}\n\n"
         return self._head + body + tail
 
+    def text_chunk(self, before: bytes, text: str, after: bytes) -> bytes:
+        """`chunk` for a choice whose JSON is known but for one string: what stands before it, and after it."""
+        return b"%b%b%b%b]}\n\n" % (self._head, before, self._encode(text), after)
 
-async def send_events(lifecycle: Lifecycle, events: AsyncGenerator[bytes], receive: Receive, send: Send) -> None:
-    """Stream `events`, one write each, then [DONE].
 
-    The status line waits for the first event, so that what goes wrong before it is a plain error:
+class Frames(Protocol):
+    """How one request's deltas look on the wire."""
+
+    def frame(self, choice: Choice, delta: Delta) -> bytes:
+        """The frames for one delta; empty where there is nothing to say yet: all its text is held back."""
+        ...
+
+    def last(self) -> bytes:
+        """What follows all deltas, before [DONE]."""
+        ...
+
+
+class _Pipe:
+    """Frames from where they are made to the socket. Until `open`, they wait.
+
+    Those of several choices that come in one turn of the loop are one write.
+    """
+
+    def __init__(self, frames: Frames, num_choices: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._frame = frames.frame
+        self._gathers = num_choices > 1
+        self._waiting: list[bytes] = []
+        self._writer: StreamWriter | None = None
+        self.first: asyncio.Future[None] = self._loop.create_future()  # done when there is something to send
+
+    def consume(self, choice: Choice, delta: Delta) -> None:
+        """The Run's consumer."""
+        frame = self._frame(choice, delta)
+        if not frame:
+            return
+        if self._writer is not None and not self._gathers:
+            self._writer.write(frame)
+            return
+        self._waiting.append(frame)
+        if self._writer is None:
+            self.wake()
+        elif len(self._waiting) == 1:
+            self._loop.call_soon(self.flush)
+
+    def wake(self, _: object = None) -> None:
+        if not self.first.done():
+            self.first.set_result(None)
+
+    def take(self) -> bytes:
+        """All that waits."""
+        waiting, self._waiting = self._waiting, []
+        return b"".join(waiting)
+
+    def open(self, writer: StreamWriter) -> None:
+        """From here on, frames are written as they come."""
+        self._writer = writer
+        self.flush()
+
+    def flush(self) -> None:
+        if self._waiting and self._writer is not None:
+            self._writer.write(self.take())
+
+
+async def send_events(
+    lifecycle: Lifecycle,
+    prepare: Callable[[], Awaitable[tuple[Run, Frames]]],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Stream what the run of `prepare` brings, then [DONE].
+
+    The status line waits for the first frame, so that what goes wrong before it is a plain error:
     raises APIError (then nothing was sent) and ClientGone. Later errors become an error frame.
     """
     started = False
 
-    async def pump() -> None:
+    async def pump() -> bytes:
         nonlocal started
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+        run, frames = await prepare()
+        pipe = _Pipe(frames, len(run.choices))
+        run.end.add_done_callback(pipe.wake)
+        try:
+            run.start(pipe.consume)
+            await pipe.first
+            opening = pipe.take()
+            if opening:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                await send({"type": "http.response.body", "body": opening, "more_body": True})
+                writer = stream_writer(scope)
+                pipe.open(writer)
+                try:
+                    await run.ended()
+                finally:
+                    pipe.flush()
+                    await writer.drain()
+            else:
+                await run.ended()
+            return frames.last()
+        finally:
+            run.close()
 
-    end = DONE
     try:
-        await lifecycle.run(receive, pump())
+        end = await lifecycle.run(receive, pump()) + DONE
     except APIError as error:
         if not started:
             raise

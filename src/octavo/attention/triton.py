@@ -1,0 +1,87 @@
+"""Attention on a GPU by our own kernels: rows of one token are split over their keys, others over their queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow
+from octavo.attention.long_prefill import LongPrefill
+from octavo.attention.prefill_items import max_prefill_items, prefill_items
+from octavo.attention.work_items import ITEM_FIELDS, DecodePlanner
+from octavo.kernels import triton
+
+Ints = NDArray[np.int32]
+_NO_PREFILL: Ints = np.empty((0, 2), np.int32)
+
+
+class TritonAttention(FusedAttentionBackend):
+    """Owns the KV cache [layers, blocks, 2 (K, V), KV heads, block_size, head_dim] and the scratch of its kernels.
+
+    long_prefill: what attends long rows faster, in steps that are not recorded.
+    """
+
+    item_fields = ITEM_FIELDS, 2
+
+    def __init__(
+        self, cache: Tensor, num_heads: int, num_processors: int, max_rows: int, long_prefill: LongPrefill
+    ) -> None:
+        num_kv_heads, head_dim = cache.shape[3], cache.shape[5]
+        self._cache = cache
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._planner = DecodePlanner(num_processors, num_kv_heads)
+        self._long_prefill = long_prefill
+        self._kernels = triton.get()
+        self._scratch = self._kernels.decode_scratch(
+            self._planner.max_items(max_rows), max_rows, num_heads, num_kv_heads, head_dim, cache.device
+        )
+        self._batch: DeviceBatch  # of the step that is being launched
+        self._taken: dict[int, tuple[int, int]] = {}  # of the rows last planned: tokens that the library computes
+
+    def max_items(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        return self._planner.max_items(num_rows), max_prefill_items(num_tokens, num_rows, self._group_size)
+
+    @property
+    def _group_size(self) -> int:
+        return self._num_heads // self._num_kv_heads
+
+    def plan(self, rows: Sequence[PlanRow], block_tables: Tensor, whole: bool) -> tuple[Ints, Ints]:
+        starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+        lengths = np.fromiter((row.length for row in rows), np.int32, len(rows))
+        single = np.flatnonzero(lengths == 1)
+        decode = self._planner.plan(starts[single] + 1, single)
+        self._taken = {}
+        if len(single) == len(rows):
+            return decode, _NO_PREFILL
+        if not whole:
+            self._taken = self._long_prefill.prepare(rows, block_tables)
+        return decode, prefill_items(starts, lengths, self._group_size, taken=self._taken)
+
+    def prepare(self, batch: DeviceBatch) -> None:
+        self._batch = batch
+
+    def forward_fused(
+        self, layer: AttentionLayer, qkv: Tensor, rotation: tuple[Tensor, Tensor], norm: tuple[Tensor, float] | None
+    ) -> Tensor:
+        batch, cache = self._batch, self._cache[layer.layer_index]
+        weight, eps = norm or (None, 0.0)
+        heads = self._num_heads, self._num_kv_heads
+        query = self._kernels.qk_norm_rope_write_kv(qkv, *rotation, weight, eps, batch.slot_mapping, cache, *heads)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        tables = batch.block_tables, batch.row_slots
+        if len(batch.decode_items):
+            items = batch.decode_items
+            self._kernels.paged_decode(
+                query, cache, *tables, batch.cu_q, items, out, self._scratch, layer.scale, layer.sliding_window
+            )
+        if len(batch.prefill_items):
+            where = *tables, batch.starts, batch.cu_q, batch.prefill_items
+            self._kernels.paged_prefill(query, cache, *where, out, layer.scale, layer.sliding_window)
+        if batch.rows is not None and self._taken:
+            self._long_prefill.forward(layer.layer_index, query, cache, out, layer.scale)
+        return out

@@ -1,0 +1,97 @@
+"""What the programs of decode attention each do: rows cut into ranges of KV positions that fill the chip evenly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+
+ITEM_FIELDS = 6
+"""Columns of an item: row, begin, end, index among the row's items, number of those, the row's first item."""
+KV_TILE = 128
+"""Items begin at multiples of so many positions; the tile of every kernel configuration divides it."""
+
+_PROGRAMS_PER_PROCESSOR = 4  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
+_MIN_POSITIONS = 256  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlanner:
+    """Cuts rows with one query token into items: split-KV of flash-decoding (Dao et al., 2023), balanced.
+
+    num_processors: multiprocessors of the device. num_kv_heads: of the model; each item is a program for each.
+    programs_per_processor, min_positions (a multiple of KV_TILE): how finely to cut.
+    longest_first: whether rows with longer items come first, so that short ones fill the end of the launch.
+    """
+
+    num_processors: int
+    num_kv_heads: int
+    programs_per_processor: int = _PROGRAMS_PER_PROCESSOR
+    min_positions: int = _MIN_POSITIONS
+    longest_first: bool = True
+
+    @property
+    def target_items(self) -> int:
+        """Items that keep the device busy."""
+        return max(1, -(-self.num_processors * self.programs_per_processor // self.num_kv_heads))
+
+    def max_items(self, num_rows: int, max_positions: int | None = None) -> int:
+        """Most items that any plan for `num_rows` rows has (of at most `max_positions` positions, where known)."""
+        bound = self.target_items + num_rows if num_rows else 0
+        return bound if max_positions is None else min(bound, num_rows * -(-max_positions // self.min_positions))
+
+    def plan(
+        self, num_positions: npt.ArrayLike, rows: npt.ArrayLike | None = None, out: Int32Array | None = None
+    ) -> Int32Array:
+        """Items of the rows named, a row's items together and in order of position.
+
+        num_positions: integers [N] >= 1, positions each row sees (its tokens after the step).
+        rows: integers [N], their indices in the step; None: 0 ... N-1.
+        out: int32 [>= max_items(N), 6], filled and padded with items of row -1 where given.
+        Returns int32 [I, 6], a view of `out` where that is given. An item's begin is a multiple of KV_TILE, and so
+        is its end unless it is the row's last. Every position of a row is in exactly one of its items.
+        """
+        positions = np.asarray(num_positions, dtype=np.int32)
+        indices = np.arange(len(positions), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
+        lengths, counts = self._cut(positions)
+        if self.longest_first and len(positions) > 1:
+            # Sorting 16-bit keys is a radix sort: 10 us for 1,024 rows, a third of what 32-bit keys take.
+            order = np.argsort((-(lengths // KV_TILE)).astype(np.int16), kind="stable")
+            positions, indices, lengths, counts = positions[order], indices[order], lengths[order], counts[order]
+        last = np.cumsum(counts, dtype=np.int32)
+        num_items = int(last[-1]) if len(last) else 0
+        items = np.empty((num_items, ITEM_FIELDS), np.int32) if out is None else out[:num_items]
+        columns: tuple[Int32Array, ...] = (indices, counts, last - counts, lengths, positions)
+        if num_items > len(positions):
+            columns = tuple(np.repeat(column, counts) for column in columns)
+        row, count, first, length, total = columns
+        index = np.arange(num_items, dtype=np.int32) - first
+        begin = index * length
+        items[:, 0] = row
+        items[:, 1] = begin
+        items[:, 2] = np.minimum(begin + length, total)
+        items[:, 3] = index
+        items[:, 4] = count
+        items[:, 5] = first
+        if out is not None:
+            out[num_items:, 0] = -1
+        return items
+
+    def _cut(self, positions: Int32Array) -> tuple[Int32Array, Int32Array]:
+        """(positions of each of a row's items but the last, number of its items), int32 [N] each.
+
+        A row has at most ceil(its positions / chunk) items, so there are at most target_items + N, and they are as
+        even as tiles allow.
+        """
+        chunk = max(self.min_positions, -(-int(positions.sum(dtype=np.int64)) // self.target_items))
+        chunk = -(-chunk // KV_TILE) * KV_TILE
+        if not len(positions) or int(positions.max()) <= chunk:
+            return (positions + (KV_TILE - 1)) // KV_TILE * KV_TILE, np.ones_like(positions)
+        counts = (positions + (chunk - 1)) // chunk
+        tiles = (positions + (KV_TILE - 1)) // KV_TILE
+        lengths = (tiles + (counts - 1)) // counts * KV_TILE
+        return lengths, (positions + (lengths - 1)) // lengths

@@ -1,0 +1,159 @@
+"""Puts together what runs on a GPU: kernels, weights, memory, graphs. A composition root."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from octavo.attention.backend import FusedAttentionBackend
+from octavo.attention.long_prefill import (
+    CudnnPrefill,
+    FlashInferPrefill,
+    LongPrefill,
+    LongPrefillShape,
+    NoLongPrefill,
+)
+from octavo.attention.torch_operators import TorchAttention
+from octavo.attention.triton import TritonAttention
+from octavo.config import EngineConfig, ModelFacts
+from octavo.distributed.executor import DeviceExecutor
+from octavo.kernels import triton
+from octavo.loading.source import ModelSource
+from octavo.loading.weights import load_model
+from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
+from octavo.worker.sampler.device_sampler import DeviceSampler
+from octavo.worker.warm_up import compile_kernels
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Seconds that recording CUDA graphs may take before the engine is ready; others are recorded when idle, or needed.
+_GRAPH_SECONDS = 1.0
+
+
+def build_cuda(
+    config: EngineConfig, facts: ModelFacts, source: ModelSource, lap: Callable[[str], None]
+) -> tuple[DeviceExecutor, MemoryLedger]:
+    """Load the model, measure what its steps take, and give the rest to the KV cache. lap: told what each part of the
+    time went into. Raises ValueError naming an option or a file, and where memory is short, what to lower.
+    """
+    triton.load()
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.zeros(1, device=device)
+    lap("CUDA")
+    compiling = compile_kernels(config, facts, _DTYPES[config.dtype])
+    with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
+        model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.options.quantization)
+        torch.cuda.synchronize()
+    lap("weights")
+    compiling.result()
+    lap("kernels")
+
+    limits = DeviceLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size)
+    make_attention = _attention_maker(config, facts, device)
+
+    def make_runner(num_blocks: int, max_model_len: int, use_graphs: bool) -> DeviceRunner:
+        own = limits._replace(max_model_len=max_model_len)
+        sampler = DeviceSampler(config.max_num_seqs, facts.vocab_size, device)
+        return DeviceRunner(model, make_attention(num_blocks), sampler, DeviceSlots(own, device), own, use_graphs)
+
+    with _memory_for("the largest step", "lower max_num_batched_tokens or max_num_seqs"):
+        trial = make_runner(2, config.max_model_len, False)
+        memory = _measure(trial, limits)
+    del trial
+    torch.cuda.empty_cache()
+    lap("largest step")
+    ledger = plan_device_memory(config, model.weight_bytes, memory)
+    records = not config.options.enforce_eager and config.options.attention_backend != "torch"
+    runner = make_runner(ledger.num_blocks, ledger.max_model_len, records)
+    lap("KV cache")
+    if runner.graphs is not None:
+        _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
+        lap("graphs")
+    return DeviceExecutor(runner), ledger
+
+
+@contextmanager
+def _memory_for(what: str, advice: str) -> Iterator[None]:
+    """Tell a user whose GPU is too small what to do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"the GPU has too little memory for {what}: {advice}; {reason}") from None
+
+
+def _attention_maker(
+    config: EngineConfig, facts: ModelFacts, device: torch.device
+) -> Callable[[int], FusedAttentionBackend]:
+    """Makes the attention over a KV cache of so many blocks. Says which backend it is."""
+    dtype = _DTYPES[config.dtype]
+    cache_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
+    block = 2, facts.num_kv_heads, config.block_size, facts.head_dim
+    name = config.options.attention_backend
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    long_prefill, said = _long_prefill(config, facts, dtype, cache_dtype, device)
+    _log.info("attention: %s", "torch operators" if name == "torch" else f"triton; long prompts: {said}")
+
+    def make(num_blocks: int) -> FusedAttentionBackend:
+        # Zeros: what padding and masks keep out of a sum must not be NaN.
+        cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=cache_dtype, device=device)
+        if name == "torch":
+            return TorchAttention(cache, facts.num_heads)
+        return TritonAttention(cache, facts.num_heads, num_processors, config.max_num_seqs, long_prefill)
+
+    return make
+
+
+def _measure(trial: DeviceRunner, limits: DeviceLimits) -> DeviceMemory:
+    """Run the largest step and the largest decode step, and read off the allocator what they took."""
+
+    def peak_of(num_rows: int, num_tokens: int) -> int:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trial.compute_largest(num_rows, num_tokens)
+        return torch.cuda.max_memory_allocated() - before
+
+    decode = peak_of(limits.max_num_seqs, limits.max_num_seqs)
+    largest = peak_of(limits.max_num_seqs, limits.max_num_batched_tokens)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    slack = (largest + decode) // 16  # fragments, and what libraries take for themselves later
+    return DeviceMemory(total=total, free=free, activations=largest + slack, graphs=decode)
+
+
+def _long_prefill(
+    config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device
+) -> tuple[LongPrefill, str]:
+    """What attends long prompts, and that in words. Raises ValueError where FlashInfer is asked for and cannot serve."""
+    name = config.options.attention_backend
+    if name == "torch":
+        return NoLongPrefill(), "torch"
+    shape = LongPrefillShape(
+        num_heads=facts.num_heads,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        dtype=dtype,
+        kv_dtype=cache_dtype,
+        block_size=config.block_size,
+        max_context=config.max_model_len,
+        sliding_window=facts.sliding_window,
+        device=device,
+    )
+    if name == "flashinfer":
+        try:
+            return FlashInferPrefill(shape), "FlashInfer"
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"attention_backend=flashinfer cannot be used: {error}; allowed: auto, triton") from error
+    if name == "triton":
+        return NoLongPrefill(), "triton"
+    try:
+        return CudnnPrefill(shape), "cuDNN"
+    except ValueError as error:
+        return NoLongPrefill(), f"triton, for cuDNN does not serve {error}"

@@ -1,0 +1,48 @@
+"""The oracle of split decode attention: whole rows, in float64, whatever the items cut them into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.reference.attention import paged_attention
+
+
+def paged_decode(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    row_slots: Tensor,
+    cu_q: Tensor,
+    items: Tensor,
+    out: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+) -> None:
+    """Fill `out` at the token of each row that has items; arguments as those of the kernel of this name.
+
+    cache: [num_blocks, 2, num_kv_heads, block_size, head_dim]. A row's items must cover each of its positions
+    once: raises ValueError where they do not.
+    """
+    block_size, head_dim = cache.shape[3:]
+    by_position = cache.double().permute(0, 3, 1, 2, 4).reshape(-1, 2, cache.shape[2], head_dim)
+    ends: dict[int, int] = {}
+    for row, begin, end, index, count, first in items.tolist():
+        if row < 0 or int(row_slots[row]) < 0:
+            continue
+        whole = begin == ends.get(row, 0) < end and items[first + index].tolist()[:4] == [row, begin, end, index]
+        if not whole or not index < count:
+            raise ValueError(f"item {(row, begin, end, index, count, first)} does not go on where its row's last ended")
+        ends[row] = end
+    for row, num_positions in ends.items():
+        token = int(cu_q[row])
+        out[token] = paged_attention(
+            query[token : token + 1],
+            by_position,
+            [num_positions - 1],
+            [1],
+            block_tables[int(row_slots[row])][None],
+            block_size,
+            scale,
+            sliding_window,
+        )[0].to(torch.float64)

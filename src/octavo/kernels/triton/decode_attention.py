@@ -1,0 +1,472 @@
+"""Paged attention of rows with one query token: memory-bound, split over the positions of the KV cache.
+
+The method is flash-decoding (Dao et al., 2023) with grouped queries (Ainslie et al., 2023) over a paged cache (Kwon
+et al., 2023): a row's keys are cut into items, each program computes the softmax of one item and one KV head for all
+query heads of its group (online, Milakov and Gimelshein, 2018), and a row's partial results are merged by their
+log-sum-exps. The program that finishes last of a (row, KV head) merges them, so there is one launch in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+_MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
+_MAX_COMBINE_TILE = 8192  # floats of partial results that a program holds at once while it merges
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How one launch is compiled.
+
+    tile: KV positions a program streams at once, a power of two >= 16 that divides the planner's tile.
+    num_warps, num_stages: of Triton. evict_first: whether K and V leave the L2 cache before anything else does.
+    value_pairs: whether fp8 values are moved two at a time, as numbers of 16 bits, to where products take them: the
+        matrix loads that transpose on the way know no bytes. Other caches and float32 queries take no notice.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    evict_first: bool = False
+    value_pairs: bool = False
+
+
+# By (bytes of one number of the query, of the cache), and whether tiles lie within one block. To be edited after
+# measuring with benchmarks/gpu/kernel_decode.py.
+_CONFIGS = {
+    (2, 1): {True: DecodeConfig(64, 4, 4, value_pairs=True), False: DecodeConfig(64, 4, 4, value_pairs=True)},
+    (2, 2): {True: DecodeConfig(64, 4, 3), False: DecodeConfig(64, 4, 3)},
+    (4, 1): {True: DecodeConfig(32, 4, 2), False: DecodeConfig(32, 4, 2)},
+    (4, 4): {True: DecodeConfig(32, 4, 2), False: DecodeConfig(32, 4, 2)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Where the items of split rows leave their results between programs of one launch.
+
+    acc: float32 [max_items, num_heads, head_dim], each item's normalised output.
+    lse: float32 [max_items, num_heads], the base-2 logarithm of its sum of exponentials; -inf: it saw no key.
+    arrivals: int32 [max_rows, num_kv_heads], programs of a (row, KV head) that are done; all zero between launches.
+    Launches that share a scratch must follow each other on one stream.
+    """
+
+    acc: Tensor
+    lse: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def allocate(
+        cls, max_items: int, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> DecodeScratch:
+        """Room for `max_items` items of at most `max_rows` rows."""
+        return cls(
+            torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
+            torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
+            torch.zeros(max_rows, num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+decode_scratch = DecodeScratch.allocate
+
+
+def paged_decode(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    row_slots: Tensor,
+    cu_q: Tensor,
+    items: Tensor,
+    out: Tensor,
+    scratch: DecodeScratch,
+    scale: float,
+    sliding_window: int | None = None,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Attend from the one query token of each row that has items to the keys it sees; fills `out` at those tokens.
+
+    query: [T, num_heads, head_dim], bfloat16, float16 or float32, last dimension contiguous, other strides any.
+    cache: one layer, [num_blocks, 2, num_kv_heads, block_size, head_dim] contiguous, in query's dtype or
+        float8_e4m3fn; it holds the KV of the step's tokens already.
+    block_tables: int32 [num_slots, max_blocks], last dimension contiguous.
+    row_slots: int32 [R], -1 for padding. cu_q: int32 [>= R]; row r's token is cu_q[r].
+    items: int32 [I, 6] contiguous, as `DecodePlanner.plan` makes them: (row or -1, begin, end, index among the
+        row's items, number of the row's items, first item of the row).
+    out: [T, num_heads, head_dim] contiguous, in query's dtype; tokens of other rows are left as they are.
+    scratch: for at least I items and R rows. scale: what query-key products are multiplied by.
+    sliding_window: the query at position p sees keys p - sliding_window < j <= p; None: all j <= p.
+    config: how to compile it; None: by the table above.
+
+    The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later.
+    Raises ValueError where shapes or dtypes contradict this.
+    """
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads, cache_head_dim = cache.shape[2], cache.shape[4]
+    num_items = items.shape[0]
+    if num_heads % num_kv_heads or cache_head_dim != head_dim or items.shape[1] != 6:
+        raise ValueError(f"query {query.shape}, cache {cache.shape} and items {items.shape} do not fit together")
+    if cache.dtype not in (query.dtype, torch.float8_e4m3fn) or out.dtype != query.dtype:
+        raise ValueError(f"query {query.dtype} cannot attend over a cache of {cache.dtype} into {out.dtype}")
+    if scratch.acc.shape[0] < num_items or scratch.acc.shape[1:] != query.shape[1:]:
+        raise ValueError(f"scratch {scratch.acc.shape} is not for {num_items} items of query {query.shape}")
+    if num_items == 0:
+        return
+    _decode_kernel[(num_kv_heads, num_items)](
+        query,
+        cache,
+        cache.view(torch.int16) if cache.dtype == torch.float8_e4m3fn else cache,
+        block_tables,
+        row_slots,
+        cu_q,
+        items,
+        out,
+        scratch.acc,
+        scratch.lse,
+        scratch.arrivals,
+        scale * _LOG2_E,
+        query.stride(0),
+        query.stride(1),
+        block_tables.stride(0),
+        **_constants(num_heads, query.dtype, cache.shape, cache.dtype, sliding_window, config, query.is_cuda),
+    )
+
+
+def _constants(
+    num_heads: int,
+    query_dtype: torch.dtype,
+    cache_shape: tuple[int, ...],
+    cache_dtype: torch.dtype,
+    sliding_window: int | None,
+    config: DecodeConfig | None,
+    on_device: bool = True,
+) -> dict[str, int | bool]:
+    """What `_decode_kernel` is compiled for. on_device: not for Triton's interpreter, which knows no PTX."""
+    _, _, num_kv_heads, block_size, head_dim = cache_shape
+    if config is None:
+        configs = _CONFIGS[query_dtype.itemsize, cache_dtype.itemsize]
+        config = configs[block_size % configs[True].tile == 0]
+        if query_dtype == torch.float32 and head_dim > 128:
+            config = replace(config, tile=16)  # its products are made of scalars, all of them in registers
+    group_size = num_heads // num_kv_heads
+    group_size_padded = triton.next_power_of_2(group_size)
+    head_dim_padded = triton.next_power_of_2(head_dim)
+    return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP_SIZE": group_size,
+        "GROUP_SIZE_PADDED": group_size_padded,
+        "DOT_ROWS": max(_MIN_DOT_SIZE, group_size_padded),
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_PADDED": head_dim_padded,
+        "BLOCK_SIZE": block_size,
+        "TILE": config.tile,
+        "SLIDING_WINDOW": sliding_window or 0,
+        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILE // (group_size_padded * head_dim_padded)),
+        # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
+        # (exactly), and to bfloat16 in five, which would take longer than loading them.
+        "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,
+        "VALUE_PAIRS": config.value_pairs and (query_dtype.itemsize, cache_dtype.itemsize) == (2, 1),
+        "IN_PTX": on_device,
+        "EVICT_FIRST": config.evict_first,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+# Nothing that changes from step to step, as where a step's metadata begins in its buffer, may compile it again.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "row_slots", "cu_q", "items"],
+)
+def _decode_kernel(
+    query,
+    cache,
+    cache_pairs,
+    block_tables,
+    row_slots,
+    cu_q,
+    items,
+    out,
+    partial_acc,
+    partial_lse,
+    arrivals,
+    scale_log2,
+    query_stride_token,
+    query_stride_head,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_PADDED: tl.constexpr,
+    DOT_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    COMBINE_ITEMS: tl.constexpr,
+    VIA_FLOAT16: tl.constexpr,
+    VALUE_PAIRS: tl.constexpr,
+    IN_PTX: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
+):
+    """One item and one KV head. KV heads run fastest: programs of an item read neighbouring memory together."""
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    # Loads stand before the branches that do not need them: each wait of this chain costs every short row.
+    fields = items + item * 6
+    row = tl.load(fields)
+    begin = tl.load(fields + 1)
+    end = tl.load(fields + 2)
+    num_row_items = tl.load(fields + 4)
+    first_item = tl.load(fields + 5)
+    if row < 0:
+        return
+    slot = tl.load(row_slots + row)
+    token = tl.load(cu_q + row)
+    if slot < 0:
+        return
+
+    first_visible = 0
+    if SLIDING_WINDOW > 0:
+        # A row's items stand together, and the last ends where the row does.
+        num_positions = tl.load(items + (first_item + num_row_items - 1) * 6 + 2)
+        first_visible = tl.maximum(num_positions - SLIDING_WINDOW, 0)
+        begin = tl.maximum(begin, first_visible // TILE * TILE)
+
+    heads = tl.arange(0, DOT_ROWS)
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    head_mask = (heads[:, None] < GROUP_SIZE) & (dims[None, :] < HEAD_DIM)
+    query_offsets = (kv_head * GROUP_SIZE + heads[:, None]) * query_stride_head + dims[None, :]
+    q = tl.load(query + token.to(tl.int64) * query_stride_token + query_offsets, mask=head_mask, other=0.0)
+    scales = tl.zeros([DOT_ROWS], tl.float32) + scale_log2
+    if VIA_FLOAT16:
+        # Each head's query is brought into [-1, 1] first, so that nothing overflows whatever its range.
+        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1.0e-30)
+        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
+        scales = scales * largest
+
+    acc, running_max, running_sum = _attend(
+        q,
+        cache + kv_head * (BLOCK_SIZE * HEAD_DIM),
+        cache_pairs + kv_head * (BLOCK_SIZE * HEAD_DIM // 2),
+        block_tables + slot.to(tl.int64) * table_stride,
+        begin,
+        end,
+        first_visible,
+        scales,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        HEAD_DIM_PADDED,
+        BLOCK_SIZE,
+        TILE,
+        SLIDING_WINDOW,
+        VALUE_PAIRS,
+        IN_PTX,
+        EVICT_FIRST,
+    )
+    # An item wholly outside the window has a sum of 0: its output is 0 and its log-sum-exp -inf.
+    saw_keys = running_sum > 0
+    running_sum = tl.where(saw_keys, running_sum, 1.0)
+    acc = acc / running_sum[:, None]
+    out_row = out + (token.to(tl.int64) * NUM_KV_HEADS + kv_head) * (GROUP_SIZE * HEAD_DIM)
+    if num_row_items == 1:
+        tl.store(out_row + heads[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=head_mask)
+    else:
+        group = item * NUM_KV_HEADS + kv_head
+        offsets = group.to(tl.int64) * (GROUP_SIZE * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(partial_acc + offsets, acc, mask=head_mask)
+        lse = tl.where(saw_keys, running_max + tl.log2(running_sum), float("-inf"))
+        tl.store(partial_lse + group * GROUP_SIZE + heads, lse, mask=heads < GROUP_SIZE)
+        # Every thread's stores come before the release, and the acquire before every thread's loads.
+        tl.debug_barrier()
+        arrival = arrivals + row * NUM_KV_HEADS + kv_head
+        arrived = tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_row_items - 1:
+            tl.debug_barrier()
+            tl.store(arrival, 0)
+            _combine(
+                partial_acc,
+                partial_lse,
+                out_row,
+                first_item * NUM_KV_HEADS + kv_head,
+                num_row_items,
+                NUM_KV_HEADS,
+                GROUP_SIZE,
+                GROUP_SIZE_PADDED,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+                COMBINE_ITEMS,
+            )
+
+
+@triton.jit
+def _attend(
+    q,
+    head_cache,
+    head_cache_pairs,
+    block_table,
+    begin,
+    end,
+    first_visible,
+    scales,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    VALUE_PAIRS: tl.constexpr,
+    IN_PTX: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
+):
+    """Unnormalised attention of q [M, D] over positions [begin, end): (acc [M, D], max [M], sum [M]), float32, base 2.
+
+    begin is a multiple of TILE; every tile from it on holds a visible position. scales: [M] float32, of the scores.
+    K and V take q's dtype after loading.
+    """
+    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # from a block's keys to its values
+    EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
+    ONE_BLOCK: tl.constexpr = BLOCK_SIZE % TILE == 0
+    rows = tl.arange(0, TILE)
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    acc = tl.zeros([q.shape[0], HEAD_DIM_PADDED // (2 if VALUE_PAIRS else 1)], tl.float32)  # even dimensions of pairs
+    acc_odd = acc
+    running_max = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    running_sum = tl.zeros([q.shape[0]], tl.float32)
+    # Block ids are fetched one tile ahead: as a load of the same iteration they would take stages of the pipeline
+    # from K and V.
+    blocks = _load_blocks(block_table, begin, end, BLOCK_SIZE, TILE)
+    for tile in range(begin, end, TILE):
+        positions = tile + rows
+        in_row = positions < end
+        if ONE_BLOCK:
+            start = blocks.to(tl.int64) * (2 * VALUES) + (tile % BLOCK_SIZE) * HEAD_DIM
+            offsets = rows * HEAD_DIM
+        else:
+            start = 0
+            # Where tiles are whole blocks, the same rows stand at the same places of their blocks in every tile.
+            within = (rows if TILE % BLOCK_SIZE == 0 else positions) % BLOCK_SIZE
+            offsets = blocks.to(tl.int64) * (2 * VALUES) + within * HEAD_DIM
+        blocks = _load_blocks(block_table, tile + TILE, end, BLOCK_SIZE, TILE)
+        # Masked even within a block: what lies past a row's end may be NaN.
+        pointers = head_cache + start + (offsets[:, None] + dims[None, :])
+        mask = in_row[:, None]
+        if HEAD_DIM != HEAD_DIM_PADDED:
+            mask = mask & (dims[None, :] < HEAD_DIM)
+        k = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION).to(q.dtype)
+        if VALUE_PAIRS:
+            pairs = tl.arange(0, HEAD_DIM_PADDED // 2)
+            pair_pointers = head_cache_pairs + (start + VALUES) // 2 + (offsets[:, None] // 2 + pairs[None, :])
+            pair_mask = in_row[:, None]
+            if HEAD_DIM != HEAD_DIM_PADDED:
+                pair_mask = pair_mask & (pairs[None, :] < HEAD_DIM // 2)
+            v = tl.load(pair_pointers, mask=pair_mask, other=0, eviction_policy=EVICTION)
+        else:
+            v = tl.load(pointers + VALUES, mask=mask, other=0.0, eviction_policy=EVICTION).to(q.dtype)
+
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scales[:, None]
+        visible = in_row
+        if SLIDING_WINDOW > 0:
+            visible = visible & (positions >= first_visible)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(running_max - new_max)
+        running_sum = running_sum * rescale + tl.sum(weights, 1)
+        if VALUE_PAIRS:
+            even, odd = _split_pairs(v, IN_PTX)
+            acc = tl.dot(weights.to(q.dtype), even, acc * rescale[:, None])
+            acc_odd = tl.dot(weights.to(q.dtype), odd, acc_odd * rescale[:, None])
+        else:
+            acc = tl.dot(weights.to(q.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        running_max = new_max
+    if VALUE_PAIRS:
+        acc = tl.interleave(acc, acc_odd)
+    return acc, running_max, running_sum
+
+
+@triton.jit
+def _split_pairs(pairs, IN_PTX: tl.constexpr):
+    """Pairs of fp8 numbers (int16) as two float16 tensors: of the low bytes and of the high bytes."""
+    if IN_PTX:
+        # Two pairs at a time: their low bytes side by side, then their high bytes, then two conversions. A third of
+        # the instructions that the compiler makes of the lines below.
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 sorted; .reg .b16 low, high; prmt.b32 sorted, $2, 0, 0x3120; mov.b32 {low, high}, sorted; "
+            "cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        high = ((pairs >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return low, high
+
+
+@triton.jit
+def _load_blocks(block_table, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Block ids of positions [tile, tile + TILE): a scalar if they share one block, else int32 [TILE]; 0 past end."""
+    if BLOCK_SIZE % TILE == 0:
+        blocks = tl.load(block_table + tile // BLOCK_SIZE, mask=tile < end, other=0)
+    else:
+        rows = tl.arange(0, TILE)
+        indices = (tile + rows) // BLOCK_SIZE
+        if TILE % BLOCK_SIZE == 0:
+            indices = tile // BLOCK_SIZE + rows // BLOCK_SIZE
+        blocks = tl.load(block_table + indices, mask=tile + rows < end, other=0)
+    return blocks
+
+
+@triton.jit
+def _combine(
+    partial_acc,
+    partial_lse,
+    out_row,
+    first_group,
+    num_items,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    COMBINE_ITEMS: tl.constexpr,
+):
+    """Merge the partial results of one (row, KV head), a few items at a time, and write its output.
+
+    first_group: index of the first item's result in units of GROUP_SIZE heads; results of later items are
+    NUM_KV_HEADS apart. Loads bypass L1 (.cg), which does not see what other processors wrote.
+    """
+    heads = tl.arange(0, GROUP_SIZE_PADDED)
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    head_mask = (heads[:, None] < GROUP_SIZE) & (dims[None, :] < HEAD_DIM)
+    head_offsets = heads[:, None] * HEAD_DIM + dims[None, :]
+    merged = tl.zeros([GROUP_SIZE_PADDED, HEAD_DIM_PADDED], tl.float32)
+    # Finite, so that items that saw nothing (-inf) weigh 0 and not NaN before the first that did.
+    running_max = tl.full([GROUP_SIZE_PADDED], -1.0e30, tl.float32)
+    running_sum = tl.zeros([GROUP_SIZE_PADDED], tl.float32)
+    for start in range(0, num_items, COMBINE_ITEMS):
+        index = start + tl.arange(0, COMBINE_ITEMS)
+        groups = (first_group + index * NUM_KV_HEADS).to(tl.int64)
+        lse_mask = (index[:, None] < num_items) & (heads[None, :] < GROUP_SIZE)
+        lse_pointers = partial_lse + groups[:, None] * GROUP_SIZE + heads[None, :]
+        lse = tl.load(lse_pointers, mask=lse_mask, other=float("-inf"), cache_modifier=".cg")
+        acc_mask = (index[:, None, None] < num_items) & head_mask[None, :, :]
+        acc_pointers = partial_acc + groups[:, None, None] * (GROUP_SIZE * HEAD_DIM) + head_offsets[None, :, :]
+        acc = tl.load(acc_pointers, mask=acc_mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(running_max, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_max[None, :])
+        rescale = tl.exp2(running_max - new_max)
+        merged = merged * rescale[:, None] + tl.sum(acc * weights[:, :, None], 0)
+        running_sum = running_sum * rescale + tl.sum(weights, 0)
+        running_max = new_max
+    # Padding heads, which are not stored, have a sum of 0.
+    merged = merged / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+    tl.store(out_row + head_offsets, merged.to(out_row.dtype.element_ty), mask=head_mask)

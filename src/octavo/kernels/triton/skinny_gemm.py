@@ -1,0 +1,393 @@
+"""Matrix products of few tokens by a large weight: bound by the one pass over the weight's bytes.
+
+Two kernels. `_dot_kernel` pads the tokens to a tile of the tensor cores; with SWAP the weight is the left operand,
+which fills the 64 rows that a Hopper warp group multiplies at once. `_fma_kernel` serves one or two tokens on the
+CUDA cores. Both keep several tiles of the weight in flight (asynchronous copies to shared memory), and where the rows
+alone give too few programs they split K and let the last program of a tile to arrive add up the others' float32
+partial sums, always in the same order: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+SKINNY_MAX_M = 16  # up to here the callers prefer these kernels
+_LIMIT_M = 64  # up to here they work
+_NUM_SMS = 132  # of an H100 or H200; only the heuristic for unmeasured shapes reads it
+_WORKSPACE_FLOATS = 4 << 20  # 16 MiB of partial sums
+_MAX_TILES = 1 << 14  # counters: tiles of a product whose K is split
+
+
+class GemmPlan(NamedTuple):
+    """How a product is cut up. kind: "dot" or "fma" (M <= 2); block_k: elements; swap: the weight is the left
+    operand (dot only; block_n a multiple of 64 then)."""
+
+    kind: str
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+    swap: bool = True
+
+
+# (bytes of a weight element, N, K) -> plans for M <= 2, 16, 32, 64. What is absent follows _heuristic.
+_MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {}
+
+
+def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
+    """64 rows and 256 bytes a tile, about three programs on every multiprocessor, at least four tiles each.
+
+    Bytes converted in registers suit the smaller tensor-core instruction, whose operands come from there anyway.
+    """
+    block_k = 128 if element_size == 2 else 256
+    while block_k > 64 and block_k > k:
+        block_k //= 2
+    tiles, steps = triton.cdiv(n, 64), triton.cdiv(k, block_k)
+    split_k = max(1, min(3 * _NUM_SMS // tiles, steps // 4, 8))
+    return GemmPlan("dot", 64, block_k, split_k, num_stages=4 if m <= 32 else 3, swap=element_size == 2)
+
+
+def _plan_for(m: int, n: int, k: int, element_size: int) -> GemmPlan:
+    """The plan for x [m, k] by a weight [n, k] of elements of 1 or 2 bytes."""
+    bucket = next(limit for limit in (2, 16, 32, 64) if m <= limit)
+    found = _MEASURED.get((element_size, n, k), {}).get(bucket)
+    return _heuristic(m, n, k, element_size) if found is None else found
+
+
+@triton.jit
+def _prefetch_rows(w_ptr, row, first_k, num_rows, stride, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Ask L2 for the first BYTES of ROWS rows from (row, first_k). They may not have arrived on return.
+
+    BYTES and the addresses are multiples of 16.
+    """
+    rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [(w_ptr + rows * stride + first_k).to(tl.int64), tl.full((ROWS,), BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _to_operand(w, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """A weight tile in the dtype of the activations, exactly.
+
+    FAST (float8_e4m3 to bfloat16 on the device): exponent and mantissa move to their places in a bfloat16, which
+    then is too small by 2**(127 - 7), subnormals included; one multiplication mends that. Four elements at a time.
+    """
+    if w.dtype == DTYPE:
+        return w
+    if FAST:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, k;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            shr.b32 c, a, 4;
+            shr.b32 d, b, 4;
+            and.b32 c, c, 0x07F007F0;
+            and.b32 d, d, 0x07F007F0;
+            lop3.b32 c, a, 0x80008000, c, 0xEA;
+            lop3.b32 d, b, 0x80008000, d, 0xEA;
+            mov.b32 k, 0x7B807B80;
+            mul.rn.bf16x2 $0, c, k;
+            mul.rn.bf16x2 $1, d, k;
+            }""",
+            "=r,=r,r",
+            [w.to(tl.uint8, bitcast=True)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    return w.to(DTYPE)
+
+
+@triton.jit
+def _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Scale, add the bias, round once, store. acc: float32, of the shape that row and columns broadcast to."""
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + columns, mask=columns < N, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K: tl.constexpr):
+    """Hand in a partial sum; (whether all of the tile's have been handed in, their sum if so).
+
+    partial_ptr: float32 [SPLIT_K, M, N]; counter_ptr: int32, 0 for every tile before and after the product.
+    """
+    offsets = row * N + columns
+    tl.store(partial_ptr + split * M * N + offsets, acc, mask=mask)
+    tl.debug_barrier()  # every thread's partial sums are stored before one thread says so
+    arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
+    last = arrived == SPLIT_K - 1
+    if last:
+        tl.debug_barrier()
+        acc = tl.zeros_like(acc)
+        for other in tl.static_range(SPLIT_K):  # .cg: other multiprocessors wrote these, past this one's L1
+            acc += tl.load(partial_ptr + other * M * N + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(counter_ptr + tile, 0)
+    return last, acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dot_kernel(
+    x_ptr,  # [M, K], rows stride_x apart
+    w_ptr,  # [N, K], contiguous
+    bias_ptr,  # [N] if HAS_BIAS
+    scale_ptr,  # float32 [N] if HAS_SCALE
+    out_ptr,  # [M, N], contiguous
+    partial_ptr,  # as in _reduce, if SPLIT_K > 1
+    counter_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    SWAP: tl.constexpr,
+    FAST: tl.constexpr,
+    USE_PDL: tl.constexpr,
+    PREFETCH_BYTES: tl.constexpr,
+):
+    """Program (tile, split): out[:, BLOCK_N columns] over this split's share of K."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    steps = tl.cdiv(K, BLOCK_K)
+    share = tl.cdiv(steps, SPLIT_K)
+    first, last = split * share, tl.minimum(steps, (split + 1) * share)
+    if USE_PDL:
+        # Before the wait nothing may be touched but constants: the kernel ahead is still running.
+        if PREFETCH_BYTES > 0:
+            _prefetch_rows(w_ptr, tile * BLOCK_N, first * BLOCK_K, N, K, BLOCK_N, PREFETCH_BYTES)
+        gdc_launch_dependents()
+        gdc_wait()
+    m, n, k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
+    w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        at = step * BLOCK_K + k[None, :]
+        if EVEN_K:
+            w = tl.load(w_rows + at, eviction_policy="evict_first")
+            x = tl.load(x_rows + at, mask=m[:, None] < M, other=0.0)
+        else:
+            w = tl.load(w_rows + at, mask=at < K, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_rows + at, mask=(m[:, None] < M) & (at < K), other=0.0)
+        w = _to_operand(w, x.dtype, FAST)
+        acc = tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
+    if SWAP:
+        acc = tl.trans(acc)
+    row, columns = m[:, None], n[None, :]
+    mask = (row < M) & (columns < N)
+    if SPLIT_K == 1:
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+    else:
+        complete, acc = _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
+        if complete:
+            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+
+
+@triton.jit
+def _fma_kernel(
+    x_ptr,  # as in _dot_kernel
+    w_ptr,
+    bias_ptr,
+    scale_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    N,
+    K,
+    stride_x,
+    M: tl.constexpr,  # 1 or 2
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+    PREFETCH_BYTES: tl.constexpr,
+):
+    """Program (tile, split): a float32 sum for every element of the tile of W, added up along K at the end."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    steps = tl.cdiv(K, BLOCK_K)
+    share = tl.cdiv(steps, SPLIT_K)
+    first, last = split * share, tl.minimum(steps, (split + 1) * share)
+    if USE_PDL:
+        if PREFETCH_BYTES > 0:
+            _prefetch_rows(w_ptr, tile * BLOCK_N, first * BLOCK_K, N, K, BLOCK_N, PREFETCH_BYTES)
+        gdc_launch_dependents()
+        gdc_wait()
+    n, k = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    sums1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        at = step * BLOCK_K + k
+        if EVEN_K:
+            w = tl.load(w_rows + at[None, :], eviction_policy="evict_first").to(tl.float32)
+            sums += w * tl.load(x_ptr + at).to(tl.float32)[None, :]
+            if M == 2:
+                sums1 += w * tl.load(x_ptr + stride_x + at).to(tl.float32)[None, :]
+        else:
+            w = tl.load(w_rows + at[None, :], mask=at[None, :] < K, other=0.0, eviction_policy="evict_first")
+            w = w.to(tl.float32)
+            sums += w * tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
+            if M == 2:
+                sums1 += w * tl.load(x_ptr + stride_x + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
+    row, columns, mask = tl.arange(0, M)[:, None], n[None, :], n[None, :] < N
+    acc = tl.sum(sums, 1)[None, :]
+    if M == 2:
+        acc = tl.where(row == 0, acc, tl.sum(sums1, 1)[None, :])
+    if SPLIT_K == 1:
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+    else:
+        complete, acc = _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
+        if complete:
+            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+
+
+# Device index (-1: CPU) -> partial sums float32 [_WORKSPACE_FLOATS], counters int32 [_MAX_TILES]. Written by _workspace
+# and by the kernels; all products of a device share it, so they must follow one another on one stream.
+_workspaces: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    index = -1 if device.index is None else device.index
+    if index not in _workspaces:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("skinny_linear must run once on a device before it is captured in a CUDA graph")
+        partial = torch.empty(_WORKSPACE_FLOATS, dtype=torch.float32, device=device)
+        _workspaces[index] = partial, torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+    return _workspaces[index]
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    plan: GemmPlan | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """x weightᵀ + bias, accumulated in float32 and rounded once. Returns [M, N] in x's dtype: `out` if given.
+
+    x: bfloat16 or float16 [M, K], M in 1..64, rows contiguous; weight: [N, K] of x's dtype, contiguous; bias: [N];
+    out: [M, N], contiguous. plan: instead of the table's. pdl: launched by programmatic dependent launch; the weight
+    and the bias, but nothing else, may be read while the kernel ahead on the stream still runs.
+    One product at a time on a device: where K is split they share a workspace.
+    Raises ValueError for shapes or dtypes that do not fit together.
+    """
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}; they must be the same")
+    return _product(x, weight, None, bias, out, plan, pdl)
+
+
+def skinny_linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    plan: GemmPlan | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """x (weight · weight_scale)ᵀ + bias with the activations in full: W8A16. The rest as for `skinny_linear`.
+
+    weight: float8_e4m3fn [N, K], contiguous; weight_scale: float32 [N] or [N, 1], a factor for every row.
+    """
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"weight is {weight.dtype}; expected torch.float8_e4m3fn")
+    return _product(x, weight, weight_scale, bias, out, plan, pdl)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    plan: GemmPlan | None,
+    pdl: bool,
+) -> Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    if not 1 <= m <= _LIMIT_M or weight.shape[1] != k or x.stride(1) != 1 or not weight.is_contiguous():
+        raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; M must be 1..{_LIMIT_M}")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype}; expected torch.bfloat16 or torch.float16")
+    if out is None:
+        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    elif out.shape != (m, n) or not out.is_contiguous():
+        raise ValueError(f"out is {list(out.shape)}; expected a contiguous [{m}, {n}]")
+    if plan is None:
+        plan = _plan_for(m, n, k, weight.element_size())
+    tiles, steps = triton.cdiv(n, plan.block_n), triton.cdiv(k, plan.block_k)
+    split_k = max(1, min(plan.split_k, steps, _WORKSPACE_FLOATS // (m * n)))
+    if tiles > _MAX_TILES:
+        split_k = 1
+    partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
+    prefetch_bytes = _prefetch_bytes(plan, split_k, k, weight.element_size()) if pdl else 0
+    shared = {
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "SPLIT_K": split_k,
+        "STAGES": plan.num_stages,
+        "EVEN_K": k % plan.block_k == 0,
+        "HAS_BIAS": bias is not None,
+        "HAS_SCALE": scale is not None,
+        "USE_PDL": pdl,
+        "PREFETCH_BYTES": prefetch_bytes,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    if pdl:
+        shared["launch_pdl"] = True
+    pointers = (x, weight, bias, scale, out, partial, counters)
+    if plan.kind == "fma":
+        if m > 2:
+            raise ValueError(f"plan {plan} serves one or two tokens; x has {m}")
+        _fma_kernel[(tiles, split_k)](*pointers, n, k, x.stride(0), M=m, **shared)
+        return out
+    _dot_kernel[(tiles, split_k)](
+        *pointers,
+        m,
+        n,
+        k,
+        x.stride(0),
+        BLOCK_M=max(16, triton.next_power_of_2(m)),
+        SWAP=plan.swap,
+        FAST=scale is not None and x.is_cuda and x.dtype == torch.bfloat16,
+        **shared,
+    )
+    return out
+
+
+def _prefetch_bytes(plan: GemmPlan, split_k: int, k: int, element_size: int) -> int:
+    """Of every row: as much as the pipeline will ask for first, and no more than the shortest split has."""
+    row_bytes, steps = k * element_size, triton.cdiv(k, plan.block_k)
+    share = triton.cdiv(steps, split_k)
+    shortest = k - (split_k - 1) * share * plan.block_k
+    wanted = min(plan.num_stages * plan.block_k, shortest) * element_size
+    return wanted // 16 * 16 if row_bytes % 16 == 0 and wanted > 0 else 0

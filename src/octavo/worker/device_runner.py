@@ -1,0 +1,285 @@
+"""DeviceRunner: launches plans on a GPU and lets the host go on. Owns the slots' state on the device."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from octavo.attention.backend import DeviceBatch, FusedAttentionBackend
+from octavo.kernels import triton
+from octavo.models.base import CausalLM
+from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from octavo.protocol.sampling import SamplingParams
+from octavo.worker.cuda_graphs import Computed, StepGraphs
+from octavo.worker.sampler.device_sampler import DeviceSampler, More
+from octavo.worker.staging import Stage, Staging, upload
+from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, StepBuffers, StepShape
+
+_log = logging.getLogger(__name__)
+
+# Steps whose host buffers may be in use at once: two in flight, one being read, one being written.
+_NUM_STAGES = 4
+# Prompt positions whose logits are made at once: bounds the scratch to this many rows of the vocabulary.
+_PROMPT_LOGPROBS_CHUNK = 64
+OUT_OF_MEMORY = "the step of this request needed more device memory than there is: {reason}"
+
+
+class DeviceLimits(NamedTuple):
+    """Sizes that buffers are made for."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+
+class DeviceSlots:
+    """Token values, block tables and sampling parameters of the sequences that run, one row a slot.
+
+    token_ids: int32 [max_num_seqs, max_model_len + 1]; a step writes what it samples straight into it, so the next
+    one is launched before the host has seen the token. block_tables: int32 [max_num_seqs, blocks of the longest
+    sequence]. params: int32 [max_num_seqs, NUM_PARAMS].
+    """
+
+    def __init__(self, limits: DeviceLimits, device: torch.device) -> None:
+        num_slots, num_blocks = limits.max_num_seqs, -(-limits.max_model_len // limits.block_size)
+        self.token_ids = torch.zeros(num_slots, limits.max_model_len + 1, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(num_slots, num_blocks, dtype=torch.int32, device=device)
+        self.params = torch.zeros(num_slots, NUM_PARAMS, dtype=torch.int32, device=device)
+
+
+class StepInFlight:
+    """A launched step. `result` waits for it."""
+
+    def __init__(self, plan: StepPlan, stage: Stage, sampler: DeviceSampler) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._sampler = sampler
+        # What the runner fills in before it hands this out.
+        self.rows: list[PlanRow] = []  # those that run, in their order on the device
+        self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
+        self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
+        self.more: More | None = None
+        self.host: Tensor | None = None  # what is copied out, where it is more than the stage has room for
+
+    def result(self) -> StepResult:
+        """The step's results, in the order of the plan's rows."""
+        self._stage.done.wait()
+        host = self._stage.out if self.host is None else self.host.numpy()
+        results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in self.rows], self.more)
+        if self.failed or self.prompt_logprobs:
+            by_slot = {row.slot: result for row, result in zip(self.rows, results)}
+            by_slot |= {slot: RowResult([], error=error) for slot, error in self.failed.items()}
+            for slot, logprobs in self.prompt_logprobs.items():
+                by_slot[slot] = msgspec.structs.replace(by_slot[slot], prompt_logprobs=logprobs)
+            results = [by_slot[row.slot] for row in self._plan.rows]
+        return StepResult(self._plan.step_id, results)
+
+
+class DeviceRunner:
+    """One rank on a GPU. `launch` must be given plans in the order the scheduler made them; nothing in it waits for
+    the device, except for prompt logprobs and after memory ran out."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: FusedAttentionBackend,
+        sampler: DeviceSampler,
+        slots: DeviceSlots,
+        limits: DeviceLimits,
+        use_graphs: bool,
+    ) -> None:
+        device = slots.params.device
+        self._model = model
+        self._attention = attention
+        self._sampler = sampler
+        self._slots = slots
+        self._block_size = limits.block_size
+        self._device = device
+        self._kernels = triton.get()
+        rows, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+        most = attention.max_items(rows, tokens)
+        fields = attention.item_fields
+        self._buffers = StepBuffers(rows, tokens, (most[0], fields[0]), (most[1], fields[1]), device)
+        self._staging = Staging(_NUM_STAGES, self._buffers.num_words, rows, device)
+        self._diffs = DiffWriter(rows)
+        self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graphs: StepGraphs | None = None
+        if use_graphs:
+            self.graphs = StepGraphs(self._compute, self._clear, attention.max_items, rows, tokens)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepInFlight:
+        """Start one step: bring the slots up to date, forward, sample, copy the samples out."""
+        with torch.cuda.stream(self._stream):  # None, on a CPU, changes nothing
+            stage = self._staging.take()
+            step = StepInFlight(plan, stage, self._sampler)
+            rows = self._enter(plan, stage)
+            while rows:
+                try:
+                    self._run(rows, stage, step)
+                    break
+                except torch.OutOfMemoryError as error:
+                    rows = self._drop_largest(rows, step, error)
+            step.rows = rows
+            out = self._buffers.out[: len(rows)]
+            if step.more is not None and step.more.logprobs is not None:
+                packed = self._sampler.pack_more(out, step.more)
+                step.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=packed.is_cuda)
+                step.host.copy_(packed, non_blocking=True)
+            else:
+                stage.out_tensor[: len(rows)].copy_(out, non_blocking=True)
+            stage.done.record()
+            return step
+
+    @torch.inference_mode()
+    def warm_up(self) -> bool:
+        """Record one more graph. False: there is none to record."""
+        if self.graphs is None:
+            return False
+        with torch.cuda.stream(self._stream):
+            return self.graphs.record_next()
+
+    @torch.inference_mode()
+    def record_graphs(self, seconds: float) -> int:
+        """Record graphs until the time is up. Returns how many there are."""
+        if self.graphs is None:
+            return 0
+        with torch.cuda.stream(self._stream):
+            return self.graphs.record_for(seconds)
+
+    @torch.inference_mode()
+    def compute_largest(self, num_rows: int, num_tokens: int) -> None:
+        """Launch a step of padding only, of this size: what memory it needs can then be read off the allocator."""
+        with torch.cuda.stream(self._stream):
+            self._clear()
+            items = self._attention.max_items(num_rows, num_tokens)
+            decodes = num_rows == num_tokens
+            self._compute(StepShape(num_tokens, num_rows, items[0], 0 if decodes else items[1], decodes))
+            torch.cuda.synchronize()
+
+    def _enter(self, plan: StepPlan, stage: Stage) -> list[PlanRow]:
+        """Write the plan's diff, and bring the slots on the device up to it, unless it is empty. Returns the rows."""
+        params = []
+        for new in plan.new_sequences:
+            self._sampling[new.slot] = new.sampling, new.num_prompt_tokens
+            record = self._sampler.set_slot(
+                new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens
+            )
+            params.append(record)
+        buffers, slots = self._buffers, self._slots
+        words, diff = self._diffs.words(plan.new_sequences, plan.rows, params, buffers.num_fixed)
+        if not len(words):
+            return plan.rows
+        end = buffers.num_fixed + len(words)
+        if end <= buffers.num_words:
+            stage.words[buffers.num_fixed : end] = words
+            buffers.packed[buffers.num_fixed : end].copy_(
+                stage.words_tensor[buffers.num_fixed : end], non_blocking=True
+            )
+            packed = buffers.packed
+        else:
+            words, diff = self._diffs.moved(words, diff, buffers.num_fixed)
+            packed = upload(words, self._device)
+        self._kernels.apply_diff(packed, *diff, slots.token_ids, slots.block_tables, slots.params)
+        return plan.rows
+
+    def _run(self, rows: list[PlanRow], stage: Stage, step: StepInFlight) -> None:
+        """Describe the rows to the device, compute them, and draw again where the plain draw is not what was asked."""
+        num_tokens = sum(row.length for row in rows)
+        decodes = num_tokens == len(rows)
+        graph = None if self.graphs is None else self.graphs.find(num_tokens, len(rows), decodes)
+        decode_items, prefill_items = self._attention.plan(
+            rows, self._slots.block_tables, whole=graph is not None
+        )
+        if graph is None:
+            shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes)
+        else:
+            shape = graph.shape
+        buffers = self._buffers
+        buffers.write_rows(stage.words, rows, shape)
+        buffers.write_items(stage.words, "decode_items", decode_items, shape.num_decode_items)
+        buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
+        fixed = buffers.num_fixed
+        buffers.packed[:fixed].copy_(stage.words_tensor[:fixed], non_blocking=True)
+        computed = self._compute(shape, rows) if graph is None else graph.replay()
+        self._draw_more(rows, computed, step)
+        self._add_prompt_logprobs(rows, computed, step)
+
+    def _compute(self, shape: StepShape, rows: list[PlanRow] | None = None) -> Computed:
+        """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None."""
+        buffers, slots, kernels = self._buffers, self._slots, self._kernels
+        num_rows, num_tokens = shape.num_rows, shape.num_tokens
+        row_slots, starts, cu_q = buffers.row_slots[:num_rows], buffers.starts[:num_rows], buffers.cu_q[: num_rows + 1]
+        input_ids, positions = buffers.input_ids[:num_tokens], buffers.token_positions[:num_tokens]
+        slot_mapping = buffers.slot_mapping[:num_tokens]
+        where = slots.token_ids, slots.block_tables, self._block_size
+        kernels.build_inputs(row_slots, starts, cu_q, *where, input_ids, positions, slot_mapping)
+        self._attention.prepare(
+            DeviceBatch(
+                row_slots=row_slots,
+                starts=starts,
+                cu_q=cu_q,
+                slot_mapping=slot_mapping,
+                block_tables=slots.block_tables,
+                decode_items=buffers.decode_items[: shape.num_decode_items],
+                prefill_items=buffers.prefill_items[: shape.num_prefill_items],
+                rows=rows,
+            )
+        )
+        hidden = self._model(input_ids, positions, self._attention)
+        last = hidden
+        if not shape.decodes:
+            last = torch.empty(num_rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+            kernels.gather_last(hidden, cu_q, last)
+        logits = self._model.compute_logits(last)
+        drawing = row_slots, buffers.positions[:num_rows], slots.params, buffers.samples[:num_rows]
+        self._sampler.draw(logits, *drawing, slots.token_ids, buffers.out[:num_rows])
+        return Computed(hidden, logits)
+
+    def _clear(self) -> None:
+        """Padding rows only, no work items."""
+        buffers = self._buffers
+        buffers.packed[: buffers.num_fixed].zero_()
+        buffers.row_slots.fill_(-1)
+        buffers.decode_items.fill_(-1)
+        buffers.prefill_items.fill_(-1)
+
+    def _draw_more(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
+        slots = [row.slot if row.samples else -1 for row in rows]
+        positions = [row.start + row.length for row in rows]
+        wanted = self._sampler.needs_more(slots, positions)
+        if wanted:
+            tables = self._slots.params, self._slots.token_ids, self._buffers.out
+            step.more = self._sampler.draw_more(computed.logits, wanted, slots, positions, *tables)
+
+    def _add_prompt_logprobs(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
+        """For rows whose request asked: of the prompt tokens that this step's tokens predict. Waits for the device."""
+        begin = 0
+        for row in rows:
+            sampling, num_prompt_tokens = self._sampling[row.slot]
+            count = min(row.length, num_prompt_tokens - 1 - row.start)
+            if sampling.prompt_logprobs is not None and count > 0:
+                targets = self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count].long()
+                entries: list[TokenLogprobs] = []
+                for at in range(0, count, _PROMPT_LOGPROBS_CHUNK):
+                    stop = min(count, at + _PROMPT_LOGPROBS_CHUNK)
+                    logits = self._model.compute_logits(computed.hidden[begin + at : begin + stop])
+                    entries += self._sampler.prompt_logprobs(logits, targets[at:stop], sampling.prompt_logprobs)
+                step.prompt_logprobs[row.slot] = entries
+            begin += row.length
+
+    def _drop_largest(self, rows: list[PlanRow], step: StepInFlight, error: torch.OutOfMemoryError) -> list[PlanRow]:
+        """Memory ran out: the row with the most tokens ends with an error, the others are computed without it."""
+        largest = max(rows, key=lambda row: row.length)
+        _log.error("out of device memory in a step of %d rows; dropped one of %d tokens", len(rows), largest.length)
+        step.failed[largest.slot] = OUT_OF_MEMORY.format(reason=str(error).partition(".")[0])
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # the stage is written again
+            torch.cuda.empty_cache()
+        return [row for row in rows if row is not largest]

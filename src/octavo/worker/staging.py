@@ -1,0 +1,63 @@
+"""Host memory that a GPU copies from and to while the host goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Event:
+    """A point in the device's stream. On a CPU, where everything is done at once, it has always been reached."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def record(self) -> None:
+        """Put it after all that was launched so far in the current stream."""
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Block until the device has reached it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Stage:
+    """One step's host buffers: `words` go to the device, `out` comes back. Free again once `done` is reached."""
+
+    __slots__ = ("done", "out", "out_tensor", "words", "words_tensor")
+
+    def __init__(self, num_words: int, max_rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.words_tensor = torch.zeros(num_words, dtype=torch.int32, pin_memory=pinned)
+        self.out_tensor = torch.zeros(max_rows, 2, dtype=torch.int32, pin_memory=pinned)
+        self.words: NDArray[np.int32] = self.words_tensor.numpy()
+        self.out: NDArray[np.int32] = self.out_tensor.numpy()
+        self.done = Event(device)
+
+
+class Staging:
+    """A ring of stages: taking one waits for the step that used it last, which is long done."""
+
+    def __init__(self, count: int, num_words: int, max_rows: int, device: torch.device) -> None:
+        self._stages = deque(Stage(num_words, max_rows, device) for _ in range(count))
+
+    def take(self) -> Stage:
+        """The stage that was used longest ago."""
+        stage = self._stages.popleft()
+        self._stages.append(stage)
+        stage.done.wait()
+        return stage
+
+
+def upload(words: NDArray[np.int32], device: torch.device) -> Tensor:
+    """A new device tensor of these words. torch keeps the pinned copy until the device is done with it."""
+    host = torch.from_numpy(words)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()

@@ -1,0 +1,16 @@
+"""`octavo serve` over an engine without a model: `python fake_server.py MODEL PORT COUNT BEHAVIOUR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from octavo import serving
+from octavo.config import EngineOptions, ServerOptions
+
+if __name__ == "__main__":
+    model, port, count, behaviour = sys.argv[1:]
+    fake_engine = Path(__file__).parents[1] / "engine" / "fake_engine.py"
+    serving._ENGINE_COMMAND = (sys.executable, str(fake_engine), behaviour)
+    server = ServerOptions(port=int(port), api_server_count=int(count), served_model_name=("fake",), drain_timeout=10.0)
+    sys.exit(serving.serve(EngineOptions(model=model), server))

@@ -1,0 +1,175 @@
+"""The GPU's runner with its kernels in Triton's interpreter: what it generates is what the CPU's runner generates."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.attention.backend import FusedAttentionBackend
+from octavo.attention.long_prefill import NoLongPrefill
+from octavo.attention.torch_operators import TorchAttention
+from octavo.attention.triton import TritonAttention
+from octavo.config import SchedulerConfig
+from octavo.distributed.executor import DeviceExecutor
+from octavo.engine.engine import Engine
+from octavo.kernels import triton
+from octavo.loading.weights import dummy_weights
+from octavo.models.base import CausalLM
+from octavo.models.registry import build_model
+from octavo.protocol.outputs import TokenOutput
+from octavo.protocol.request import Request
+from octavo.protocol.sampling import SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.sampler.device_sampler import DeviceSampler
+
+CPU = torch.device("cpu")
+VOCAB = 97
+LIMITS = DeviceLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, block_size=16)
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    triton.load()
+    made = build_model(CONFIG, torch.float32, CPU)
+    # Far from uniform, so that a wrong neighbour would show.
+    made.load_weights((name, tensor * 10 if "norm" not in name else tensor) for name, tensor in dummy_weights(made, 0, CPU))
+    return made
+
+
+class Rig:
+    """An engine over a device runner, and the outputs of what it ran by request."""
+
+    def __init__(self, model: CausalLM, attention: str = "triton", depth: int = 2, num_blocks: int = 20) -> None:
+        cache = torch.zeros(2, num_blocks, 2, 1, LIMITS.block_size, 16)
+        self.attention: FusedAttentionBackend = (
+            TritonAttention(cache, 3, 4, LIMITS.max_num_seqs, NoLongPrefill()) if attention == "triton" else TorchAttention(cache, 3)
+        )
+        sampler = DeviceSampler(LIMITS.max_num_seqs, VOCAB, CPU)
+        self.runner = DeviceRunner(model, self.attention, sampler, DeviceSlots(LIMITS, CPU), LIMITS, False)
+        config = SchedulerConfig(
+            max_num_seqs=LIMITS.max_num_seqs,
+            max_num_batched_tokens=LIMITS.max_num_batched_tokens,
+            max_model_len=LIMITS.max_model_len,
+            block_size=LIMITS.block_size,
+            num_blocks=num_blocks,
+        )
+        self.engine = Engine(Scheduler(config), DeviceExecutor(self.runner), depth)
+
+    def run(self, prompts: list[list[int]], sampling: SamplingParams) -> list[list[TokenOutput]]:
+        outputs: dict[str, list[TokenOutput]] = {str(index): [] for index in range(len(prompts))}
+        for index, prompt in enumerate(prompts):
+            own = sampling.replace(seed=index)
+            self.engine.add(Request(request_id=str(index), prompt_token_ids=prompt, sampling=own, max_tokens=8))
+        while self.engine.has_work:
+            for output in self.engine.step():
+                outputs[output.request_id].append(output)
+        self.engine.audit()
+        return list(outputs.values())
+
+
+def prompts() -> list[list[int]]:
+    """Of 1 to 40 tokens; every other shares a prefix of more than a block."""
+    rng = random.Random(1)
+    prefix = [rng.randrange(VOCAB) for _ in range(21)]
+    return [
+        (prefix if i % 2 else []) + [rng.randrange(VOCAB) for _ in range(n)] for i, n in enumerate((1, 3, 19, 4, 33))
+    ]
+
+
+def tokens(outputs: list[list[TokenOutput]]) -> list[list[int]]:
+    return [[token for output in own for token in output.new_token_ids] for own in outputs]
+
+
+def exact(model: CausalLM, prompt: list[int], dense: Any) -> list[int]:
+    """Greedy tokens of one prompt, computed whole for every token."""
+    ids = list(prompt)
+    for _ in range(8):
+        hidden = model(torch.tensor(ids), torch.arange(len(ids)), dense)
+        ids.append(int(model.compute_logits(hidden[-1:]).argmax()))
+    return ids[len(prompt) :]
+
+
+class Dense:
+    """Causal attention over the tokens of one call."""
+
+    def forward(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        heads = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *heads, is_causal=True, scale=layer.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("attention", ["triton", "torch"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_greedy_tokens_are_those_of_the_whole_sequence(model: CausalLM, attention: str, depth: int) -> None:
+    got = tokens(Rig(model, attention, depth).run(prompts(), SamplingParams(temperature=0)))
+    with torch.inference_mode():
+        assert got == [exact(model, prompt, Dense()) for prompt in prompts()]
+
+
+def test_seeded_draws_are_the_same_alone_and_preempted(model: CausalLM) -> None:
+    sampling = SamplingParams(temperature=1.0)
+    together = tokens(Rig(model).run(prompts(), sampling))
+    rig = Rig(model, num_blocks=5)
+    assert tokens(rig.run(prompts(), sampling)) == together
+    assert rig.engine.stats().num_preemptions_total > 0
+
+
+def test_features_beyond_the_plain_draw(model: CausalLM) -> None:
+    """top_k=1 is greedy; logprobs and prompt logprobs are those of the whole sequence."""
+    sampling = SamplingParams(temperature=0.7, top_k=1, logprobs=2, prompt_logprobs=0)
+    outputs = Rig(model).run(prompts(), sampling)
+    assert tokens(outputs) == tokens(Rig(model).run(prompts(), SamplingParams(temperature=0)))
+    for prompt, own in zip(prompts(), outputs):
+        ids = prompt + [output.new_token_ids[0] for output in own]
+        with torch.inference_mode():
+            hidden = model(torch.tensor(ids), torch.arange(len(ids)), Dense())
+            scores = model.compute_logits(hidden).log_softmax(-1)
+        said = (own[0].prompt_logprobs or []) + [output.logprobs[0] for output in own if output.logprobs]
+        assert len(said) == len(ids) - 1
+        for at, entry in enumerate(said):
+            assert entry.token_ids[0] == ids[at + 1]
+            assert entry.logprobs[0] == pytest.approx(scores[at, ids[at + 1]].item(), abs=1e-4)
+
+
+def test_a_step_out_of_memory_costs_its_largest_request(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(model)
+    plain = tokens(rig.run(prompts(), SamplingParams(temperature=0)))
+    rig = Rig(model)
+    forward = rig.attention.forward_fused
+
+    def limited(layer: Any, qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(qkv) > 23:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return forward(layer, qkv, *rest)
+
+    monkeypatch.setattr(rig.attention, "forward_fused", limited)
+    outputs = rig.run(prompts(), SamplingParams(temperature=0))
+    ends = [own[-1].finish_reason for own in outputs]
+    assert "error" in ends
+    assert ends.count("length") >= 3
+    for own, expected in zip(outputs, plain):
+        if own[-1].finish_reason == "length":
+            assert tokens([own]) == [expected]
+        else:
+            assert "CUDA out of memory" in (own[-1].error or "")
