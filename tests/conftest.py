@@ -10,7 +10,10 @@ import torch
 
 # Before anything imports triton: without a GPU, its kernels run in its interpreter.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 from octavo.kernels.cpu import library  # noqa: E402
 from octavo.loading.package import pull  # noqa: E402

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from octavo.attention.prefill_items import max_prefill_items, prefill_items, tokens_per_item
 from octavo.kernels.reference import prefill_attention as reference
@@ -20,27 +17,6 @@ from octavo.kernels.triton.prefill_attention import PrefillTuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FP8 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two things that Triton 3.6's interpreter gets wrong: loop bounds are one-element arrays, which numpy 2.4 does not
-    convert any more; and products of bfloat16, which it keeps as uint16, are products of those integers."""
-    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def patch_with_bounds(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_bounds)
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
 
 
 SMALL = PrefillTuning(64, 32, 4, 2)

@@ -340,12 +340,8 @@ def stream_tensors(
             while waiting and (not under_way or ahead + waiting[0].num_bytes <= limits.ahead_bytes):
                 under_way.append(stream.send_for(waiting.popleft()))
                 ahead += under_way[-1].stored.num_bytes
-            arrival = under_way.popleft()
-            tensor = stream.wait_for(arrival)
-            ahead -= arrival.stored.num_bytes
-            name = arrival.stored.name
-            del arrival  # the consumer alone decides how long its memory lives
-            yield name, tensor
-            del tensor
+            ahead -= under_way[0].stored.num_bytes
+            # No name here holds the tensor: the consumer alone decides how long its memory lives.
+            yield under_way[0].stored.name, stream.wait_for(under_way.popleft())
     finally:
         stream.close()

@@ -31,7 +31,7 @@ class PrefillTuning:
     num_warps: int = 8
     num_stages: int = 3
     max_registers: int | None = None
-    """Of a thread; at 128, two programs of 8 warps share a multiprocessor: softmax of one beside products of the other."""
+    """Of a thread; 128 lets two programs of 8 warps share a multiprocessor, so that one computes while one waits."""
 
 
 def _power_of_two(value: int) -> int:
