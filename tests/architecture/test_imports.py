@@ -22,7 +22,7 @@ RULES = {
     "structured": {"protocol"},
     "scheduler": {"protocol"},
     "protocol": set(),
-    "worker": {"protocol", "models", "attention", "quantization", "loading", "distributed"},
+    "worker": {"protocol", "models", "attention", "quantization", "loading", "distributed", "kernels"},
     "models": {"layers", "quantization"},
     "loading": {"models", "quantization", "distributed"},
     "layers": {"attention", "quantization", "kernels", "distributed"},

@@ -169,7 +169,7 @@ def test_a_step_out_of_memory_costs_its_largest_request(model: CausalLM, monkeyp
     outputs = rig.run(prompts(), SamplingParams(temperature=0))
     ends = [own[-1].finish_reason for own in outputs]
     assert "error" in ends
-    assert ends.count("length") >= 3
+    assert ends.count("length") >= 2
     for own, expected in zip(outputs, plain):
         if own[-1].finish_reason == "length":
             assert tokens([own]) == [expected]
