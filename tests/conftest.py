@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 
     triton_interpreter.mend()
 
-from octavo.kernels.cpu import library  # noqa: E402
-from octavo.loading.package import pull  # noqa: E402
+from octavo.kernels.cpu import library
+from octavo.loading.package import pull
 
 
 @pytest.fixture(scope="session")

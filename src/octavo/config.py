@@ -263,7 +263,7 @@ def _check_device(options: EngineOptions, cpu: bool) -> None:
             if value not in served:
                 raise ValueError(f"{name}={value} needs a GPU; allowed on a CPU: {', '.join(served)}")
     elif options.block_size is not None and options.block_size % 16:
-        raise ValueError(f"block_size={options.block_size} is out of range; allowed on a GPU: multiples of 16 up to 256")
+        raise ValueError(f"block_size={options.block_size} is refused; allowed on a GPU: multiples of 16 up to 256")
 
 
 def _check(options: EngineOptions) -> None:

@@ -131,7 +131,7 @@ def _measure(trial: DeviceRunner, limits: DeviceLimits) -> DeviceMemory:
 def _long_prefill(
     config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device
 ) -> tuple[LongPrefill, str]:
-    """What attends long prompts, and that in words. Raises ValueError where FlashInfer is asked for and cannot serve."""
+    """What attends long prompts, and that in words. Raises ValueError where FlashInfer is asked for and refuses."""
     name = config.options.attention_backend
     if name == "torch":
         return NoLongPrefill(), "torch"

@@ -106,6 +106,7 @@ def test_attention_hands_itself_to_the_context() -> None:
             assert (layer.scale, layer.sliding_window) == (0.25, 9)
             return query + 1
 
-    query = torch.randn(5, 4, 16)
-    out = Attention(3, 4, 2, 16, 9)(query, torch.randn(5, 2, 16), torch.randn(5, 2, 16), Context())
-    assert torch.equal(out, (query + 1).reshape(5, 64))
+    qkv = torch.randn(5, (4 + 2 + 2) * 16)
+    still = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
+    out = Attention(3, 4, 2, 16, 9)(qkv, still, None, Context())
+    assert torch.equal(out, qkv[:, :64] + 1)

@@ -51,7 +51,9 @@ def model() -> CausalLM:
     triton.load()
     made = build_model(CONFIG, torch.float32, CPU)
     # Far from uniform, so that a wrong neighbour would show.
-    made.load_weights((name, tensor * 10 if "norm" not in name else tensor) for name, tensor in dummy_weights(made, 0, CPU))
+    made.load_weights(
+        (name, tensor * 10 if "norm" not in name else tensor) for name, tensor in dummy_weights(made, 0, CPU)
+    )
     return made
 
 
@@ -62,7 +64,9 @@ class Rig:
         self.max_tokens = 8
         cache = torch.zeros(2, num_blocks, 2, 1, LIMITS.block_size, 16)
         self.attention: FusedAttentionBackend = (
-            TritonAttention(cache, 3, 4, LIMITS.max_num_seqs, NoLongPrefill()) if attention == "triton" else TorchAttention(cache, 3)
+            TritonAttention(cache, 3, 4, LIMITS.max_num_seqs, NoLongPrefill())
+            if attention == "triton"
+            else TorchAttention(cache, 3)
         )
         sampler = DeviceSampler(LIMITS.max_num_seqs, VOCAB, CPU)
         self.runner = DeviceRunner(model, self.attention, sampler, DeviceSlots(LIMITS, CPU), LIMITS, False)
@@ -79,7 +83,9 @@ class Rig:
         outputs: dict[str, list[TokenOutput]] = {str(index): [] for index in range(len(prompts))}
         for index, prompt in enumerate(prompts):
             own = sampling.replace(seed=index)
-            self.engine.add(Request(request_id=str(index), prompt_token_ids=prompt, sampling=own, max_tokens=self.max_tokens))
+            self.engine.add(
+                Request(request_id=str(index), prompt_token_ids=prompt, sampling=own, max_tokens=self.max_tokens)
+            )
         while self.engine.has_work:
             for output in self.engine.step():
                 outputs[output.request_id].append(output)

@@ -37,7 +37,8 @@ def test_no_more_than_the_sequences_could_fill() -> None:
 
 def test_too_little_says_what_fits() -> None:
     with pytest.raises(
-        ValueError, match=r"max_model_len=1024 needs 2 MiB .* there are 1 MiB, 1 MiB too little: lower max_model_len to 496"
+        ValueError,
+        match=r"max_model_len=1024 needs 2 MiB .* there are 1 MiB, 1 MiB too little: lower max_model_len to 496",
     ):
         plan_memory(config(kv_cache_memory="1MiB"), weight_bytes=0, free_bytes=0)
 

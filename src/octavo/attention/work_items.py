@@ -15,8 +15,8 @@ ITEM_FIELDS = 6
 KV_TILE = 128
 """Items begin at multiples of so many positions; the tile of every kernel configuration divides it."""
 
-_PROGRAMS_PER_PROCESSOR = 4  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
-_MIN_POSITIONS = 256  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
+_PROGRAMS_PER_PROCESSOR = 2  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
+_MIN_POSITIONS = 128  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton
 
-
 Rotation = tuple[Tensor, Tensor]
 
 

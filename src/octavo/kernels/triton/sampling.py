@@ -109,7 +109,7 @@ def _best_of_split_kernel(
     row_slots,  # int32 [R], -1 for padding
     positions,  # int32 [R]
     samples,  # int32 [R], 0: nothing is drawn; read where not GATHERED
-    params,  # int32 [num_slots, _WORDS]
+    records,  # int32 [num_slots, _WORDS]
     cut_keys,  # int32 [R], bits of ordered keys; read where TRUNCATED
     cut_ids,  # int32 [R]
     partial,  # int32 [3, R, splits]: bits of the best score, its id, whether a logit was NaN or +inf
@@ -130,7 +130,7 @@ def _best_of_split_kernel(
     else:
         if tl.load(samples + row) == 0:
             return
-    record = params + slot * _WORDS
+    record = records + slot * _WORDS
     temperature = tl.load(record + _TEMPERATURE).to(tl.float32, bitcast=True)
     key_0, key_1 = _row_keys(record, tl.load(positions + row))
     if TRUNCATED:
@@ -169,7 +169,7 @@ def _best_of_row_kernel(
     row_slots,
     positions,
     samples,
-    params,
+    records,
     token_ids_table,  # int32 [num_slots, table_stride]
     out,  # int32 [*, 2]: token, bad
     seen,  # int32 [*, vocab_size], see count_tokens; where GATHERED
@@ -206,7 +206,7 @@ def _best_of_row_kernel(
         position = tl.load(positions + row)
         tl.store(token_ids_table + slot.to(tl.int64) * table_stride + position, token)
         if GATHERED:
-            penalty_row = tl.load(params + slot * _WORDS + _PENALTY_ROW)
+            penalty_row = tl.load(records + slot * _WORDS + _PENALTY_ROW)
             if penalty_row >= 0:
                 count = seen + penalty_row.to(tl.int64) * vocab_size + token
                 tl.store(count, tl.load(count) + 2)

@@ -32,7 +32,7 @@ _NO_ID = tl.constexpr(2**31 - 1)
 def _count_kernel(
     row_slots,  # int32 [n]
     num_tokens,  # int32 [n]
-    params,  # int32 [num_slots, _WORDS]
+    records,  # int32 [num_slots, _WORDS]
     token_ids_table,  # int32 [num_slots, table_stride]
     seen,  # int32 [*, vocab_size]
     table_stride,
@@ -45,10 +45,10 @@ def _count_kernel(
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(token_ids_table + slot.to(tl.int64) * table_stride + index, mask=index < length, other=-1)
     inside = (ids >= 0) & (ids < vocab_size)
-    in_prompt = index < tl.load(params + slot * _WORDS + _NUM_PROMPT_TOKENS)
-    counts = seen + tl.load(params + slot * _WORDS + _PENALTY_ROW).to(tl.int64) * vocab_size
+    in_prompt = index < tl.load(records + slot * _WORDS + _NUM_PROMPT_TOKENS)
+    counts = seen + tl.load(records + slot * _WORDS + _PENALTY_ROW).to(tl.int64) * vocab_size
     tl.atomic_or(counts + ids, 1, mask=inside & in_prompt)
-    tl.atomic_add(counts + ids, 2, mask=inside & (index >= tl.load(params + slot * _WORDS + _NUM_PROMPT_TOKENS)))
+    tl.atomic_add(counts + ids, 2, mask=inside & (index >= tl.load(records + slot * _WORDS + _NUM_PROMPT_TOKENS)))
 
 
 def count_tokens(
@@ -70,7 +70,7 @@ def _penalize_kernel(
     source,  # [*, vocab_size]
     source_rows,  # int32 [n]
     row_slots,  # int32 [n]
-    params,  # int32 [num_slots, _WORDS]
+    records,  # int32 [num_slots, _WORDS]
     seen,  # int32 [*, vocab_size]
     target,  # float32 [n, vocab_size]; may be the source, where source_rows[i] is i
     source_stride,
@@ -84,7 +84,7 @@ def _penalize_kernel(
     x = tl.load(source + tl.load(source_rows + row).to(tl.int64) * source_stride + ids, mask=mask, other=0.0)
     x = x.to(tl.float32)
     if PENALIZED:
-        record = params + tl.load(row_slots + row) * _WORDS
+        record = records + tl.load(row_slots + row) * _WORDS
         penalty_row = tl.load(record + _PENALTY_ROW)
         if penalty_row >= 0:
             repetition = tl.load(record + _REPETITION).to(tl.float32, bitcast=True)

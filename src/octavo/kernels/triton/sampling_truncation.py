@@ -106,7 +106,7 @@ def _cuts_kernel(
     logits,  # [*, vocab_size], rows logits_stride apart
     source_rows,  # int32 [n]
     row_slots,  # int32 [n]
-    params,  # int32 [num_slots, _WORDS]
+    records,  # int32 [num_slots, _WORDS]
     cut_keys,  # int32 [n]
     cut_ids,  # int32 [n]
     logits_stride,
@@ -115,7 +115,7 @@ def _cuts_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    record = params + tl.load(row_slots + row) * _WORDS
+    record = records + tl.load(row_slots + row) * _WORDS
     temperature = tl.load(record + _TEMPERATURE).to(tl.float32, bitcast=True)
     top_p = tl.load(record + _TOP_P).to(tl.float32, bitcast=True)
     min_p = tl.load(record + _MIN_P).to(tl.float32, bitcast=True)

@@ -37,8 +37,66 @@ class GemmPlan(NamedTuple):
     swap: bool = True
 
 
-# (bytes of a weight element, N, K) -> plans for M <= 2, 16, 32, 64. What is absent follows _heuristic.
-_MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {}
+# (bytes of a weight element, N, K) -> plans for M <= 2, 16, 32, 64. What is absent follows _heuristic. Measured on an
+# H200 by benchmarks/gpu/kernel_gemm.py.
+_MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
+    (1, 4096, 4096): {
+        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        16: GemmPlan("dot", 32, 256, 2, 4, 4, False),
+    },
+    (1, 4096, 14336): {
+        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 256, 4, 4, 4, False),
+    },
+    (1, 6144, 4096): {
+        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 256, 5, 4, 4, False),
+    },
+    (1, 28672, 4096): {
+        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        16: GemmPlan("dot", 32, 256, 1, 4, 4, False),
+    },
+    (2, 1024, 2048): {
+        2: GemmPlan("fma", 4, 1024, 1, 4, 4, True),
+        16: GemmPlan("dot", 32, 128, 5, 4, 5, False),
+    },
+    (2, 1024, 3072): {
+        2: GemmPlan("fma", 4, 1024, 1, 4, 4, True),
+        16: GemmPlan("dot", 64, 128, 8, 4, 4, True),
+    },
+    (2, 4096, 1024): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 32, 128, 1, 4, 5, False),
+    },
+    (2, 4096, 4096): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 2, 4, 4, True),
+    },
+    (2, 4096, 14336): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 4, 4, 4, True),
+    },
+    (2, 6144, 1024): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 1, 4, 4, True),
+    },
+    (2, 6144, 4096): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 1, 4, 4, True),
+    },
+    (2, 28672, 4096): {
+        2: GemmPlan("dot", 64, 128, 1, 4, 4, True),
+        16: GemmPlan("dot", 128, 64, 1, 4, 5, True),
+    },
+    (2, 128256, 4096): {
+        2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 1, 4, 4, False),
+    },
+    (2, 151936, 1024): {
+        2: GemmPlan("fma", 8, 512, 1, 4, 4, True),
+        16: GemmPlan("dot", 128, 64, 1, 4, 5, True),
+    },
+}
 
 
 def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
