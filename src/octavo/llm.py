@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from octavo.protocol.sampling import SamplingParams, generation_defaults, sampli
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.generation import Generation
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 Prompt = str | dict[str, Any] | list[int]
 Message = dict[str, Any]
@@ -223,6 +226,8 @@ class LLM:
                         num_tokens += len(generation.push(output).token_ids)
                         if generation.finish_reason is None:
                             continue
+                        if output.error is not None:
+                            _log.error("request %s failed: %s", output.request_id, output.error)
                         if generation.finished_early:
                             early.append(output.request_id)
                         done += 1
