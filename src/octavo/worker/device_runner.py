@@ -109,6 +109,9 @@ class DeviceRunner:
         self._diffs = DiffWriter(rows)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
+        if self._stream is not None:
+            # The cache and the buffers are filled in the stream that made them, which may take a while.
+            self._stream.wait_stream(torch.cuda.current_stream())
         self.graphs: StepGraphs | None = None
         if use_graphs:
             self.graphs = StepGraphs(self._compute, self._clear, attention.max_items, rows, tokens)
