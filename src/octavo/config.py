@@ -122,6 +122,7 @@ class ModelFacts:
     head_dim: int
     num_heads: int = 1
     hidden_size: int = 1
+    intermediate_size: int = 1
     sliding_window: int | None = None
     """The window of any layer that has one."""
 

@@ -48,6 +48,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         head_dim=read.head_dim,
         num_heads=read.num_heads,
         hidden_size=read.hidden_size,
+        intermediate_size=read.intermediate_size,
         sliding_window=max((window for window in read.layer_windows if window is not None), default=None),
     )
 

@@ -129,14 +129,17 @@ class Scheduler:
         step = self._retire(plan)
         self._num_steps += 1
         outputs: list[TokenOutput] = []
+        for sequence, row_result in zip(step.sequences, rows):
+            if sequence is not None and row_result.error is not None:
+                self._distrust(sequence, plan.step_id)
         for sequence, row, row_result in zip(step.sequences, plan.rows, rows):
             if sequence is None:
                 continue
             if row_result.error is not None:
-                # Its KV is suspect: what it shares must not be found by those to come.
-                self._kv.forget(sequence.block_table)
                 outputs.append(self._end(sequence, "error", error=row_result.error))
                 continue
+            if sequence.status is not Status.RUNNING:
+                continue  # it took blocks of one that failed, and starts over
             if sequence.prompt_logprobs is not None:
                 sequence.add_prompt_logprobs(row.start, row_result.prompt_logprobs)
             if row.samples:
@@ -155,6 +158,22 @@ class Scheduler:
         for sequence in tainted:
             self._preempt(sequence)
         return [self._end(sequence, "error", error=message) for sequence in step.sequences if sequence is not None]
+
+    def _distrust(self, failed: Sequence, step_id: int) -> None:
+        """The KV that `failed` wrote in this step and since is suspect: nobody to come may find it, and those that took
+        it, in this step at the earliest, start over."""
+        self._kv.forget(failed.block_table)
+        blocks = set(failed.block_table)
+        tainted = [
+            sequence
+            for sequence in self._running
+            if sequence is not failed
+            and sequence.took_cached_blocks
+            and sequence.admitted_step_id >= step_id
+            and not blocks.isdisjoint(sequence.block_table)
+        ]
+        for sequence in tainted:
+            self._preempt(sequence)
 
     def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
         """End requests now, in any state. Ids that are unknown or finished are ignored."""

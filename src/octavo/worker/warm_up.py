@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -39,34 +40,104 @@ def _run(job: Callable[[], object]) -> None:
         job()
 
 
+class _Shapes:
+    """The engine's shapes, and one call of each kernel as it will be compiled for them, on as little as that takes."""
+
+    def __init__(self, config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> None:
+        self.facts, self.dtype, self.block_size = facts, dtype, config.block_size
+        self.kernels = triton.get()
+        self.kv_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
+        self.fp8 = config.options.quantization == "fp8"
+        self.num_all = facts.num_heads + 2 * facts.num_kv_heads
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device="cuda")
+
+    def ints(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    def cache(self) -> torch.Tensor:
+        return self.zeros(2, 2, self.facts.num_kv_heads, self.block_size, self.facts.head_dim, dtype=self.kv_dtype)
+
+    def norm(self, tokens: int, delta: bool) -> None:
+        x = self.zeros(tokens, self.facts.hidden_size)
+        self.kernels.rms_norm(x, x.clone() if delta else None, x[0].clone(), 1e-5)
+
+    def activation(self, tokens: int) -> None:
+        self.kernels.silu_and_mul(self.zeros(tokens, 2 * self.facts.intermediate_size))
+
+    def quantize(self, size: int) -> None:
+        self.kernels.quantize_fp8(self.zeros(1, size))
+
+    def rope(self, tokens: int) -> None:
+        heads, dim = (self.facts.num_heads, self.facts.num_kv_heads), self.facts.head_dim
+        angles, where = self.zeros(tokens, 1, dim), self.zeros(tokens, dtype=torch.int64)
+        qkv = self.zeros(tokens, self.num_all * dim)
+        self.kernels.qk_norm_rope_write_kv(qkv, angles, angles, None, 0.0, where, self.cache(), *heads)
+
+    def rotation(self) -> None:
+        dim = self.facts.head_dim
+        angles = self.zeros(dim, dtype=torch.float32)
+        self.kernels.rotation(self.zeros(1, dtype=torch.int64), angles, angles.clone(), 1.0, self.dtype)
+
+    def decode(self) -> None:
+        heads, kv_heads, dim = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
+        qkv = self.zeros(1, self.num_all * dim)
+        query, out = qkv.view(1, self.num_all, dim)[:, :heads], self.zeros(1, heads, dim)
+        scratch = self.kernels.decode_scratch(1, 1, heads, kv_heads, dim, query.device)
+        where = self.zeros(1, 1, dtype=torch.int32), self.ints(0), self.ints(0, 1)
+        items = self.ints(0, 0, 1, 0, 1, 0)[None]
+        self.kernels.paged_decode(query, self.cache(), *where, items, out, scratch, dim**-0.5, None)
+
+    def prefill(self) -> None:
+        heads, dim = self.facts.num_heads, self.facts.head_dim
+        qkv = self.zeros(2, self.num_all * dim)
+        query, out = qkv.view(2, self.num_all, dim)[:, :heads], self.zeros(2, heads, dim)
+        where = self.zeros(1, 1, dtype=torch.int32), self.ints(0), self.ints(0), self.ints(0, 2), self.ints(0, 0)[None]
+        self.kernels.paged_prefill(query, self.cache(), *where, out, dim**-0.5, None)
+
+    def inputs(self) -> None:
+        slots, starts, cu_q, table = self.ints(0), self.ints(0), self.ints(0, 1), self.zeros(1, 1, dtype=torch.int32)
+        made = self.zeros(1, dtype=torch.int32), self.zeros(1, dtype=torch.int64), self.zeros(1, dtype=torch.int64)
+        self.kernels.build_inputs(slots, starts, cu_q, table, table, self.block_size, *made)
+        hidden = self.zeros(1, self.facts.hidden_size)
+        self.kernels.gather_last(hidden, cu_q, hidden.clone())
+
+    def draw(self, rows: int) -> None:
+        """Compiled anew for each power of two that the vocabulary is split into, which goes by the rows."""
+        logits = self.zeros(1, self.facts.vocab_size).expand(rows, -1)
+        padding, table = torch.full((rows,), -1, dtype=torch.int32, device="cuda"), self.zeros(1, 16, dtype=torch.int32)
+        out = self.zeros(rows, 2, dtype=torch.int32)
+        self.kernels.draw_tokens(logits, padding, padding, table, padding, table, out)
+
+    def skinny(self, m: int, n: int, k: int, fp8: bool) -> None:
+        """The plan of the whole product, on two tiles of it: what is compiled depends on the plan."""
+        plan = self.kernels.GemmPlan.of(m, n, k, 1 if fp8 else 2)
+        size = 2 * plan.block_k * plan.split_k
+        x, weight = self.zeros(m, size), self.zeros(2 * plan.block_n, size)
+        if fp8:
+            scale = self.zeros(2 * plan.block_n, dtype=torch.float32)
+            self.kernels.skinny_linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, plan=plan)
+        else:
+            self.kernels.skinny_linear(x, weight, plan=plan)
+
+
 def _jobs(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> list[Callable[[], object]]:
-    """One call of each kernel, in the variants that steps of few and of many tokens take."""
-    kernels = triton.get()
-    device = torch.device("cuda")
+    """The slowest to compile first."""
+    make = _Shapes(config, facts, dtype)
     jobs: list[Callable[[], object]] = []
-    hidden, head_dim = facts.hidden_size, facts.head_dim
-    num_all = facts.num_heads + 2 * facts.num_kv_heads
-    cache_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
-    shape = 2, 2, facts.num_kv_heads, config.block_size, head_dim
-
-    def norm(tokens: int, delta: bool) -> Callable[[], object]:
-        def job() -> object:
-            x = torch.zeros(tokens, hidden, dtype=dtype, device=device)
-            return kernels.rms_norm(x, x.clone() if delta else None, x[0].clone(), 1e-5)
-
-        return job
-
-    def rope(tokens: int) -> Callable[[], object]:
-        def job() -> object:
-            qkv = torch.zeros(tokens, num_all * head_dim, dtype=dtype, device=device)
-            angles = torch.zeros(tokens, 1, head_dim, dtype=dtype, device=device)
-            where = torch.zeros(tokens, dtype=torch.int64, device=device)
-            cache = torch.zeros(shape, dtype=torch.float32, device=device).to(cache_dtype)
-            heads = facts.num_heads, facts.num_kv_heads
-            return kernels.qk_norm_rope_write_kv(qkv, angles, angles, None, 0.0, where, cache, *heads)
-
-        return job
-
+    if config.options.attention_backend != "torch":
+        jobs += [make.prefill, make.decode]
+    heads, hidden, inner = facts.num_heads * facts.head_dim, facts.hidden_size, facts.intermediate_size
+    if dtype.itemsize == 2:
+        products = [(make.num_all * facts.head_dim, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)]
+        for m in (1, 16):
+            jobs += [partial(make.skinny, m, n, k, make.fp8) for n, k in products]
+            jobs.append(partial(make.skinny, m, facts.vocab_size, hidden, False))
+    jobs += [partial(make.draw, rows) for rows in (1, 32, 64, 128, 256, 512, 1024)]
     for tokens in (1, 128):
-        jobs += [norm(tokens, True), norm(tokens, False), rope(tokens)]
-    return jobs
+        jobs += [partial(make.rope, tokens), partial(make.norm, tokens, True), partial(make.norm, tokens, False)]
+        jobs.append(partial(make.activation, tokens))
+    if make.fp8:
+        jobs += [partial(make.quantize, size) for size in {heads, hidden, inner}]
+    return [*jobs, make.rotation, make.inputs]

@@ -36,6 +36,13 @@ class GemmPlan(NamedTuple):
     num_stages: int = 4
     swap: bool = True
 
+    @classmethod
+    def of(cls, m: int, n: int, k: int, element_size: int) -> GemmPlan:
+        """The plan for x [m, k] by a weight [n, k] of elements of 1 or 2 bytes."""
+        bucket = next(limit for limit in (2, 16, 32, 64) if m <= limit)
+        found = _MEASURED.get((element_size, n, k), {}).get(bucket)
+        return _heuristic(m, n, k, element_size) if found is None else found
+
 
 # (bytes of a weight element, N, K) -> plans for M <= 2, 16, 32, 64. What is absent follows _heuristic. Measured on an
 # H200 by benchmarks/gpu/kernel_gemm.py.
@@ -110,13 +117,6 @@ def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
     tiles, steps = triton.cdiv(n, 64), triton.cdiv(k, block_k)
     split_k = max(1, min(3 * _NUM_SMS // tiles, steps // 4, 8))
     return GemmPlan("dot", 64, block_k, split_k, num_stages=4 if m <= 32 else 3, swap=element_size == 2)
-
-
-def _plan_for(m: int, n: int, k: int, element_size: int) -> GemmPlan:
-    """The plan for x [m, k] by a weight [n, k] of elements of 1 or 2 bytes."""
-    bucket = next(limit for limit in (2, 16, 32, 64) if m <= limit)
-    found = _MEASURED.get((element_size, n, k), {}).get(bucket)
-    return _heuristic(m, n, k, element_size) if found is None else found
 
 
 @triton.jit
@@ -400,7 +400,7 @@ def _product(
     elif out.shape != (m, n) or not out.is_contiguous():
         raise ValueError(f"out is {list(out.shape)}; expected a contiguous [{m}, {n}]")
     if plan is None:
-        plan = _plan_for(m, n, k, weight.element_size())
+        plan = GemmPlan.of(m, n, k, weight.element_size())
     tiles, steps = triton.cdiv(n, plan.block_n), triton.cdiv(k, plan.block_k)
     split_k = max(1, min(plan.split_k, steps, _WORKSPACE_FLOATS // (m * n)))
     if tiles > _MAX_TILES:
