@@ -51,9 +51,11 @@ class EngineService:
         self._running = True
 
     def run(self) -> None:
-        """Drain the inbox, step, send; sleep on the socket when there is nothing to do."""
+        """Drain the inbox, step, send. With nothing to do, prepare what is left to prepare, then sleep on the socket."""
         while self._running:
             if not self._engine.has_work:
+                while not self._channel.poll(0) and self._engine.warm_up():
+                    pass
                 self._channel.poll(None)
             self._drain()
             if self._engine.has_work:
