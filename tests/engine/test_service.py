@@ -26,12 +26,13 @@ class FakeChannel:
     inbox: list[tuple[bytes, ToEngine]]
     gone: set[bytes] = field(default_factory=set)
     sent: list[tuple[bytes, FromEngine]] = field(default_factory=list)
+    polls: list[float | None] = field(default_factory=list)
 
     def poll(self, timeout: float | None) -> bool:
-        assert timeout is None
-        if not self.inbox:
+        self.polls.append(timeout)
+        if not self.inbox and timeout is None:
             self.inbox.append((b"end", Control(9, "shutdown")))
-        return True
+        return bool(self.inbox)
 
     def receive(self) -> tuple[bytes, ToEngine] | None:
         return self.inbox.pop(0) if self.inbox else None
@@ -48,6 +49,12 @@ class FakeChannel:
 
 class CountingEngine(Engine):
     num_stats = 0
+    num_unprepared = 2
+
+    def warm_up(self) -> bool:
+        prepared = self.num_unprepared > 0
+        self.num_unprepared -= prepared
+        return prepared
 
     def stats(self) -> SchedulerStats:
         self.num_stats += 1
@@ -129,3 +136,12 @@ def test_a_front_end_that_is_gone_leaves_nothing_running() -> None:
     engine = run(channel)
     assert tokens(channel.outputs(b"a")) == expected([1, 2, 3], 9)
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_idle_time_goes_to_preparing_before_it_goes_to_sleep() -> None:
+    idle = FakeChannel([])
+    assert run(idle).num_unprepared == 0
+    assert idle.polls == [0, 0, 0, None]
+    busy = FakeChannel([hello(b"a")])
+    run(busy)
+    assert busy.polls == [0, 0, 0, 0, None]  # the message came first

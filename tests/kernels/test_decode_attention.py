@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from octavo.attention.work_items import DecodePlanner
 from octavo.kernels.reference import decode_attention as reference
@@ -20,28 +16,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Cuts rows at every 128 positions, as long as there are at most 64 pieces.
 FINE = DecodePlanner(16, 2, min_positions=128, programs_per_processor=8)
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_repairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Triton 3.6's interpreter lacks: a scalar is an array of one number, which NumPy >= 2.4 no longer takes
-    for an integer; and products of bfloat16, which it holds as uint16, are taken of those."""
-    patch, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def with_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widened(operand: Any) -> Any:
-        if operand.dtype != tl.bfloat16:
-            return operand
-        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def dot_of_floats(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_floats)
 
 
 @dataclass

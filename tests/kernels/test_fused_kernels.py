@@ -1,15 +1,12 @@
-"""Norm, activation, quantisation and rotation kernels against plain torch. Without a GPU they run in the interpreter,
-whose conversions to narrow floats truncate: there, torch's take their place."""
+"""Norm, activation, quantisation and rotation kernels against plain torch, on the GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from octavo.kernels.reference import activation as activation_reference
@@ -24,23 +21,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-5
 DTYPES = [torch.bfloat16, torch.float32]
 FP8 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def _rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conversions from float32 round to the nearest, and those to float8 saturate, as a GPU's do."""
-    given: Callable[..., Any] = interpreter._convert_float
-    narrow = {"bf16": torch.bfloat16, "fp8e4nv": FP8}
-
-    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source.name != "fp32" or target.name not in narrow:
-            return given(values, source, target, rounding)
-        wide = torch.from_numpy(np.array(values).view(np.float32))
-        small = fp8_reference.to_fp8(wide) if target.name == "fp8e4nv" else wide.to(narrow[target.name])
-        bits = small.view(torch.uint8 if small.dtype == FP8 else torch.int16).numpy()
-        return bits.view(np.uint8 if small.dtype == FP8 else np.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton.runtime import interpreter
 
 from octavo.kernels.reference import sampling as reference
 from octavo.kernels.triton import sampling as kernels
@@ -17,18 +16,6 @@ from octavo.kernels.triton import sampling_rows, sampling_truncation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _scalars_are_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter takes int() of arrays of one number, which NumPy >= 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
 
 
 def record(temperature: float = 1.0, stream: int = 0, penalty_row: int = -1, **wish: float) -> np.ndarray:

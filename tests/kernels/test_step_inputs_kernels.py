@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from octavo.kernels.reference import step_inputs as reference
@@ -16,18 +14,6 @@ from octavo.kernels.triton import step_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_SLOTS, MAX_LEN, MAX_BLOCKS, NUM_PARAMS = 5, 3001, 20, 16
-
-
-@pytest.fixture(autouse=True)
-def _scalars_as_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a scalar is an array of one number, which NumPy >= 2.4 refuses to take for an int."""
-    given = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        given(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 def ints(values: list[int]) -> Tensor:

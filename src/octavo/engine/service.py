@@ -51,17 +51,29 @@ class EngineService:
         self._running = True
 
     def run(self) -> None:
-        """Drain the inbox, step, send. With nothing to do, prepare what is left to prepare, then sleep on the socket."""
+        """Drain the inbox, step, send. With nothing to do, wait for a message."""
         while self._running:
-            if not self._engine.has_work:
-                while not self._channel.poll(0) and self._engine.warm_up():
-                    pass
-                self._channel.poll(None)
+            if self._engine.has_work:
+                self._gather()
+            else:
+                self._wait()
             self._drain()
             if self._engine.has_work:
                 outputs = self._engine.step()
                 self._send(outputs, self._engine.num_step_tokens)
         self._engine.shutdown()
+
+    def _wait(self) -> None:
+        """Until a message is there: prepare what makes later steps faster, a little at a time, then sleep."""
+        while not self._channel.poll(0):
+            if not self._engine.warm_up():
+                self._channel.poll(None)
+                return
+
+    def _gather(self) -> None:
+        """Let messages come in for as long as the next step can wait for them."""
+        while (seconds := self._engine.spare_seconds()) and self._channel.poll(seconds):
+            self._drain()
 
     def _drain(self) -> None:
         while (received := self._channel.receive()) is not None:

@@ -83,7 +83,11 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """One RowResult for each row of the plan, in its order."""
+    """One RowResult for each row of the plan, in its order.
+
+    seconds: what the step took on the device, where that is known.
+    """
 
     step_id: int
     rows: list[RowResult]
+    seconds: float | None = None

@@ -1,10 +1,16 @@
-"""Steps recorded as CUDA graphs: one launch in place of some three hundred."""
+"""Steps recorded as CUDA graphs: one launch in place of some three hundred.
+
+Recording a size takes tens of milliseconds, during which everybody waits, and running it unrecorded costs a few
+milliseconds of the host's time: so sizes are recorded when the engine starts or is idle, the most useful first, and
+at other times only once they have been used so often that waiting was worth it.
+"""
 
 from __future__ import annotations
 
 import bisect
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,7 +37,9 @@ _DECODE_SIZES = (
 )
 # Numbers of tokens that mixed steps are padded to, and of rows.
 _MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_ROWS = (32, 128, 256)
+_MIXED_ROWS = (64, 256)
+# Uses of a size without its graph after which it is recorded whatever else waits: by then they cost about as much.
+_USES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,24 @@ class Computed:
 
     hidden: Tensor
     logits: Tensor
+
+
+class _Address:
+    """Device memory as CUDA Array Interface 3 describes it, without owning it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": None,
+            "typestr": f"<i{tensor.element_size()}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same contiguous device memory, which is free for later graphs of the pool once `tensor` is gone."""
+    return torch.as_tensor(_Address(tensor), device=tensor.device).view(tensor.dtype)
 
 
 class Compute(Protocol):
@@ -63,8 +89,7 @@ class StepGraph:
 
 
 class StepGraphs:
-    """Graphs by size, all in one memory pool: they run one after the other. A size is recorded at its first use, or
-    before that, while there is time.
+    """Graphs by size, all in one memory pool: they run one after the other, so the largest one's memory serves all.
 
     compute: launches a step. clear: puts the buffers into a state in which a step changes nothing.
     max_items: for (rows, tokens), how many decode and prefill items there may be.
@@ -83,29 +108,33 @@ class StepGraphs:
         self._max_items = max_items
         self._decode_sizes = [n for n in _DECODE_SIZES if n < max_rows] + [min(max_rows, _DECODE_SIZES[-1])]
         self._mixed_tokens = [n for n in _MIXED_TOKENS if n <= max_tokens]
-        self._mixed_rows = [n for n in _MIXED_ROWS if n < max_rows] + [min(max_rows, _MIXED_ROWS[-1])]
-        self._graphs: dict[tuple[int, int], StepGraph] = {}  # by tokens and rows
+        self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
+        # By tokens and rows. A mixed step has more tokens than rows, so it never shares its key with a decode step.
+        self._graphs: dict[tuple[int, int], StepGraph] = {}
+        self._uses: Counter[tuple[int, int]] = Counter()  # without a graph, by the same
+        self._left = self._order()  # keys that idle time goes to, the last one first; `record_next` takes from it
+        self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    @property
-    def largest_decode(self) -> StepShape:
-        """The largest decode step that is ever recorded."""
-        return self._shape(self._decode_sizes[-1], self._decode_sizes[-1], True)
-
     def find(self, num_tokens: int, num_rows: int, decodes: bool) -> StepGraph | None:
-        """The smallest graph that holds such a step, recorded now if it was not; None if none is that large."""
+        """The smallest graph that holds such a step. None if no graph is that large, or it is better not to wait
+        for it to be recorded."""
         key = self._key(num_tokens, num_rows, decodes)
         if key is None:
             return None
-        graph = self._graphs.get(key)
-        return graph if graph is not None else self._record(*key, decodes)
+        if key not in self._graphs:
+            self._uses[key] += 1
+            if self._uses[key] > _USES:
+                self._try_record(key)
+        return self._graphs.get(key)
 
     def record_next(self) -> bool:
-        """Record one more of the decode sizes, those that serve most first. False: none is left."""
-        for size in sorted(self._decode_sizes, key=lambda n: (n.bit_count(), n)):
-            if (size, size) not in self._graphs:
-                self._record(size, size, True)
+        """Record one more of the sizes, those that serve most first. False: none is left."""
+        while self._left:
+            key = self._left.pop()
+            if key not in self._graphs:
+                self._try_record(key)
                 return True
         return False
 
@@ -116,6 +145,13 @@ class StepGraphs:
             pass
         return len(self._graphs)
 
+    def _order(self) -> list[tuple[int, int]]:
+        """All keys, the first one last: the largest, in whose memory all others then find room; of decode steps,
+        round sizes before those between; then mixed steps."""
+        decodes = sorted(self._decode_sizes, key=lambda n: (n != self._decode_sizes[-1], n.bit_count(), n))
+        mixed = [self._mixed(tokens, rows) for rows in self._mixed_rows for tokens in self._mixed_tokens]
+        return [*reversed(mixed), *((n, n) for n in reversed(decodes))]
+
     def _key(self, num_tokens: int, num_rows: int, decodes: bool) -> tuple[int, int] | None:
         if decodes:
             at = bisect.bisect_left(self._decode_sizes, num_rows)
@@ -124,16 +160,31 @@ class StepGraphs:
         rows = bisect.bisect_left(self._mixed_rows, num_rows)
         if tokens == len(self._mixed_tokens) or rows == len(self._mixed_rows):
             return None
-        # One token more than rows, so that a mixed step never shares its key with a decode step.
-        return self._mixed_tokens[tokens], min(self._mixed_rows[rows], self._mixed_tokens[tokens] - 1)
+        return self._mixed(self._mixed_tokens[tokens], self._mixed_rows[rows])
+
+    @staticmethod
+    def _mixed(num_tokens: int, num_rows: int) -> tuple[int, int]:
+        return num_tokens, min(num_rows, num_tokens - 1)
 
     def _shape(self, num_tokens: int, num_rows: int, decodes: bool) -> StepShape:
         num_decode_items, num_prefill_items = self._max_items(num_rows, num_tokens)
         return StepShape(num_tokens, num_rows, num_decode_items, 0 if decodes else num_prefill_items, decodes)
 
-    def _record(self, num_tokens: int, num_rows: int, decodes: bool) -> StepGraph:
+    def _try_record(self, key: tuple[int, int]) -> None:
+        """Record, unless memory ran out in doing so before, or does now: steps run without a graph, too."""
+        if not self._records:
+            return
+        try:
+            self._record(*key)
+        except torch.OutOfMemoryError:
+            self._records = False
+            self._left.clear()
+            torch.cuda.empty_cache()
+            _log.warning("no memory for the CUDA graph of %d tokens, %d rows: no more are recorded", *key)
+
+    def _record(self, num_tokens: int, num_rows: int) -> None:
         began = time.perf_counter()
-        shape = self._shape(num_tokens, num_rows, decodes)
+        shape = self._shape(num_tokens, num_rows, num_tokens == num_rows)
         graph = torch.cuda.CUDAGraph()
         self._clear()
         self._compute(shape)  # compiles, and sets up libraries: neither may happen while recording
@@ -144,8 +195,8 @@ class StepGraphs:
                 computed = self._compute(shape)
             finally:
                 graph.capture_end()
-        recorded = self._graphs[(num_tokens, num_rows)] = StepGraph(shape, graph, computed)
+        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits))
+        self._graphs[(num_tokens, num_rows)] = StepGraph(shape, graph, computed)
         _log.debug(
             "recorded a graph of %d tokens, %d rows in %.3f s", num_tokens, num_rows, time.perf_counter() - began
         )
-        return recorded

@@ -65,6 +65,7 @@ class StepInFlight:
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
         self.more: More | None = None
         self.host: Tensor | None = None  # what is copied out, where it is more than the stage has room for
+        self.timed = False  # the stage's `began` was recorded
 
     def result(self) -> StepResult:
         """The step's results, in the order of the plan's rows."""
@@ -77,7 +78,8 @@ class StepInFlight:
             for slot, logprobs in self.prompt_logprobs.items():
                 by_slot[slot] = msgspec.structs.replace(by_slot[slot], prompt_logprobs=logprobs)
             results = [by_slot[row.slot] for row in self._plan.rows]
-        return StepResult(self._plan.step_id, results)
+        seconds = self._stage.done.seconds_since(self._stage.began) if self.timed else None
+        return StepResult(self._plan.step_id, results, seconds)
 
 
 class DeviceRunner:
@@ -197,9 +199,7 @@ class DeviceRunner:
         num_tokens = sum(row.length for row in rows)
         decodes = num_tokens == len(rows)
         graph = None if self.graphs is None else self.graphs.find(num_tokens, len(rows), decodes)
-        decode_items, prefill_items = self._attention.plan(
-            rows, self._slots.block_tables, whole=graph is not None
-        )
+        decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
         if graph is None:
             shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes)
         else:
@@ -209,6 +209,8 @@ class DeviceRunner:
         buffers.write_items(stage.words, "decode_items", decode_items, shape.num_decode_items)
         buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
         fixed = buffers.num_fixed
+        stage.began.record()
+        step.timed = True
         buffers.packed[:fixed].copy_(stage.words_tensor[:fixed], non_blocking=True)
         computed = self._compute(shape, rows) if graph is None else graph.replay()
         self._draw_more(rows, computed, step)

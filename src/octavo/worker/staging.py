@@ -16,7 +16,7 @@ class Event:
     __slots__ = ("_event",)
 
     def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
 
     def record(self) -> None:
         """Put it after all that was launched so far in the current stream."""
@@ -28,11 +28,19 @@ class Event:
         if self._event is not None:
             self._event.synchronize()
 
+    def seconds_since(self, earlier: Event) -> float | None:
+        """The device's time between two recorded points, both reached. None on a CPU."""
+        if self._event is None or earlier._event is None:
+            return None
+        return earlier._event.elapsed_time(self._event) / 1000
+
 
 class Stage:
-    """One step's host buffers: `words` go to the device, `out` comes back. Free again once `done` is reached."""
+    """One step's host buffers: `words` go to the device, `out` comes back. Free again once `done` is reached.
 
-    __slots__ = ("done", "out", "out_tensor", "words", "words_tensor")
+    began: where the step's own work starts."""
+
+    __slots__ = ("began", "done", "out", "out_tensor", "words", "words_tensor")
 
     def __init__(self, num_words: int, max_rows: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
@@ -40,7 +48,7 @@ class Stage:
         self.out_tensor = torch.zeros(max_rows, 2, dtype=torch.int32, pin_memory=pinned)
         self.words: NDArray[np.int32] = self.words_tensor.numpy()
         self.out: NDArray[np.int32] = self.out_tensor.numpy()
-        self.done = Event(device)
+        self.began, self.done = Event(device), Event(device)
 
 
 class Staging:

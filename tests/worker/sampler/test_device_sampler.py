@@ -13,7 +13,6 @@ from sampler_reference import EOS, PROPERTY, Sequence, distribution, grid_logits
 
 pytest.importorskip("triton")
 
-from triton.runtime import interpreter
 
 from octavo.kernels.reference import sampling as reference
 from octavo.kernels.triton import sampling_rows, sampling_truncation
@@ -29,16 +28,9 @@ MARGIN = 1e-5  # nearer to a limit, float32 may decide otherwise
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _triton_repairs():
-    """Triton 3.6's interpreter takes int() of arrays of one number, which NumPy >= 2.4 refuses; small blocks there."""
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
+def _small_blocks():
+    """Small blocks, which the interpreter works through sooner."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
         monkeypatch.setattr(sampling_truncation, "_BLOCK", 512)
         monkeypatch.setattr(sampling_rows, "_LOGPROBS_BLOCK", 512)
         yield
