@@ -7,10 +7,10 @@ float32: greedy tokens equal to the CPU's, and equal to each other whatever the 
 eager, pipeline depth 1 or 2, prefix cache on or off, triton or torch attention, batched or alone, chunked. Where
 two runs part, the first position is printed with the gap between the two candidates' log-probabilities: below 1e-4
 it is a tie, which rounding decides, and counted apart; the rest of that output is not compared.
-bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32. How far they may be off is the model's
-own affair (a small model dequantized from four bits is 0.04 off on average), so the CPU's bfloat16 is the measure: the
-mean may be 1.25 times as far off, the largest 1.5 times, and either may be 2e-2 in any case. fp8 is held to a bound
-that only a wrong scale or layout exceeds.
+bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32 on the same weights, rounded to
+bfloat16 first: what differs is the arithmetic. How far that may be off is the model's own affair, so the CPU's bfloat16
+is the measure: the mean may be 1.25 times as far off, the largest 1.5 times, and either may be 2e-2 in any case. fp8
+is held to a bound that only a wrong scale or layout exceeds.
 Prints PASS or FAIL a check, in the order of the list, and ends with status 1 if one fails.
 """
 
@@ -19,13 +19,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import stepping
 
 from octavo import LLM, RequestOutput, SamplingParams
+from octavo.models.base import CausalLM
 
 TIE = 1e-4
 SAME = 2e-3  # log-probabilities of equal tokens, float32 beside float32
@@ -53,6 +55,17 @@ class Outcome:
     passed: bool
     summary: str
     notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def rounded_weights() -> Iterator[None]:
+    """Models that are loaded meanwhile have weights that bfloat16 can hold, whatever their dtype."""
+    load = CausalLM.load_weights
+    CausalLM.load_weights = lambda self, weights: load(self, ((name, w.bfloat16().to(w.dtype)) for name, w in weights))
+    try:
+        yield
+    finally:
+        CausalLM.load_weights = load
 
 
 @dataclass(frozen=True)
@@ -95,8 +108,9 @@ class Setup:
         return outputs
 
     def score(self, **options: Any) -> list[float]:
-        """Log-probabilities of the tokens of TEXTS, each given those before it."""
-        llm = self.open(enable_prefix_caching=False, **options)
+        """Log-probabilities of the tokens of TEXTS, each given those before it, by a model of bfloat16 weights."""
+        with rounded_weights():
+            llm = self.open(enable_prefix_caching=False, **options)
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         scores = []
         for output in llm.generate(list(TEXTS), params, use_tqdm=False):

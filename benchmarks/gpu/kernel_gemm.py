@@ -3,8 +3,7 @@
     PYTHONPATH=src python benchmarks/gpu/kernel_gemm.py [--out FILE] [--seconds 60]
 
 First every plan is checked against float32. Then: bfloat16 and FP8 weights at several numbers of tokens (graph replay
-over copies of the weight that outgrow L2), and a chain of decoder layers with and without programmatic dependent
-launch. Exits 1 if a result was wrong.
+over copies of the weight that outgrow L2), and a chain of decoder layers. Exits 1 if a result was wrong.
 """
 
 from __future__ import annotations
@@ -184,18 +183,14 @@ def best_of(name: str, m: int, copies: list[tuple[Any, ...]], expected: Tensor) 
             times[short(plan)] = us
             found = min(found, (us, plan), key=lambda pair: pair[0])
     us, plan = found
-    pdl = None
-    if plan is not None:
-        calls = [lambda a=a: product(x, *a, plan=plan, pdl=True) for a in copies]
-        pdl = attempt(f"{name} pdl", lambda: replay_us(calls))
-    return {"us": us, "plan": plan, "pdl_us": pdl, "all": times}
+    return {"us": us, "plan": plan, "all": times}
 
 
 expected_x: dict[tuple[int, int], Tensor] = {}  # (M, K) -> the tokens of all products of that size
 
 
 def bf16_table(deadline: float) -> dict[str, Any]:
-    print("bf16: M cuBLAS us > best us (TB/s of the weight) +PDL us, plan [d: dot, w/x: left operand, f: fma]")
+    print("bf16: M cuBLAS us > best us (TB/s of the weight), plan [d: dot, w/x: left operand, f: fma]")
     table: dict[str, Any] = {}
     for name, (n, k) in SHAPES.items():
         copies, cells = weights(n, k), []
@@ -210,7 +205,7 @@ def bf16_table(deadline: float) -> dict[str, Any]:
             table[f"{name} M={m}"] = entry
             plan, us = entry["plan"], entry["us"]
             rate = n * k * 2 / us / 1e6
-            said = "none" if plan is None else f"{us:.1f} ({rate:.2f}) +{entry['pdl_us'] or 0:.1f} {short(plan)}"
+            said = "none" if plan is None else f"{us:.1f} ({rate:.2f}) {short(plan)}"
             cells.append(f"{m}: {cublas:.1f} > {said}")
         for half in (cells[:3], cells[3:]):
             print(f"{name:18} " + " | ".join(half), flush=True)
@@ -277,28 +272,23 @@ def chain(m: int, chosen: dict[str, Any], num_layers: int = 8) -> dict[str, Any]
             hidden = multiply("down", inner[:, :14336], layer["down"])
         return hidden
 
-    def skinny(pdl: bool) -> Callable[[], Tensor]:
-        return lambda: run(lambda name, x, w: skinny_linear(x, w, plan=picked[name], pdl=pdl))
+    def skinny() -> Tensor:
+        return run(lambda name, x, w: skinny_linear(x, w, plan=picked[name]))
 
-    ways = {"cublas": lambda: run(lambda _, x, w: F.linear(x, w)), "skinny": skinny(False), "pdl": skinny(True)}
+    ways = {"cublas": lambda: run(lambda _, x, w: F.linear(x, w)), "skinny": skinny}
     result: dict[str, Any] = {}
-    expected = skinny(False)()
+    expected = skinny()
     for name, call in ways.items():
         us = attempt(f"chain {name}", lambda call=call: replay_us([call], 9))
         result[name] = us and us / num_layers
-    keep = skinny_gemm._prefetch_bytes
-    skinny_gemm._prefetch_bytes = lambda *_: 0
-    us = attempt("chain without prefetch", lambda: replay_us([skinny(True)], 9))
-    skinny_gemm._prefetch_bytes = keep
-    result["pdl, no prefetch"] = us and us / num_layers
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = skinny(True)()
+        got = skinny()
     for _ in range(50):  # bits: the sums are taken in the same order
         got.fill_(float("nan"))
         graph.replay()
         if not torch.equal(got, expected):
-            problems.append(f"WRONG: chain M={m}: with PDL the result differs")
+            problems.append(f"WRONG: chain M={m}: a replay differs")
             break
     num_bytes = sum(n * k * 2 for n, k in LLAMA.values())
     said = (f"{name} {us:.1f} us ({num_bytes / us / 1e6:.2f} TB/s)" for name, us in result.items() if us)

@@ -273,14 +273,9 @@ def time_libraries(flashinfer: bool, results: list[dict[str, object]]) -> None:
 
 
 def time_parts(results: list[dict[str, object]]) -> None:
-    """What cuDNN's plans, its calls, the gather and the merge cost on their own."""
+    """What cuDNN's calls, the gather and the merge cost on their own."""
     problem = Problem(CASES["32,000 causal"])
     for piece in PIECES:
-        strategy = CudnnPrefill(problem.shape(), Thresholds(2, 2), piece)
-        begin = time.perf_counter()
-        plans = strategy.warm_up(problem.query.stride(0), 0.088)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
         kv = torch.randn(2, 1, 8, 32_000, 128, dtype=torch.bfloat16, device="cuda")
         query = problem.query[:piece].transpose(0, 1)[None]
         speeds = []
@@ -292,10 +287,10 @@ def time_parts(results: list[dict[str, object]]) -> None:
         merged = ([part[0] for part in parts], [lse.view(32, piece) for lse in sums], problem.out[:piece])
         ms = milliseconds(lambda _, args=merged: merge_attention(*args))
         print(
-            f"cuDNN {piece}: {plans} plans in {seconds:.2f} s; causal {speeds[0]:.0f}, 4,096 keys {speeds[1]:.0f}, "
+            f"cuDNN {piece}: causal {speeds[0]:.0f}, 4,096 keys {speeds[1]:.0f}, "
             f"16,384 keys {speeds[2]:.0f} TFLOP/s; merging 4 takes {ms * 1e3:.0f} us"
         )
-        results.append({"kernel": f"cudnn {piece}", "plans": plans, "seconds": seconds, "v": speeds, "merge_ms": ms})
+        results.append({"kernel": f"cudnn {piece}", "v": speeds, "merge_ms": ms})
     buffer = torch.empty(2, 8, 32_000, 128, dtype=torch.bfloat16, device="cuda")
     ms = milliseconds(lambda layer: gather_kv(problem.caches[layer % 2], problem.tables[0], 32_000, buffer))
     print(f"gather of 32,000 tokens: {ms * 1e3:.0f} us, {2 * buffer.nbytes / ms / 1e9:.2f} TB/s")

@@ -98,18 +98,6 @@ def test_dense_pieces_equal_the_oracle(
     assert set(dense.asked) <= {(256, 256, True)} | {(256, 256 << i, False) for i in range(3)}
 
 
-def test_warm_up_makes_every_shape_that_a_step_can_ask_for() -> None:
-    dense, shape = Dense(), replace(SHAPE, max_context=1024)
-    strategy = CudnnPrefill(shape, EVERYTHING, 256, dense)
-    assert strategy.warm_up(3 * 64, 0.2) == len(set(dense.asked)) == 3
-    warm = set(dense.asked)
-    query, cache, tables = problem([Row(0, 0, 1024)], shape)
-    assert strategy.prepare([Row(0, 0, 1024)], tables) == {0: (0, 1024)}
-    strategy.forward(0, query, cache, torch.empty(query.shape, dtype=query.dtype), 0.2)
-    assert set(dense.asked) == warm
-    assert CudnnPrefill(SHAPE, EVERYTHING, 4096, dense).warm_up(3 * 64, 0.2) == 0
-
-
 def test_one_merge_takes_all_runs_of_the_longest_context() -> None:
     long = replace(SHAPE, max_context=40_000)
     strategy = CudnnPrefill(long, EVERYTHING, 256, Dense())

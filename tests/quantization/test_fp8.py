@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import triton as device_kernels
+from octavo.kernels.reference import activation as activation_reference
+from octavo.kernels.reference import fp8 as fp8_reference
+from octavo.kernels.reference import norm as norm_reference
+from octavo.layers.activation import silu_and_mul
 from octavo.layers.linear import Linear
+from octavo.layers.norm import RMSNorm
 from octavo.quantization import fp8
 from octavo.quantization.fp8 import FP8, quantize_channels
+from octavo.quantization.scheme import Fp8Tokens
+from octavo.quantization.unquantized import UNQUANTIZED
 
 CPU = torch.device("cpu")
 
@@ -108,3 +115,50 @@ def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     assert called == ["skinny"]
     FP8.apply(layer, weight(5, 16).as_subclass(OnGpu))
     assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32))]
+
+
+def test_what_makes_the_activations_quantises_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer takes FP8, norm and activation give it; the product is that of the layer's own quantising."""
+    products: list[Fp8Tokens] = []
+
+    def scaled(x: Tensor, _weight: Tensor, *, scale_a: Tensor, **_other: Any) -> Tensor:
+        products.append(Fp8Tokens(x, scale_a))
+        return torch.empty(len(x), 32)
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        return fp8_reference.quantize_fp8(x.as_subclass(Tensor))
+
+    kernels = SimpleNamespace(
+        SKINNY_MAX_M=4,
+        quantize_fp8=quantize,
+        rms_norm_fp8=lambda *args: norm_reference.rms_norm_fp8(*args)[1:],
+        silu_and_mul_fp8=activation_reference.silu_and_mul_fp8,
+    )
+    monkeypatch.setattr(device_kernels, "get", lambda: kernels)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    layer, _ = filled(bias=False)
+    few, many = (weight(count, 16).as_subclass(OnGpu) for count in (4, 5))
+    assert [layer.takes_fp8(x) for x in (few, many, many.float(), many.as_subclass(Tensor))] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert not Linear(16, {"a": 8}, False, torch.bfloat16, CPU, UNQUANTIZED).takes_fp8(many)
+
+    residual, delta = weight(5, 16, 3), weight(5, 16, 4)
+    norm = RMSNorm(16, 1e-5, torch.bfloat16, CPU)
+    norm.weight.data.fill_(0.5)
+    norm._native = None
+    plain = norm(residual.clone(), delta)
+    norm._fused = kernels
+    layer(norm(residual.clone(), delta, fp8=True))
+    layer(plain.as_subclass(OnGpu))
+    gate_up = weight(5, 32, 5)
+    layer(silu_and_mul(gate_up, fp8=True))
+    layer(silu_and_mul(gate_up).as_subclass(OnGpu))
+    for fused, own in (products[:2], products[2:]):
+        torch.testing.assert_close(fused.scale, own.scale, rtol=2**-7, atol=0)
+        torch.testing.assert_close(
+            fused.values.float() * fused.scale, own.values.float() * own.scale, rtol=2**-3, atol=1e-3
+        )

@@ -95,7 +95,7 @@ class _DenseRow:
 class CudnnPrefill:
     """Rows gathered from their blocks and attended densely, by cuDNN, in pieces of few different shapes.
 
-    cuDNN makes a plan for each new shape, in tens of milliseconds, and keeps it for the thread that asked. So queries
+    cuDNN makes a plan for each new shape, in some 5 ms, and keeps it for the thread that asked. So queries
     are cut into pieces of `piece` tokens that begin at multiples of `grain`, and a piece sees its own keys causally,
     and those before it in runs of `grain` * 2^i keys, without a mask. Runs are merged by their log-sum-exp.
     Tokens before the first such multiple and after the last whole piece are not taken.
@@ -125,22 +125,6 @@ class CudnnPrefill:
         self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)  # of the row at hand; `forward` writes
         self._rows: list[_DenseRow] = []  # of this step; `prepare` writes
         self._block_tables = torch.empty(0)
-
-    def warm_up(self, token_stride: int, scale: float) -> int:
-        """Make the plans of all shapes; returns their number. Call it in the thread that will run them.
-
-        token_stride: elements from one query token to the next, which a plan depends on."""
-        shape, piece = self._shape, self._piece
-        if piece > shape.max_context:
-            return 0
-        self._kv.zero_()
-        flat = torch.zeros(piece * token_stride, dtype=shape.dtype, device=shape.device)
-        query = flat.as_strided((piece, shape.num_heads, shape.head_dim), (token_stride, shape.head_dim, 1))
-        runs = _powers(self._grain, shape.max_context - piece)
-        self._dense(query, 0, piece, True, scale)
-        for run in runs:
-            self._dense(query, 0, run, False, scale)
-        return 1 + len(runs)
 
     def prepare(self, rows: Sequence[PlanRow], block_tables: Tensor) -> dict[int, tuple[int, int]]:
         self._rows, self._block_tables = [], block_tables

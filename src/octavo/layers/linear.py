@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.layers.slot import WeightSlot
-from octavo.quantization.scheme import LinearLayer, LinearScheme
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearScheme
 from octavo.quantization.unquantized import UNQUANTIZED
 
 
@@ -39,8 +39,12 @@ class Linear(LinearLayer):
         self._num_unloaded = len(parts) * (2 if bias else 1)
         self.weight_nbytes = self.out_features * in_features * dtype.itemsize
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, in_features]. Returns [T, out_features]."""
+    def takes_fp8(self, like: Tensor) -> bool:
+        """Whether activations with the tokens, dtype and device of `like` may as well come quantised."""
+        return self._scheme.takes_fp8(self, like)
+
+    def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
+        """x: [T, in_features], quantised only if `takes_fp8`. Returns [T, out_features]."""
         return self._scheme.apply(self, x)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:

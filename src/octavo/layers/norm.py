@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from octavo.kernels import triton
 from octavo.kernels.cpu import library
 from octavo.layers.slot import WeightSlot
+from octavo.quantization.scheme import Fp8Tokens
 
 
 class RMSNorm(nn.Module):
@@ -23,12 +24,14 @@ class RMSNorm(nn.Module):
         self._native = library.get() if served else None
         self._fused = triton.get() if device.type == "cuda" else None
 
-    def forward(self, residual: Tensor, delta: Tensor | None = None) -> Tensor:
+    def forward(self, residual: Tensor, delta: Tensor | None = None, fp8: bool = False) -> Tensor | Fp8Tokens:
         """residual += delta, in place, where there is a delta; returns the norm of residual, a new tensor.
 
-        All [T, size], contiguous, of one dtype.
+        All [T, size], contiguous, of one dtype. fp8: the norm is quantised, for a layer that takes it so.
         """
         if self._fused is not None:
+            if fp8:
+                return Fp8Tokens(*self._fused.rms_norm_fp8(residual, delta, self.weight, self._eps))
             normed: Tensor = self._fused.rms_norm(residual, delta, self.weight, self._eps)
             return normed
         if self._native is not None:

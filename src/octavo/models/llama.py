@@ -16,7 +16,7 @@ from octavo.layers.norm import QueryKeyNorm, RMSNorm
 from octavo.layers.rotary import RotaryEmbedding, Rotation
 from octavo.models.base import CausalLM
 from octavo.models.config import ConfigFields, DecoderConfig
-from octavo.quantization.scheme import LinearScheme
+from octavo.quantization.scheme import Fp8Tokens, LinearScheme
 from octavo.quantization.unquantized import UNQUANTIZED
 
 
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         self.attn = Attention(layer_index, heads, kv_heads, dim, config.layer_windows[layer_index])
         self.o_proj = Linear(heads * dim, {"o_proj": config.hidden_size}, config.output_bias, *place)
 
-    def forward(self, x: Tensor, rotation: Rotation, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor | Fp8Tokens, rotation: Rotation, context: AttentionContext) -> Tensor:
         return self.o_proj(self.attn(self.qkv_proj(x), rotation, self.qk_norm, context))
 
 
@@ -55,8 +55,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias, *place)
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias, *place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(silu_and_mul(gate_up, self.down_proj.takes_fp8(gate_up)))
 
 
 class DecoderLayer(nn.Module):
@@ -73,8 +74,9 @@ class DecoderLayer(nn.Module):
     def forward(self, residual: Tensor, delta: Tensor | None, rotation: Rotation, context: AttentionContext) -> Tensor:
         """Adds to `residual` [T, hidden_size] in place: `delta`, then the attention. Returns what is still to be
         added: each norm adds what came before it, in one pass."""
-        attended = self.self_attn(self.input_layernorm(residual, delta), rotation, context)
-        return self.mlp(self.post_attention_layernorm(residual, attended))
+        normed = self.input_layernorm(residual, delta, self.self_attn.qkv_proj.takes_fp8(residual))
+        attended = self.self_attn(normed, rotation, context)
+        return self.mlp(self.post_attention_layernorm(residual, attended, self.mlp.gate_up_proj.takes_fp8(residual)))
 
 
 class Decoder(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer
 
 _FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 _SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
@@ -54,28 +54,36 @@ class Fp8Scheme:
             rows = slice(row + begin, row + begin + len(part))
             layer.weight[rows], layer.weight_scale[rows] = quantize_channels(part)
 
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
+    def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
+        """Row-wise scales: cuBLAS and CUTLASS write bfloat16 and want whole blocks of 16."""
+        assert layer.weight is not None
+        kernels = device_kernels.get()
+        if kernels is None or not like.is_cuda or like.dtype != torch.bfloat16 or len(like) <= kernels.SKINNY_MAX_M:
+            return False
+        return all(size % 16 == 0 for size in layer.weight.shape)
+
+    def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         """On a CPU, or where a shape or dtype suits no FP8 kernel, by the dequantised weight: right, and slow."""
         weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
         assert weight is not None
         assert scale is not None
         kernels = device_kernels.get()
-        if x.is_cuda and kernels is not None:
-            if 0 < len(x) <= kernels.SKINNY_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-                product: Tensor = kernels.skinny_linear_fp8(x, weight, scale, bias)
-                return product
-            # Row-wise scales: cuBLAS and CUTLASS write bfloat16 and want whole blocks of 16.
-            if x.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0:
-                quantized, token_scale = kernels.quantize_fp8(x.contiguous())
-                return torch._scaled_mm(
-                    quantized,
-                    weight.t(),
-                    scale_a=token_scale,
-                    scale_b=scale[None, :],
-                    bias=bias,
-                    out_dtype=x.dtype,
-                    use_fast_accum=True,
-                )
+        if isinstance(x, Tensor) and self.takes_fp8(layer, x):
+            x = Fp8Tokens(*kernels.quantize_fp8(x.contiguous()))
+        if isinstance(x, Fp8Tokens):
+            return torch._scaled_mm(
+                x.values,
+                weight.t(),
+                scale_a=x.scale,
+                scale_b=scale[None, :],
+                bias=bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        few = x.is_cuda and kernels is not None and 0 < len(x) <= kernels.SKINNY_MAX_M
+        if few and x.dtype in (torch.bfloat16, torch.float16):
+            product: Tensor = kernels.skinny_linear_fp8(x, weight, scale, bias)
+            return product
         wide = F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float())
         return wide.to(x.dtype)
 

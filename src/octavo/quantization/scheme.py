@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Fp8Tokens(NamedTuple):
+    """Activations quantised token by token, where the operation that made them did so: x ~ values * scale.
+
+    values: float8_e4m3fn [T, features]; scale: float32 [T, 1].
+    """
+
+    values: Tensor
+    scale: Tensor
 
 
 class LinearLayer(nn.Module):
@@ -40,6 +50,12 @@ class LinearScheme(Protocol):
         """
         ...
 
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        """x: [T, in_features] in the layer's dtype. Returns a new tensor [T, out_features] of that dtype."""
+    def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
+        """Whether `apply` would quantise activations that have the tokens, dtype and device of `like`: then they may
+        as well come as Fp8Tokens."""
+        ...
+
+    def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
+        """x: [T, in_features] in the layer's dtype, or Fp8Tokens if `takes_fp8`. Returns a new tensor
+        [T, out_features] of the layer's dtype."""
         ...

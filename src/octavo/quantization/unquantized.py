@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer
 
 _CPU_DTYPES = (torch.bfloat16, torch.float32)
 _SKINNY_DTYPES = (torch.bfloat16, torch.float16)
@@ -58,7 +58,11 @@ class UnquantizedScheme:
             layer.packed_bias = None if layer.bias is None else layer.bias.data
             layer.weight = None
 
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
+    def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
+        return False
+
+    def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
+        assert isinstance(x, Tensor)
         packed = layer.packed_weight
         if packed is None:
             assert layer.weight is not None

@@ -146,11 +146,16 @@ class StepGraphs:
         return len(self._graphs)
 
     def _order(self) -> list[tuple[int, int]]:
-        """All keys, the first one last: the largest, in whose memory all others then find room; of decode steps,
-        round sizes before those between; then mixed steps."""
-        decodes = sorted(self._decode_sizes, key=lambda n: (n != self._decode_sizes[-1], n.bit_count(), n))
+        """All keys, the first one last: the largest, in whose memory all others then find room; decode steps of round
+        sizes, then mixed steps of few rows, then what lies between."""
+        largest = self._decode_sizes[-1]
+        decodes = sorted(self._decode_sizes, key=lambda n: (n != largest, n.bit_count(), n))
+        num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
+        keys = [(n, n) for n in decodes]
         mixed = [self._mixed(tokens, rows) for rows in self._mixed_rows for tokens in self._mixed_tokens]
-        return [*reversed(mixed), *((n, n) for n in reversed(decodes))]
+        num_few = len(self._mixed_tokens)
+        order = keys[:num_round] + mixed[:num_few] + keys[num_round:] + mixed[num_few:]
+        return order[::-1]
 
     def _key(self, num_tokens: int, num_rows: int, decodes: bool) -> tuple[int, int] | None:
         if decodes:

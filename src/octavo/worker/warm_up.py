@@ -59,12 +59,14 @@ class _Shapes:
     def cache(self) -> torch.Tensor:
         return self.zeros(2, 2, self.facts.num_kv_heads, self.block_size, self.facts.head_dim, dtype=self.kv_dtype)
 
-    def norm(self, tokens: int, delta: bool) -> None:
+    def norm(self, tokens: int, delta: bool, fp8: bool = False) -> None:
         x = self.zeros(tokens, self.facts.hidden_size)
-        self.kernels.rms_norm(x, x.clone() if delta else None, x[0].clone(), 1e-5)
+        compute = self.kernels.rms_norm_fp8 if fp8 else self.kernels.rms_norm
+        compute(x, x.clone() if delta else None, x[0].clone(), 1e-5)
 
-    def activation(self, tokens: int) -> None:
-        self.kernels.silu_and_mul(self.zeros(tokens, 2 * self.facts.intermediate_size))
+    def activation(self, tokens: int, fp8: bool = False) -> None:
+        compute = self.kernels.silu_and_mul_fp8 if fp8 else self.kernels.silu_and_mul
+        compute(self.zeros(tokens, 2 * self.facts.intermediate_size))
 
     def quantize(self, size: int) -> None:
         self.kernels.quantize_fp8(self.zeros(1, size))
@@ -139,5 +141,6 @@ def _jobs(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> list[C
         jobs += [partial(make.rope, tokens), partial(make.norm, tokens, True), partial(make.norm, tokens, False)]
         jobs.append(partial(make.activation, tokens))
     if make.fp8:
-        jobs += [partial(make.quantize, size) for size in {heads, hidden, inner}]
+        jobs += [partial(make.norm, 1, True, True), partial(make.norm, 1, False, True)]
+        jobs += [partial(make.activation, 1, True), partial(make.quantize, heads)]
     return [*jobs, make.rotation, make.inputs]

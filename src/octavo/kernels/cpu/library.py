@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = ("-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 _COMPILE_SECONDS = 120
 
 # As in kernels.cpp.
@@ -146,14 +146,17 @@ def _compiled(compiler: str, folder: Path) -> Path:
     """The library for this source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=10).stdout
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, "\n".join(flags).encode(), repr(_FLAGS).encode()]))
+    described = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
+    # Where vectors of 64 bytes are taken apart, -O3 takes 36 s instead of 11, and gains 2-8 %.
+    level = ("-O3",) if any("avx512f" in line.split() for line in described) else ("-O2", "-funroll-loops")
+    flags = *level, *_FLAGS
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *(text.encode() for text in (*described, *flags))]))
     path = folder / f"kernels-{key.hexdigest()[:24]}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as unfinished:
             made = Path(unfinished) / path.name
-            command = [compiler, *_FLAGS, str(SOURCE), "-o", str(made)]
+            command = [compiler, *flags, str(SOURCE), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_SECONDS)
             os.replace(made, path)
     return path

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SKINNY_MAX_M = 16  # up to here the callers prefer these kernels
 _LIMIT_M = 64  # up to here they work
@@ -120,23 +119,6 @@ def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
 
 
 @triton.jit
-def _prefetch_rows(w_ptr, row, first_k, num_rows, stride, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Ask L2 for the first BYTES of ROWS rows from (row, first_k). They may not have arrived on return.
-
-    BYTES and the addresses are multiples of 16.
-    """
-    rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [(w_ptr + rows * stride + first_k).to(tl.int64), tl.full((ROWS,), BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _to_operand(w, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """A weight tile in the dtype of the activations, exactly.
 
@@ -223,20 +205,12 @@ def _dot_kernel(
     HAS_SCALE: tl.constexpr,
     SWAP: tl.constexpr,
     FAST: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
 ):
     """Program (tile, split): out[:, BLOCK_N columns] over this split's share of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     steps = tl.cdiv(K, BLOCK_K)
     share = tl.cdiv(steps, SPLIT_K)
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
-    if USE_PDL:
-        # Before the wait nothing may be touched but constants: the kernel ahead is still running.
-        if PREFETCH_BYTES > 0:
-            _prefetch_rows(w_ptr, tile * BLOCK_N, first * BLOCK_K, N, K, BLOCK_N, PREFETCH_BYTES)
-        gdc_launch_dependents()
-        gdc_wait()
     m, n, k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
@@ -283,19 +257,12 @@ def _fma_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
 ):
     """Program (tile, split): a float32 sum for every element of the tile of W, added up along K at the end."""
     tile, split = tl.program_id(0), tl.program_id(1)
     steps = tl.cdiv(K, BLOCK_K)
     share = tl.cdiv(steps, SPLIT_K)
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
-    if USE_PDL:
-        if PREFETCH_BYTES > 0:
-            _prefetch_rows(w_ptr, tile * BLOCK_N, first * BLOCK_K, N, K, BLOCK_N, PREFETCH_BYTES)
-        gdc_launch_dependents()
-        gdc_wait()
     n, k = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -347,19 +314,17 @@ def skinny_linear(
     out: Tensor | None = None,
     *,
     plan: GemmPlan | None = None,
-    pdl: bool = False,
 ) -> Tensor:
     """x weightᵀ + bias, accumulated in float32 and rounded once. Returns [M, N] in x's dtype: `out` if given.
 
     x: bfloat16 or float16 [M, K], M in 1..64, rows contiguous; weight: [N, K] of x's dtype, contiguous; bias: [N];
-    out: [M, N], contiguous. plan: instead of the table's. pdl: launched by programmatic dependent launch; the weight
-    and the bias, but nothing else, may be read while the kernel ahead on the stream still runs.
+    out: [M, N], contiguous. plan: instead of the table's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
     """
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}; they must be the same")
-    return _product(x, weight, None, bias, out, plan, pdl)
+    return _product(x, weight, None, bias, out, plan)
 
 
 def skinny_linear_fp8(
@@ -370,7 +335,6 @@ def skinny_linear_fp8(
     out: Tensor | None = None,
     *,
     plan: GemmPlan | None = None,
-    pdl: bool = False,
 ) -> Tensor:
     """x (weight · weight_scale)ᵀ + bias with the activations in full: W8A16. The rest as for `skinny_linear`.
 
@@ -378,7 +342,7 @@ def skinny_linear_fp8(
     """
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"weight is {weight.dtype}; expected torch.float8_e4m3fn")
-    return _product(x, weight, weight_scale, bias, out, plan, pdl)
+    return _product(x, weight, weight_scale, bias, out, plan)
 
 
 def _product(
@@ -388,7 +352,6 @@ def _product(
     bias: Tensor | None,
     out: Tensor | None,
     plan: GemmPlan | None,
-    pdl: bool,
 ) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
     if not 1 <= m <= _LIMIT_M or weight.shape[1] != k or x.stride(1) != 1 or not weight.is_contiguous():
@@ -406,7 +369,6 @@ def _product(
     if tiles > _MAX_TILES:
         split_k = 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
-    prefetch_bytes = _prefetch_bytes(plan, split_k, k, weight.element_size()) if pdl else 0
     shared = {
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
@@ -415,13 +377,9 @@ def _product(
         "EVEN_K": k % plan.block_k == 0,
         "HAS_BIAS": bias is not None,
         "HAS_SCALE": scale is not None,
-        "USE_PDL": pdl,
-        "PREFETCH_BYTES": prefetch_bytes,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
-    if pdl:
-        shared["launch_pdl"] = True
     pointers = (x, weight, bias, scale, out, partial, counters)
     if plan.kind == "fma":
         if m > 2:
@@ -440,12 +398,3 @@ def _product(
         **shared,
     )
     return out
-
-
-def _prefetch_bytes(plan: GemmPlan, split_k: int, k: int, element_size: int) -> int:
-    """Of every row: as much as the pipeline will ask for first, and no more than the shortest split has."""
-    row_bytes, steps = k * element_size, triton.cdiv(k, plan.block_k)
-    share = triton.cdiv(steps, split_k)
-    shortest = k - (split_k - 1) * share * plan.block_k
-    wanted = min(plan.num_stages * plan.block_k, shortest) * element_size
-    return wanted // 16 * 16 if row_bytes % 16 == 0 and wanted > 0 else 0
