@@ -123,6 +123,7 @@ class ModelFacts:
     num_heads: int = 1
     hidden_size: int = 1
     intermediate_size: int = 1
+    qk_norm: bool = False
     sliding_window: int | None = None
     """The window of any layer that has one."""
 

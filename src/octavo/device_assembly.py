@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Seconds that recording CUDA graphs may take before the engine is ready; others are recorded when idle, or needed.
-_GRAPH_SECONDS = 0.6
+_GRAPH_SECONDS = 1.0
 
 
 def build_cuda(
@@ -46,7 +46,7 @@ def build_cuda(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.zeros(1, device=device)
     lap("CUDA")
-    compiling = compile_kernels(config, facts, _DTYPES[config.dtype])
+    compiling = compile_kernels(config, facts, _DTYPES[config.dtype], device)
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.options.quantization)
         torch.cuda.synchronize()

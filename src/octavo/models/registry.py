@@ -49,6 +49,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         num_heads=read.num_heads,
         hidden_size=read.hidden_size,
         intermediate_size=read.intermediate_size,
+        qk_norm=read.qk_norm,
         sliding_window=max((window for window in read.layer_windows if window is not None), default=None),
     )
 

@@ -1,8 +1,9 @@
 """Steps recorded as CUDA graphs: one launch in place of some three hundred.
 
-Recording a size takes tens of milliseconds, during which everybody waits, and running it unrecorded costs a few
-milliseconds of the host's time: so sizes are recorded when the engine starts or is idle, the most useful first, and
-at other times only once they have been used so often that waiting was worth it.
+Recording a size takes tens of milliseconds, during which everybody waits. So as many as a second allows are recorded
+when the engine starts, the most useful first, and the others while it is idle, or at their first use: launched one by
+one, a step of a small model takes 16 ms of the host's time, so that to wait for a better moment costs more
+(benchmarks/results/h200-2026-11-25.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,8 +38,6 @@ _DECODE_SIZES = (
 # Numbers of tokens that mixed steps are padded to, and of rows.
 _MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _MIXED_ROWS = (64, 256)
-# Uses of a size without its graph after which it is recorded whatever else waits: by then they cost about as much.
-_USES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +109,19 @@ class StepGraphs:
         self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
         # By tokens and rows. A mixed step has more tokens than rows, so it never shares its key with a decode step.
         self._graphs: dict[tuple[int, int], StepGraph] = {}
-        self._uses: Counter[tuple[int, int]] = Counter()  # without a graph, by the same
         self._left = self._order()  # keys that idle time goes to, the last one first; `record_next` takes from it
         self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def find(self, num_tokens: int, num_rows: int, decodes: bool) -> StepGraph | None:
-        """The smallest graph that holds such a step. None if no graph is that large, or it is better not to wait
-        for it to be recorded."""
+        """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
+        memory ran out."""
         key = self._key(num_tokens, num_rows, decodes)
         if key is None:
             return None
         if key not in self._graphs:
-            self._uses[key] += 1
-            if self._uses[key] > _USES:
-                self._try_record(key)
+            self._try_record(key)
         return self._graphs.get(key)
 
     def record_next(self) -> bool:

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 
 from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
+from octavo.worker.step_buffers import NUM_PARAMS
 
 _NUM_THREADS = 16
 
 
-def compile_kernels(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> Future[None]:
+def compile_kernels(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device) -> Future[None]:
     """Launch every kernel once on a few tokens, each from a thread of its own. The future is done when all have run;
-    its result raises what the first failure raised."""
+    its result raises what the first failure raised.
+
+    Triton compiles a kernel for its types and constants, and for which of its integers are 1 or multiples of 16: so
+    all of these are here what they will be. What a request's own wishes need (top_p, penalties, logprobs) is left to
+    the first request that has them.
+    """
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="compile")
-    jobs = [pool.submit(_run, job) for job in _jobs(config, facts, dtype)]
+    jobs = [pool.submit(_run, job, device) for job in kernel_jobs(config, facts, dtype, device)]
     pool.shutdown(wait=False)
     done: Future[None] = Future()
 
@@ -35,47 +42,55 @@ def compile_kernels(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype)
     return done
 
 
-def _run(job: Callable[[], object]) -> None:
-    with torch.cuda.stream(torch.cuda.Stream()):
+def _run(job: Callable[[], object], device: torch.device) -> None:
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         job()
 
 
 class _Shapes:
     """The engine's shapes, and one call of each kernel as it will be compiled for them, on as little as that takes."""
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> None:
-        self.facts, self.dtype, self.block_size = facts, dtype, config.block_size
+    def __init__(self, config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device) -> None:
+        self.facts, self.dtype, self.device, self.block_size = facts, dtype, device, config.block_size
+        self.max_model_len = config.max_model_len
         self.kernels = triton.get()
         self.kv_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
         self.fp8 = config.options.quantization == "fp8"
         self.num_all = facts.num_heads + 2 * facts.num_kv_heads
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype or self.dtype, device="cuda")
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     def ints(self, *values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def token_table(self) -> torch.Tensor:
+        return self.zeros(1, self.max_model_len + 1, dtype=torch.int32)
+
+    def block_table(self) -> torch.Tensor:
+        return self.zeros(1, -(-self.max_model_len // self.block_size), dtype=torch.int32)
 
     def cache(self) -> torch.Tensor:
         return self.zeros(2, 2, self.facts.num_kv_heads, self.block_size, self.facts.head_dim, dtype=self.kv_dtype)
 
-    def norm(self, tokens: int, delta: bool, fp8: bool = False) -> None:
-        x = self.zeros(tokens, self.facts.hidden_size)
+    def norm(self, delta: bool, fp8: bool = False) -> None:
+        x = self.zeros(1, self.facts.hidden_size)
         compute = self.kernels.rms_norm_fp8 if fp8 else self.kernels.rms_norm
         compute(x, x.clone() if delta else None, x[0].clone(), 1e-5)
 
-    def activation(self, tokens: int, fp8: bool = False) -> None:
+    def activation(self, fp8: bool = False) -> None:
         compute = self.kernels.silu_and_mul_fp8 if fp8 else self.kernels.silu_and_mul
-        compute(self.zeros(tokens, 2 * self.facts.intermediate_size))
+        compute(self.zeros(1, 2 * self.facts.intermediate_size))
 
-    def quantize(self, size: int) -> None:
-        self.kernels.quantize_fp8(self.zeros(1, size))
+    def quantize(self) -> None:
+        self.kernels.quantize_fp8(self.zeros(1, self.facts.num_heads * self.facts.head_dim))
 
     def rope(self, tokens: int) -> None:
         heads, dim = (self.facts.num_heads, self.facts.num_kv_heads), self.facts.head_dim
         angles, where = self.zeros(tokens, 1, dim), self.zeros(tokens, dtype=torch.int64)
         qkv = self.zeros(tokens, self.num_all * dim)
-        self.kernels.qk_norm_rope_write_kv(qkv, angles, angles, None, 0.0, where, self.cache(), *heads)
+        norm = self.zeros(sum(heads), dim) if self.facts.qk_norm else None
+        self.kernels.qk_norm_rope_write_kv(qkv, angles, angles, norm, 0.0, where, self.cache(), *heads)
 
     def rotation(self) -> None:
         dim = self.facts.head_dim
@@ -87,7 +102,7 @@ class _Shapes:
         qkv = self.zeros(1, self.num_all * dim)
         query, out = qkv.view(1, self.num_all, dim)[:, :heads], self.zeros(1, heads, dim)
         scratch = self.kernels.decode_scratch(1, 1, heads, kv_heads, dim, query.device)
-        where = self.zeros(1, 1, dtype=torch.int32), self.ints(0), self.ints(0, 1)
+        where = self.block_table(), self.ints(0), self.ints(0, 1)
         items = self.ints(0, 0, 1, 0, 1, 0)[None]
         self.kernels.paged_decode(query, self.cache(), *where, items, out, scratch, dim**-0.5, None)
 
@@ -95,27 +110,42 @@ class _Shapes:
         heads, dim = self.facts.num_heads, self.facts.head_dim
         qkv = self.zeros(2, self.num_all * dim)
         query, out = qkv.view(2, self.num_all, dim)[:, :heads], self.zeros(2, heads, dim)
-        where = self.zeros(1, 1, dtype=torch.int32), self.ints(0), self.ints(0), self.ints(0, 2), self.ints(0, 0)[None]
+        where = self.block_table(), self.ints(0), self.ints(0), self.ints(0, 2), self.ints(0, 0)[None]
         self.kernels.paged_prefill(query, self.cache(), *where, out, dim**-0.5, None)
 
     def inputs(self) -> None:
-        slots, starts, cu_q, table = self.ints(0), self.ints(0), self.ints(0, 1), self.zeros(1, 1, dtype=torch.int32)
+        slots, starts, cu_q = self.ints(0), self.ints(0), self.ints(0, 1)
+        tables = self.token_table(), self.block_table()
         made = self.zeros(1, dtype=torch.int32), self.zeros(1, dtype=torch.int64), self.zeros(1, dtype=torch.int64)
-        self.kernels.build_inputs(slots, starts, cu_q, table, table, self.block_size, *made)
+        self.kernels.build_inputs(slots, starts, cu_q, *tables, self.block_size, *made)
+        params = self.zeros(1, NUM_PARAMS, dtype=torch.int32)
+        diff = self.zeros(1 + NUM_PARAMS, dtype=torch.int32)  # of slot 0
+        self.kernels.apply_diff(diff, 0, 0, 0, 0, 0, 0, 1, *tables, params)
         hidden = self.zeros(1, self.facts.hidden_size)
         self.kernels.gather_last(hidden, cu_q, hidden.clone())
 
-    def draw(self, rows: int) -> None:
-        """Compiled anew for each power of two that the vocabulary is split into, which goes by the rows."""
-        logits = self.zeros(1, self.facts.vocab_size).expand(rows, -1)
-        padding, table = torch.full((rows,), -1, dtype=torch.int32, device="cuda"), self.zeros(1, 16, dtype=torch.int32)
-        out = self.zeros(rows, 2, dtype=torch.int32)
-        self.kernels.draw_tokens(logits, padding, padding, table, padding, table, out)
+    def draw(self) -> None:
+        """One kernel, and one for each power of two that the vocabulary is split into, which goes by the rows."""
+        logits, padding = self.zeros(1, self.facts.vocab_size), self.ints(-1)
+        tables = self.zeros(1, NUM_PARAMS, dtype=torch.int32), padding, self.token_table()
+        for rows in (1, 32, 64, 128, 256, 512, 1024):
+            out, programs = self.zeros(1, 2, dtype=torch.int32), self.kernels.PROGRAMS // rows
+            self.kernels.draw_tokens(logits, padding, padding, *tables, out, programs)
 
-    def skinny(self, m: int, n: int, k: int, fp8: bool) -> None:
-        """The plan of the whole product, on two tiles of it: what is compiled depends on the plan."""
-        plan = self.kernels.GemmPlan.of(m, n, k, 1 if fp8 else 2)
-        size = 2 * plan.block_k * plan.split_k
+    def gather(self) -> None:
+        capacity = 16 + self.max_model_len % 16
+        buffer = self.zeros(2, self.facts.num_kv_heads, capacity, self.facts.head_dim)
+        self.kernels.gather_kv(self.cache(), self.block_table()[0], 1, buffer)
+
+    def merge(self, count: int) -> None:
+        """Parts as cuDNN leaves them: tokens first."""
+        heads, dim, tokens = self.facts.num_heads, self.facts.head_dim, 16
+        part, sums = self.zeros(tokens, heads, dim).transpose(0, 1), self.zeros(heads, tokens, dtype=torch.float32)
+        self.kernels.merge_attention([part] * count, [sums] * count, self.zeros(tokens, heads, dim))
+
+    def skinny(self, plan: Any, m: int, fp8: bool, even: bool) -> None:
+        """Two tiles of a product that is cut up by this plan. even: K is a multiple of its block_k."""
+        size = 2 * plan.block_k * plan.split_k - (0 if even else 16)
         x, weight = self.zeros(m, size), self.zeros(2 * plan.block_n, size)
         if fp8:
             scale = self.zeros(2 * plan.block_n, dtype=torch.float32)
@@ -123,24 +153,37 @@ class _Shapes:
         else:
             self.kernels.skinny_linear(x, weight, plan=plan)
 
+    def skinny_jobs(self) -> list[Callable[[], object]]:
+        """One for each plan that a layer, or the output head, follows for any number of tokens."""
+        facts = self.facts
+        heads, hidden, inner = facts.num_heads * facts.head_dim, facts.hidden_size, facts.intermediate_size
+        layer = (self.num_all * facts.head_dim, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)
+        products = [(n, k, self.fp8) for n, k in layer] + [(facts.vocab_size, hidden, False)]
+        found = {}
+        for m in (1, 2, self.kernels.SKINNY_MAX_M):
+            for n, k, fp8 in products:
+                plan = self.kernels.GemmPlan.of(m, n, k, 1 if fp8 else 2)
+                variant = plan, m if plan.kind == "fma" else self.kernels.SKINNY_MAX_M, fp8, k % plan.block_k == 0
+                found[variant] = partial(self.skinny, *variant)
+        return list(found.values())
 
-def _jobs(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype) -> list[Callable[[], object]]:
-    """The slowest to compile first."""
-    make = _Shapes(config, facts, dtype)
+
+def kernel_jobs(
+    config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], object]]:
+    """Each launches a kernel as steps will, in one of the ways it is compiled for. The slowest to compile first."""
+    make = _Shapes(config, facts, dtype, device)
     jobs: list[Callable[[], object]] = []
     if config.options.attention_backend != "torch":
         jobs += [make.prefill, make.decode]
-    heads, hidden, inner = facts.num_heads * facts.head_dim, facts.hidden_size, facts.intermediate_size
+    if config.options.attention_backend == "auto":
+        most = min(make.kernels.MAX_PARTS, 1 + (config.max_model_len // 256).bit_length())
+        jobs += [make.gather, *(partial(make.merge, count) for count in range(2, most + 1))]
     if dtype.itemsize == 2:
-        products = [(make.num_all * facts.head_dim, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)]
-        for m in (1, 16):
-            jobs += [partial(make.skinny, m, n, k, make.fp8) for n, k in products]
-            jobs.append(partial(make.skinny, m, facts.vocab_size, hidden, False))
-    jobs += [partial(make.draw, rows) for rows in (1, 32, 64, 128, 256, 512, 1024)]
-    for tokens in (1, 128):
-        jobs += [partial(make.rope, tokens), partial(make.norm, tokens, True), partial(make.norm, tokens, False)]
-        jobs.append(partial(make.activation, tokens))
+        jobs += make.skinny_jobs()
+    jobs += [make.draw, partial(make.rope, 1), partial(make.rope, 64), make.activation]
+    jobs += [partial(make.norm, delta) for delta in (False, True)]
     if make.fp8:
-        jobs += [partial(make.norm, 1, True, True), partial(make.norm, 1, False, True)]
-        jobs += [partial(make.activation, 1, True), partial(make.quantize, heads)]
+        jobs += [partial(make.norm, delta, fp8=True) for delta in (False, True)]
+        jobs += [partial(make.activation, fp8=True), make.quantize]
     return [*jobs, make.rotation, make.inputs]

@@ -292,7 +292,7 @@ def paged_prefill(
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["table_ptr"])
 def _gather_kv(
     cache_ptr,
     table_ptr,

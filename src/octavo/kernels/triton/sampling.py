@@ -21,7 +21,7 @@ STREAM_LOW, STREAM_HIGH, NUM_PROMPT_TOKENS, MIN_TOKENS, FLAGS, NUM_LOGPROBS, PEN
 
 _BLOCK = 1024
 # A launch aims at this many programs: 32 for each of a large chip's 132 multiprocessors.
-_PROGRAMS = 132 * 32
+PROGRAMS = 132 * 32
 _MAX_SPLITS = 256
 
 _WORDS = tl.constexpr(NUM_PARAMS)
@@ -230,7 +230,7 @@ def draw_tokens(
     samples: Tensor,
     token_ids_table: Tensor,
     out: Tensor,
-    programs: int = _PROGRAMS,
+    programs: int = PROGRAMS,
 ) -> None:
     """Draw one token for each row that samples. Two launches; nothing waits, so a CUDA graph can hold it.
 
@@ -274,7 +274,7 @@ def redraw_tokens(
     token is counted there for the slots that have a penalty row. The rest: as for `draw_tokens`.
     """
     num_rows, vocab_size = row_slots.shape[0], logits.shape[1]
-    splits, blocks_per_split = _split(num_rows, vocab_size, _PROGRAMS)
+    splits, blocks_per_split = _split(num_rows, vocab_size, PROGRAMS)
     partial = torch.empty(3, num_rows, splits, dtype=torch.int32, device=logits.device)
     cut_keys, cut_ids = cuts if cuts is not None else (row_slots, row_slots)
     _best_of_split_kernel[(num_rows, splits)](

@@ -1,0 +1,147 @@
+"""What is compiled ahead is all that plain requests will launch: nothing is left to compile in a step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from octavo.attention.long_prefill import CudnnPrefill, LongPrefillShape, NoLongPrefill, Thresholds
+from octavo.attention.triton import TritonAttention
+from octavo.config import ModelFacts, SchedulerConfig
+from octavo.distributed.executor import DeviceExecutor
+from octavo.engine.engine import Engine
+from octavo.kernels import triton
+from octavo.loading.weights import dummy_weights
+from octavo.models.registry import build_model
+from octavo.protocol.request import Request
+from octavo.protocol.sampling import SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.sampler.device_sampler import DeviceSampler
+from octavo.worker.warm_up import kernel_jobs
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads what Triton's interpreter is told")
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCAB, BLOCK = 4, 2, 64, 48, 80, 112, 16
+
+
+def variant(function: InterpretedFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles anew for: constants, types, and which integers and addresses are 1 or multiples of 16."""
+    options = function.kwargs
+    fixed, any_alignment = (options[name] or () for name in ("do_not_specialize", "do_not_specialize_on_alignment"))
+    signature = inspect.signature(function.fn)
+    launch = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+    bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in launch})
+    found: list[Any] = [function.fn.__name__, *sorted(launch.items(), key=str)]
+    for name, value in bound.arguments.items():
+        aligned: Any = "-"
+        if "constexpr" in str(signature.parameters[name].annotation):
+            found.append((name, value))
+            continue
+        if isinstance(value, torch.Tensor):
+            kind, address = str(value.dtype), value.data_ptr()
+        elif isinstance(value, int) and not isinstance(value, bool):
+            kind, address = "int", value
+        else:
+            found.append((name, type(value).__name__))
+            continue
+        if name not in fixed:
+            aligned = "1" if kind == "int" and address == 1 else "-" if name in any_alignment else address % 16 == 0
+        found.append((name, kind, aligned))
+    return tuple(found)
+
+
+@contextmanager
+def launches() -> Iterator[set[tuple[Any, ...]]]:
+    """The variants of all kernels that are launched meanwhile."""
+    seen: set[tuple[Any, ...]] = set()
+    run = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        seen.add(variant(self, args, kwargs))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(InterpretedFunction, "run", noted)
+        yield seen
+
+
+def dense(query: torch.Tensor, *_rest: Any) -> Any:
+    """Laid out as cuDNN does: like the queries, tokens first. What it computes does not matter here."""
+    _, heads, tokens, dim = query.shape
+    part = torch.zeros(1, tokens, heads, dim, dtype=query.dtype).transpose(1, 2)
+    return part, torch.zeros(1, heads, tokens)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize(("family", "max_model_len"), [("Qwen3ForCausalLM", 96), ("LlamaForCausalLM", 1100)])
+def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> None:
+    triton.load()
+    config = {
+        "architectures": [family],
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "max_position_embeddings": max_model_len,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+    model = build_model(config, DTYPE, CPU)
+    model.load_weights(dummy_weights(model, 0, CPU))
+    facts = ModelFacts(
+        max_position_embeddings=max_model_len,
+        vocab_size=VOCAB,
+        num_layers=1,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        num_heads=HEADS,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        qk_norm=family.startswith("Qwen3"),
+    )
+    options = SimpleNamespace(kv_cache_dtype="auto", quantization=None, attention_backend="auto")
+    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options)
+    with launches() as compiled:
+        for job in kernel_jobs(engine_config, facts, DTYPE, CPU):
+            if "skinny" not in str(job):  # on a CPU, no layer asks for it
+                job()
+
+    limits = DeviceLimits(max_num_seqs=4, max_num_batched_tokens=600, max_model_len=max_model_len, block_size=BLOCK)
+    num_blocks = 5 * -(-max_model_len // BLOCK)
+    shape = LongPrefillShape(HEADS, KV_HEADS, DIM, DTYPE, DTYPE, BLOCK, max_model_len, None, CPU)
+    long = CudnnPrefill(shape, Thresholds(256, 256), 256, dense) if max_model_len > 1000 else NoLongPrefill()
+    cache = torch.zeros(1, num_blocks, 2, KV_HEADS, BLOCK, DIM, dtype=DTYPE)
+    attention = TritonAttention(cache, HEADS, 4, limits.max_num_seqs, long)
+    runner = DeviceRunner(
+        model, attention, DeviceSampler(4, VOCAB, CPU), DeviceSlots(limits, CPU), limits, use_graphs=False
+    )
+    scheduling = SchedulerConfig(
+        max_num_seqs=4, max_num_batched_tokens=600, max_model_len=max_model_len, block_size=BLOCK, num_blocks=num_blocks
+    )
+    engine = Engine(Scheduler(scheduling), DeviceExecutor(runner), 2)
+    with launches() as launched:
+        for index, length in enumerate((3, 40, max_model_len - 10, 17, 1)):
+            sampling = SamplingParams(temperature=float(index % 2), seed=index)
+            prompt = [(index + i) % VOCAB for i in range(length)]
+            engine.add(
+                Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling, max_tokens=2 + index % 2)
+            )
+        while engine.has_work:
+            engine.step()
+    assert len({found[0] for found in launched}) >= 8
+    missing = launched - compiled
+    names = {found[0] for found in missing}
+    assert not missing, "\n".join(map(str, missing | {found for found in compiled if found[0] in names}))
