@@ -8,6 +8,9 @@ MODEL ?= smollm2
 PORT ?= 8000
 BIN := .venv/bin
 
+# Tests that start servers.
+WHOLE_MACHINE := tests/e2e tests/server tests/engine tests/examples
+
 # Stamps: nothing is installed again until pyproject.toml changes.
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
@@ -21,9 +24,11 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/octavo serve $(MODEL) --port $(PORT)
 
+# Two at a time, then those that start servers, which want every core.
 test: lint
 	$(BIN)/octavo pull smollm2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(addprefix --ignore=,$(WHOLE_MACHINE))
+	$(BIN)/python -m pytest $(WHOLE_MACHINE)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ except ImportError:  # the table needs none
     pyplot = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
-TICKS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20)
+TICKS = (0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20)
 Row = dict[str, Any]
 
 

@@ -28,13 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str:
-    """The commit that is measured: from git, else $GIT_COMMIT, else "unknown". "+" marks uncommitted changes."""
+    """The commit that is measured: $GIT_COMMIT, else from git, else "unknown". "+" marks uncommitted changes."""
+    if told := os.environ.get("GIT_COMMIT"):
+        return told
     try:
         head = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
         found = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         found = ""
-    return found or os.environ.get("GIT_COMMIT", "unknown")
+    return found or "unknown"
 
 
 def machine() -> Row:

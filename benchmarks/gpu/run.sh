@@ -16,7 +16,7 @@
 #   SERVE_FLAGS   (none)                further flags of octavo serve
 #   RATES         10,30,inf             requests a second of the served section
 #   REPEAT        2                     runs of each workload
-#   GIT_COMMIT    (none)                the commit, where there is no git
+#   GIT_COMMIT    (from git)            the commit, where git does not know it
 #   LIMIT_S       540                   seconds a section may take
 set -u
 root=$(cd "$(dirname "$0")/../.." && pwd)
