@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Octavo on one GPU, section by section, and reports beside the bar (bar.json).
 #
-#   benchmarks/gpu/run.sh SECTION …       sections: checks offline-8b offline-0.6b fp8 startup served long report
+#   benchmarks/gpu/run.sh all|SECTION …   sections: checks offline-8b offline-0.6b fp8 startup served long report
 #
 # Run it from anywhere, with python3, torch and triton there; Octavo is taken from src/ of this checkout. Each section
 # is one call of at most nine minutes; it appends rows to $OUT_DIR/gpu-rows.jsonl. `report` makes the table and the
@@ -113,6 +113,7 @@ if [ $# -eq 0 ]; then
   sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"
   exit 2
 fi
+[ "$*" != all ] || set -- checks offline-8b offline-0.6b fp8 startup served long report
 failed=()
 for name in "$@"; do
   began=$SECONDS

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.attention.long_prefill import (
@@ -20,6 +22,7 @@ from octavo.attention.long_prefill import (
     _powers,
 )
 from octavo.kernels.reference.prefill_attention import paged_prefill
+from octavo.kernels.triton.prefill_attention import MAX_PARTS
 
 CPU = torch.device("cpu")
 SHAPE = LongPrefillShape(2, 1, 64, torch.bfloat16, torch.bfloat16, 16, 2048, None, CPU)
@@ -98,11 +101,43 @@ def test_dense_pieces_equal_the_oracle(
     assert set(dense.asked) <= {(256, 256, True)} | {(256, 256 << i, False) for i in range(3)}
 
 
-def test_one_merge_takes_all_runs_of_the_longest_context() -> None:
-    long = replace(SHAPE, max_context=40_000)
-    strategy = CudnnPrefill(long, EVERYTHING, 256, Dense())
-    assert strategy.prepare([Row(0, 39_000, 999)], torch.zeros(1, 2500)) == {0: (424, 936)}  # grain 512
-    assert _powers(512, 40_000) == [512, 1024, 2048, 4096, 8192, 16_384, 32_768]
+def test_what_pieces_leave_is_cut_into_quarters() -> None:
+    shape = replace(SHAPE, max_context=4096)
+    query, cache, tables = problem([Row(0, 500, 2400)], shape)
+    dense = Dense()
+    strategy = CudnnPrefill(shape, EVERYTHING, 1024, dense)
+    assert strategy.prepare([Row(0, 500, 2400)], tables) == {0: (12, 12 + 2 * 1024 + 256)}
+    out, expected = (torch.full(query.shape, torch.nan, dtype=query.dtype) for _ in range(2))
+    strategy.forward(0, query, cache, out, 0.2)
+    paged_prefill(query, cache, tables, [(0, 500, 2400)], expected, 0.2)
+    torch.testing.assert_close(out[12:2316], expected[12:2316], rtol=2e-2, atol=2e-2)
+    assert out[:12].isnan().all()
+    assert out[2316:].isnan().all()
+    assert {queries for queries, _, _ in dense.asked} == {1024, 256}
+
+
+def test_the_grain_grows_with_the_context() -> None:
+    strategy = CudnnPrefill(replace(SHAPE, max_context=40_000), EVERYTHING, 256, Dense())
+    assert strategy.prepare([Row(0, 39_000, 999)], torch.zeros(1, 2500)) == {0: (424, 936)}
+    assert strategy.prepare([Row(0, 1000, 900)], torch.zeros(1, 2500)) == {0: (24, 792)}
+
+
+@given(st.integers(0, 900_000), st.integers(2, 20_000), st.sampled_from([256, 768, 2048]))
+def test_pieces_follow_each_other_and_one_merge_takes_what_each_sees(start: int, length: int, piece: int) -> None:
+    strategy = CudnnPrefill(replace(SHAPE, max_context=1), EVERYTHING, piece, Dense())
+    taken = strategy.prepare([Row(0, start, length)], torch.zeros(1, 1))
+    if not taken:
+        return
+    at, last = taken[0]
+    for cut in strategy._rows[0].pieces:
+        assert (cut.token, cut.position) == (at, start + at)
+        runs = [run for run in _powers(256, cut.position) if cut.position & run]
+        assert sum(runs) == cut.position
+        assert len(runs) < MAX_PARTS
+        at += cut.length
+    assert at == last <= length
+    if start + length <= 32_768:
+        assert length - (last - taken[0][0]) < 256 + max(256, piece // 4 + 256)
 
 
 def test_short_rows_are_left_to_the_kernel() -> None:

@@ -77,12 +77,17 @@ class NoLongPrefill:
         """Nothing was taken."""
 
 
+_GRAIN = 256  # tokens; pieces and runs are multiples of it
+_MAX_RUNS = 7  # with the piece's own keys, what one merge takes
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Queries of one row that are attended at once. token: the first one in the flat batch; position: in the row."""
 
     token: int
     position: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,11 @@ class _DenseRow:
 class CudnnPrefill:
     """Rows gathered from their blocks and attended densely, by cuDNN, in pieces of few different shapes.
 
-    cuDNN makes a plan for each new shape, in some 5 ms, and keeps it for the thread that asked. So queries
-    are cut into pieces of `piece` tokens that begin at multiples of `grain`, and a piece sees its own keys causally,
-    and those before it in runs of `grain` * 2^i keys, without a mask. Runs are merged by their log-sum-exp.
-    Tokens before the first such multiple and after the last whole piece are not taken.
+    cuDNN makes a plan for each new shape, in some 5 ms, and keeps it for the thread that asked. So queries are cut into
+    pieces of `piece` tokens, and what is left of them into pieces of a quarter. They begin at multiples of a grain of
+    256 * 2^i tokens; a piece sees its own keys causally, and those before it in runs of 256 * 2^i keys, without a mask.
+    Runs are merged by their log-sum-exp: the grain goes by the row's context, so that there are at most seven. Tokens
+    before the first multiple of the grain and after the last piece are not taken.
     """
 
     def __init__(
@@ -112,15 +118,12 @@ class CudnnPrefill:
 
         piece: a multiple of 256. Raises ValueError for a shape that is not served."""
         _check(shape, head_dims=range(64, 129, 8), kv_dtypes=(*_HALF, torch.float8_e4m3fn))
-        if piece % 256:
-            raise ValueError(f"piece={piece} must be a multiple of 256")
-        self._shape, self._piece = shape, piece
+        if piece % _GRAIN:
+            raise ValueError(f"piece={piece} must be a multiple of {_GRAIN}")
+        self._shape = shape
+        self._lengths = piece, piece // 4
         self._thresholds = thresholds or Thresholds()
         self._attend = attend or cudnn_attention
-        # At most 7 runs and the diagonal, so that one merge takes them all: max_context < 128 * grain.
-        self._grain = 256
-        while shape.max_context >= 128 * self._grain:
-            self._grain *= 2
         size = (2, shape.num_kv_heads, shape.max_context, shape.head_dim)
         self._kv = torch.empty(size, dtype=shape.dtype, device=shape.device)  # of the row at hand; `forward` writes
         self._rows: list[_DenseRow] = []  # of this step; `prepare` writes
@@ -131,28 +134,41 @@ class CudnnPrefill:
         taken = {}
         token = 0
         for index, row in enumerate(rows):
-            first = -row.start % self._grain
-            count = (row.length - first) // self._piece
-            if self._thresholds.admits(row) and count > 0:
-                last = first + count * self._piece
-                pieces = [_Piece(token + i, row.start + i) for i in range(first, last, self._piece)]
+            pieces = self._cut(row, token) if self._thresholds.admits(row) else []
+            if pieces:
+                first = pieces[0].token - token
+                last = first + sum(piece.length for piece in pieces)
                 self._rows.append(_DenseRow(row.slot, row.start + last, pieces))
                 taken[index] = (first, last)
             token += row.length
         return taken
 
+    def _cut(self, row: PlanRow, token: int) -> list[_Piece]:
+        """The row's pieces, one after the other. token: the row's first one in the flat batch."""
+        grain = _GRAIN
+        while row.start + row.length > grain << _MAX_RUNS:
+            grain *= 2
+        pieces = []
+        at = -row.start % grain
+        for wanted in self._lengths:
+            length = -(-wanted // grain) * grain
+            while row.length - at >= length:
+                pieces.append(_Piece(token + at, row.start + at, length))
+                at += length
+        return pieces
+
     def forward(self, layer_index: int, query: Tensor, cache: Tensor, out: Tensor, scale: float) -> None:  # noqa: ARG002
         for row in self._rows:
             gather_kv(cache, self._block_tables[row.slot], row.num_keys, self._kv)
             for piece in row.pieces:
-                tokens = slice(piece.token, piece.token + self._piece)
+                tokens = slice(piece.token, piece.token + piece.length)
                 self._attend_piece(query[tokens], piece.position, out[tokens], scale)
 
     def _attend_piece(self, query: Tensor, position: int, out: Tensor, scale: float) -> None:
-        """query, out: [piece, num_heads, head_dim], from `position` on."""
-        results = [self._dense(query, position, self._piece, True, scale)]
+        """query, out: [length, num_heads, head_dim], from `position` on."""
+        results = [self._dense(query, position, len(query), True, scale)]
         first = 0
-        for run in reversed(_powers(self._grain, position)):
+        for run in reversed(_powers(_GRAIN, position)):
             if position & run:
                 results.append(self._dense(query, first, run, False, scale))
                 first += run
