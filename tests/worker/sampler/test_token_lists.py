@@ -128,10 +128,20 @@ def test_processors_see_the_tokens_and_come_before_all_else(draw: Draw) -> None:
     assert draw(biased, torch.zeros(VOCAB), 2) == [11, 11]
 
 
+def shorten(_: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits[:3]
+
+
+def forget(_: list[int], logits: torch.Tensor) -> None:
+    logits += 1
+
+
+def fail(_: list[int], logits: torch.Tensor) -> float:
+    return logits.numel() / 0
+
+
 @BOTH
-@pytest.mark.parametrize(
-    "wrong", [lambda output, logits: logits[:3], lambda output, logits: None, lambda output, logits: 1 / 0]
-)
+@pytest.mark.parametrize("wrong", [shorten, forget, fail])
 def test_a_processor_that_fails_ends_its_row_and_says_why(
     draw: Draw, wrong: object, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,6 +182,6 @@ def test_words_must_be_ids_and_those_outside_the_vocabulary_cannot_come() -> Non
 
 
 def test_how_a_processor_is_called_is_read_from_its_signature() -> None:
-    assert not takes_prompt(lambda output, logits: logits)
-    assert not takes_prompt(lambda output, logits, scale=2.0: logits)
-    assert takes_prompt(lambda prompt, output, logits: logits)
+    assert not takes_prompt(shorten)
+    assert not takes_prompt(lambda output, logits, scale=2.0: logits * scale * len(output))
+    assert takes_prompt(lambda prompt, output, logits: logits[prompt + output])
