@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from octavo.assembly import build_engine
 from octavo.config import DEFAULT_MODEL, engine_options
+from octavo.loading.generation_config import choose_generation_config
 from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from octavo.protocol.beam_search import BeamSearchParams, beams_of
 from octavo.protocol.outputs import SchedulerStats
@@ -62,7 +63,9 @@ class LLM:
         built = build_engine(self._options)
         self._engine = built.engine
         self.config = built.config
-        self._defaults = generation_defaults(built.source.generation_config)
+        self._defaults = generation_defaults(
+            choose_generation_config(self._options.generation_config, built.source.generation_config)
+        )
         self._vocab_size = built.ready.vocab_size
         self._max_model_len = built.ready.max_model_len
         self._eos_token_ids = built.source.eos_token_ids
@@ -320,7 +323,7 @@ class LLM:
         if job.search is not None:
             found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.ended]
             return found[: job.sampling.n]
-        return best_first(list(job.completions.values()), job.sampling)
+        return best_first(list(job.completions.values()), job.sampling.n)
 
     def _output(self, job: _Job) -> RequestOutput:
         generations = self._generations(job)

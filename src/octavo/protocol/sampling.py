@@ -44,7 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     best_of: n..128, how many completions to make, of which the n of the highest cumulative log-probability are
     returned; None for n.
     truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1 for as many as the context holds beside
-    max_tokens.
+    max_tokens, or beside 16 where that is None.
     bad_words: strings that the output may not hold, as the tokens that spell them, with and without a space before.
     A front end turns them into bad_words_token_ids: an output may not hold any of these sequences.
     allowed_token_ids: the only ids that may be drawn.
@@ -216,7 +216,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.truncate_prompt_tokens is None:
             return token_ids
         if self.truncate_prompt_tokens == -1:
-            return token_ids[-max(1, max_model_len - (self.max_tokens or 1)) :]
+            return token_ids[-max(1, max_model_len - (self.max_tokens or _DEFAULTS["max_tokens"])) :]
         return token_ids[-self.truncate_prompt_tokens :]
 
     def completions(self, fresh_seed: Callable[[], int]) -> list[SamplingParams]:
@@ -258,9 +258,16 @@ def sampling_from(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a model's generation_config.json asks for, where a request gives none."""
+    """The sampling parameters that a model's generation_config.json asks for, where a request gives none.
+
+    Raises ValueError for a value that no request could have.
+    """
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
     if generation_config.get("max_new_tokens") is not None:
         found["max_tokens"] = generation_config["max_new_tokens"]
+    try:
+        sampling_from(found)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
     return found

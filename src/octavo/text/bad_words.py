@@ -15,7 +15,7 @@ def spell_bad_words(sampling: SamplingParams, tokenizer: Tokenizer | None) -> Sa
     if not sampling.bad_words:
         return sampling
     if tokenizer is None:
-        raise ValueError("bad_words needs a tokenizer; allowed: bad_words_token_ids")
+        raise ValueError("bad_words needs a tokenizer: words are looked for as the tokens that spell them")
     texts = [space + word.lstrip() for word in sampling.bad_words for space in ("", " ")]
     found = [*(sampling.bad_words_token_ids or ()), *(tokenizer.encode(text, False) for text in texts)]
     distinct = dict.fromkeys(tuple(ids) for ids in found if ids)

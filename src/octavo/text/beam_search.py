@@ -33,7 +33,11 @@ class Beam:
     ends: bool = False
 
     def generation(
-        self, tokenizer: Tokenizer | None, sampling: SamplingParams, prompt_token_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer | None,
+        sampling: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        num_cached_tokens: int = 0,
     ) -> Generation:
         """The output as a front end's completion, with text as `sampling` wants it."""
         plain = sampling.replace(
@@ -41,7 +45,15 @@ class Beam:
         )
         generation = Generation(tokenizer, plain, prompt_token_ids)
         reason: FinishReason = "stop" if self.ends else "length"
-        generation.push(TokenOutput("", list(self.token_ids), list(self.logprobs), finish_reason=reason))
+        generation.push(
+            TokenOutput(
+                "",
+                list(self.token_ids),
+                list(self.logprobs),
+                finish_reason=reason,
+                num_cached_tokens=num_cached_tokens,
+            )
+        )
         return generation
 
 

@@ -155,12 +155,12 @@ class Generation:
         return logprobs
 
 
-def best_first(generations: list[Generation], sampling: SamplingParams) -> list[Generation]:
+def best_first(generations: list[Generation], n: int) -> list[Generation]:
     """The n of the highest cumulative log-probability where there are more, failed ones last; else all, as they are."""
-    if len(generations) <= sampling.n:
+    if len(generations) <= n:
         return generations
 
     def rank(generation: Generation) -> tuple[bool, float]:
         return generation.error is not None, -(generation.cumulative_logprob or 0.0)
 
-    return sorted(generations, key=rank)[: sampling.n]
+    return sorted(generations, key=rank)[:n]
