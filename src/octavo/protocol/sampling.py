@@ -223,10 +223,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """One for each of the best_of, else n, completions, with n=1 and a seed of its own: the given seed plus
         the completion's index, else a fresh one. Where the best are to be chosen, each has its log-probabilities."""
         logprobs = 0 if self.logprobs is None and self.num_completions > self.n else self.logprobs
-        one = self.replace(n=1, best_of=None, logprobs=logprobs)
         if self.seed is None or self.seed == -1:
-            return [one.replace(seed=fresh_seed()) for _ in range(self.num_completions)]
-        return [one.replace(seed=_wrapped(self.seed + index)) for index in range(self.num_completions)]
+            seeds = [fresh_seed() for _ in range(self.num_completions)]
+        else:
+            seeds = [_wrapped(self.seed + index) for index in range(self.num_completions)]
+        return [self.replace(n=1, best_of=None, logprobs=logprobs, seed=seed) for seed in seeds]
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
