@@ -8,14 +8,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from octavo.config import EngineOptions
     from octavo.llm import LLM
-    from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+    from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
+    from octavo.protocol.beam_search import BeamSearchParams
     from octavo.protocol.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "EngineOptions", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "CompletionOutput",
+    "EngineOptions",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "octavo.llm",
+    "BeamSearchOutput": "octavo.outputs",
+    "BeamSearchParams": "octavo.protocol.beam_search",
+    "BeamSearchSequence": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
     "Logprob": "octavo.outputs",
     "RequestOutput": "octavo.outputs",

@@ -76,6 +76,9 @@ class EngineOptions:
     """Schedule step N+1 while step N runs. None: on where it measures faster."""
     tensor_parallel_size: int = 1
     """Devices that share one copy of the model. Only 1 for now."""
+    generation_config: str = "auto"
+    """Where sampling parameters come from that a request leaves open. auto: the model's generation_config.json; off
+    (or vllm): nowhere; else a folder or file with a generation_config.json. What ends an output stays the model's."""
     seed: int = 0
     """Seed of requests that bring none, and of dummy weights."""
     skip_tokenizer_init: bool = False

@@ -10,17 +10,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.assembly import build_engine
 from octavo.config import DEFAULT_MODEL, engine_options
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
+from octavo.loading.generation_config import choose_generation_config
+from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
+from octavo.protocol.beam_search import BeamSearchParams, beams_of
 from octavo.protocol.outputs import SchedulerStats
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
+from octavo.text.bad_words import spell_bad_words
+from octavo.text.beam_search import Beam, BeamSearch
 from octavo.text.chat_template import ChatTemplate
-from octavo.text.generation import Generation
+from octavo.text.generation import Generation, best_first
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -35,7 +40,7 @@ __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt under way: its completions by engine request id, in index order."""
+    """One prompt under way: its completions by engine request id, in index order, or the search for them."""
 
     request_id: str
     prompt: str | None
@@ -43,6 +48,7 @@ class _Job:
     sampling: SamplingParams
     completions: dict[str, Generation] = field(default_factory=dict)
     num_unfinished: int = 0
+    search: BeamSearch | None = None
 
 
 class LLM:
@@ -57,7 +63,9 @@ class LLM:
         built = build_engine(self._options)
         self._engine = built.engine
         self.config = built.config
-        self._defaults = generation_defaults(built.source.generation_config)
+        self._defaults = generation_defaults(
+            choose_generation_config(self._options.generation_config, built.source.generation_config)
+        )
         self._vocab_size = built.ready.vocab_size
         self._max_model_len = built.ready.max_model_len
         self._eos_token_ids = built.source.eos_token_ids
@@ -106,8 +114,7 @@ class LLM:
         sampling_params: one for all, or one each. priority: one each, lower first; needs the "priority" policy.
         Raises ValueError, before anything runs, naming what is wrong with which prompt.
         """
-        single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
-        batch: list[Any] = [prompts] if single else list(prompts)
+        batch = _as_list(prompts)
         priorities = self._one_each("priority", priority, len(batch), 0)
         if any(priorities) and self._options.scheduling_policy != "priority":
             raise ValueError("priority is given, but scheduling_policy='fcfs'; allowed: only under 'priority'")
@@ -117,7 +124,27 @@ class LLM:
             job, own = self._prepare(prompt, sampling, rank)
             jobs.append(job)
             requests += own
-        return self._run(jobs, requests, use_tqdm)
+        self._search({job.request_id: (job.search, job.prompt_token_ids) for job in jobs if job.search is not None})
+        if requests:
+            self._run([job for job in jobs if job.search is None], requests, use_tqdm)
+        return [self._output(job) for job in jobs]
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The most likely outputs that a beam search finds for each prompt, the best first.
+
+        prompts: as for `generate`. Raises ValueError, before anything runs, for what cannot be.
+        """
+        searches: dict[str, tuple[BeamSearch, list[int]]] = {}
+        for prompt in _as_list(prompts):
+            _, token_ids, _ = self._read(prompt)
+            own = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, self._room(token_ids)))
+            searches[str(next(self._request_ids))] = (BeamSearch(own, self._eos_token_ids), token_ids)
+        self._search(searches)
+        keeps_end = params.include_stop_str_in_output
+        return [
+            BeamSearchOutput([self._sequence(beam, token_ids, keeps_end) for beam in search.ended])
+            for search, token_ids in searches.values()
+        ]
 
     def chat(
         self,
@@ -161,15 +188,15 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
         text, token_ids, cache_salt = self._read(prompt)
+        sampling = spell_bad_words(sampling, self._tokenizer)
         sampling.check_vocabulary(self._vocab_size)
-        room = self._max_model_len - len(token_ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens; allowed: at most {self._max_model_len - 1}, "
-                f"so that one more fits max_model_len={self._max_model_len}"
-            )
-        job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.n)
-        requests = []
+        token_ids = sampling.truncated(token_ids, self._max_model_len)
+        room = self._room(token_ids)
+        job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
+        requests: list[Request] = []
+        if sampling.use_beam_search:
+            job.search = BeamSearch(beams_of(sampling, min(room, sampling.max_tokens or room)), self._eos_token_ids)
+            return job, requests
         for index, own in enumerate(sampling.completions(lambda: self._seeds.getrandbits(63))):
             request = Request(
                 request_id=f"{job.request_id}-{index}",
@@ -184,6 +211,16 @@ class LLM:
             job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
             requests.append(request)
         return job, requests
+
+    def _room(self, token_ids: list[int]) -> int:
+        """Tokens that fit after a prompt. Raises ValueError where there are none."""
+        room = self._max_model_len - len(token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens; allowed: at most {self._max_model_len - 1}, "
+                f"so that one more fits max_model_len={self._max_model_len}"
+            )
+        return room
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """(text, token ids, cache salt) of a prompt in any of its forms."""
@@ -207,7 +244,48 @@ class LLM:
                 raise ValueError(f"prompt_token_ids has {token_id}; allowed: 0..{self._vocab_size - 1}")
         return text, token_ids, fields.get("cache_salt")
 
-    def _run(self, jobs: list[_Job], requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _search(self, searches: dict[str, tuple[BeamSearch, list[int]]]) -> None:
+        """Run searches, by id and each with its prompt, side by side to their ends. RuntimeError if a step fails."""
+        submitted: list[str] = []
+        try:
+            while running := {name: entry for name, entry in searches.items() if not entry[0].done}:
+                requests = {name: search.requests(name, prompt) for name, (search, prompt) in running.items()}
+                submitted = [request.request_id for own in requests.values() for request in own]
+                for own in requests.values():
+                    for request in own:
+                        self._engine.add(request)
+                found: dict[str, TokenLogprobs] = {}
+                while len(found) < len(submitted):
+                    for output in self._engine.step():
+                        if output.error is not None or not output.logprobs:
+                            raise RuntimeError(f"beam search: a step failed: {output.error}")
+                        found[output.request_id] = output.logprobs[0]
+                for name, (search, _) in running.items():
+                    search.advance([found[request.request_id] for request in requests[name]])
+        finally:
+            self._drain(submitted)
+
+    def _sequence(self, beam: Beam, prompt_token_ids: list[int], keeps_end: bool) -> BeamSearchSequence:
+        tokens = [*prompt_token_ids, *beam.token_ids]
+        if beam.ends and not keeps_end:
+            tokens.pop()
+        return BeamSearchSequence(
+            tokens=tokens,
+            logprobs=self._by_token(beam.logprobs),
+            cum_logprob=beam.cumulative_logprob,
+            score=beam.score,
+            text=None if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=False),
+            finish_reason="stop" if beam.ends else "length",
+            stop_reason=beam.token_ids[-1] if beam.ends else None,
+        )
+
+    def _drain(self, request_ids: Iterable[str]) -> None:
+        """Interrupted or not, nothing of a call stays in the engine."""
+        self._engine.abort(request_ids)
+        while self._engine.has_work:
+            self._engine.step()
+
+    def _run(self, jobs: list[_Job], requests: list[Request], use_tqdm: bool) -> None:
         owners = {request_id: job for job in jobs for request_id in job.completions}
         done = 0
         try:
@@ -238,14 +316,18 @@ class LLM:
                     if early:
                         self._engine.abort(early)
         finally:
-            # Interrupted or not, nothing of this call stays in the engine.
-            self._engine.abort(owners)
-            while self._engine.has_work:
-                self._engine.step()
-        return [self._output(job) for job in jobs]
+            self._drain(owners)
+
+    def _generations(self, job: _Job) -> list[Generation]:
+        """What is returned of a prompt's completions: all, or the best, best first."""
+        if job.search is not None:
+            found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.ended]
+            return found[: job.sampling.n]
+        return best_first(list(job.completions.values()), job.sampling.n)
 
     def _output(self, job: _Job) -> RequestOutput:
-        first = next(iter(job.completions.values()))
+        generations = self._generations(job)
+        first = generations[0]
         output = RequestOutput(
             request_id=job.request_id,
             prompt=job.prompt,
@@ -254,14 +336,15 @@ class LLM:
         )
         if job.sampling.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *self._by_token(first.prompt_logprobs or [])]
-        for index, generation in enumerate(job.completions.values()):
-            wanted = job.sampling.logprobs is not None
+        wanted = job.sampling.logprobs is not None
+        is_ranked = job.sampling.use_beam_search or job.sampling.num_completions > job.sampling.n
+        for index, generation in enumerate(generations):
             output.outputs.append(
                 CompletionOutput(
                     index=index,
                     text=generation.text,
                     token_ids=generation.token_ids,
-                    cumulative_logprob=generation.cumulative_logprob if wanted else None,
+                    cumulative_logprob=generation.cumulative_logprob if wanted or is_ranked else None,
                     logprobs=self._by_token(generation.logprobs or []) if wanted else None,
                     finish_reason=generation.finish_reason,
                     stop_reason=generation.stop_reason,
@@ -280,3 +363,9 @@ class LLM:
                 candidates.setdefault(token_id, Logprob(logprob, rank, text))
             found.append(candidates)
         return found
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """One prompt, in any of its forms, is a list of one."""
+    single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)

@@ -47,3 +47,27 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = True
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One output of a beam search.
+
+    tokens: prompt and output; an end-of-sequence token only under include_stop_str_in_output. text: of tokens.
+    logprobs: one entry a token of the output. cum_logprob: their sum. score: what outputs are ranked by.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float
+    score: float
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """What beam search found for one prompt, the best first."""
+
+    sequences: list[BeamSearchSequence] = field(default_factory=list)

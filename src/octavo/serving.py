@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from socket import socket
 
@@ -20,6 +20,7 @@ from octavo.config import EngineOptions, ServerOptions
 from octavo.engine.client import EngineDeadError
 from octavo.engine.process_client import ProcessEngineClient
 from octavo.engine.socket_client import SocketEngineClient
+from octavo.loading.generation_config import choose_generation_config
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.protocol.sampling import generation_defaults
 from octavo.server.bind import bind, bind_shared
@@ -176,8 +177,12 @@ def _context(
 
 
 def _source(options: EngineOptions) -> ModelSource:
-    return resolve_source(
+    """The model, with the generation_config that the options choose."""
+    source = resolve_source(
         options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
+    )
+    return replace(
+        source, generation_config=choose_generation_config(options.generation_config, source.generation_config)
     )
 
 

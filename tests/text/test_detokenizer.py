@@ -6,13 +6,16 @@ import random
 import time
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import Pair
+from tokenizers import AddedToken, decoders, models
 from tricky_text import TRICKY
 
 from octavo.text.detokenizer import IncrementalDetokenizer
 from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer_files import TokenizerParts
 
 
 def pieces_of(detokenizer: IncrementalDetokenizer, ids: list[int], sizes: list[int]) -> list[str]:
@@ -117,3 +120,17 @@ def test_time_is_linear(qwen3: Tokenizer) -> None:
 
     seconds(len(ids))
     assert seconds(20_000) < 10 * 6 * seconds(2_000)
+
+
+def test_spaces_that_begin_a_special_token_right_after_another_can_be_dropped() -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(" <x>", special=True), AddedToken("<y>", special=True)])
+    tokenizer = Tokenizer(TokenizerParts(backend, None, None, (), None))
+    x, y = backend.token_to_id(" <x>"), backend.token_to_id("<y>")
+    ids = [x, x, y, x, 0, x, 1, y, x]
+    for kept, text in ((True, " <x> <x><y> <x>a <x> <y> <x>"), (False, " <x><x><y><x>a <x> <y><x>")):
+        for size in (1, 2, 9):
+            detokenizer = IncrementalDetokenizer(tokenizer, (), False, kept)
+            assert "".join(pieces_of(detokenizer, ids, [size])) == text
+        assert "".join(pieces_of(IncrementalDetokenizer(tokenizer, (), True, kept), ids, [2])) == "a "

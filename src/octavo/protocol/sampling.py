@@ -8,11 +8,18 @@ from typing import Any
 
 import msgspec
 
+from octavo.protocol.checks import early_stopping as _early_stopping
+from octavo.protocol.checks import integer as _integer
+from octavo.protocol.checks import real as _real
+from octavo.protocol.checks import token_ids as _token_ids
+
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARACTERS = 128
 INT64_MAX = 2**63 - 1
 
 # Temperatures in (0, 0.01) are raised to it: dividing float32 logits by less overflows.
@@ -34,6 +41,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs, prompt_logprobs: 0..20 alternatives a token, beside the token itself, from the
     raw (unprocessed) distribution; None for off.
     logit_bias: token id -> -100..100, added to the logits.
+    best_of: n..128, how many completions to make, of which the n of the highest cumulative log-probability are
+    returned; None for n.
+    truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1 for as many as the context holds beside
+    max_tokens, or beside 16 where that is None.
+    bad_words: strings that the output may not hold, as the tokens that spell them, with and without a space before.
+    A front end turns them into bad_words_token_ids: an output may not hold any of these sequences.
+    allowed_token_ids: the only ids that may be drawn.
+    spaces_between_special_tokens: False drops the spaces that begin a special token right after another.
+    logits_processors: called in turn before all else, with (output ids, logits) or (prompt ids, output ids, logits);
+    logits is float32 [V], and so is what is returned. Only in the process of the engine.
+    use_beam_search: search, instead of drawing, for the n best of best_of beams, at temperature 0;
+    length_penalty, early_stopping: see BeamSearchParams.
     Raises ValueError naming the field, the value and the allowed range.
     """
 
@@ -57,16 +76,39 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
+    best_of: int | None = None
+    truncate_prompt_tokens: int | None = None
+    bad_words: list[str] | None = None
+    bad_words_token_ids: list[list[int]] | None = None
+    allowed_token_ids: list[int] | None = None
+    spaces_between_special_tokens: bool = True
+    logits_processors: list[Any] | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(value := getattr(self, name), bool):  # True is another spelling of 1
+                msgspec.structs.force_setattr(self, name, 1 if value else None)
         self._check_numbers()
         self._check_stops()
         self._check_logit_bias()
-        if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"n={self.n} needs temperature > 0: greedy completions are all the same")
+        self._check_token_lists()
+        self._check_beams()
+        if self.temperature == 0 and not self.use_beam_search:
+            for name, count in (("n", self.n), ("best_of", self.best_of or 1)):
+                if count > 1:
+                    raise ValueError(f"{name}={count} needs temperature > 0: greedy completions are all the same")
 
     def _check_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, self.n, MAX_N)
+        if self.truncate_prompt_tokens is not None:
+            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, INT64_MAX)
+            if self.truncate_prompt_tokens == 0:
+                raise ValueError("truncate_prompt_tokens=0 is out of range; allowed: -1, or >= 1")
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -108,6 +150,46 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _integer("logit_bias", token_id, 0, 2**31 - 1)
             _real(f"logit_bias[{token_id}]", value, -100.0, 100.0)
 
+    def _check_token_lists(self) -> None:
+        words = self.bad_words or ()
+        if len(words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words has {len(words)} strings; at most {MAX_BAD_WORDS} are allowed")
+        for word in words:
+            if not isinstance(word, str) or not word.strip() or len(word) > MAX_BAD_WORD_CHARACTERS:
+                limit = f"1..{MAX_BAD_WORD_CHARACTERS} characters, not all of them spaces"
+                raise ValueError(f"bad_words has {str(word)[:64]!r}; allowed: strings of {limit}")
+        for ids in self.bad_words_token_ids or ():
+            if not ids:
+                raise ValueError("bad_words_token_ids has an empty sequence; allowed: one token id or more in each")
+            _token_ids("bad_words_token_ids", ids)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids=[] leaves no token; allowed: one token id or more")
+            _token_ids("allowed_token_ids", self.allowed_token_ids)
+        for processor in self.logits_processors or ():
+            if not callable(processor):
+                raise ValueError(f"logits_processors has {processor!r}; allowed: callables")
+
+    def _check_beams(self) -> None:
+        if not self.use_beam_search:
+            for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name}={value!r} needs use_beam_search=True; allowed without: {default}")
+            return
+        _real("length_penalty", self.length_penalty, -10.0, 10.0)
+        _early_stopping(self.early_stopping)
+        if self.temperature != 0:
+            raise ValueError(f"temperature={self.temperature:g} is refused with use_beam_search; allowed: 0")
+        for name in self.__struct_fields__:
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if name not in _WITH_BEAMS and value not in (default, None, []):
+                raise ValueError(f"{name}={value!r} is refused with use_beam_search; allowed: {default!r}")
+
+    @property
+    def num_completions(self) -> int:
+        """How many are made, of which n are returned."""
+        return self.best_of or self.n
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty when there are none."""
@@ -121,41 +203,50 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have: raises ValueError with the range."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            for token_id in ids or ():
-                _integer(name, token_id, 0, vocab_size - 1)
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("logit_bias", self.logit_bias),
+            ("allowed_token_ids", self.allowed_token_ids),
+            *(("bad_words_token_ids", ids) for ids in self.bad_words_token_ids or ()),
+        ):
+            _token_ids(name, ids or (), vocab_size - 1)
+
+    def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
+        """The part of a prompt that truncate_prompt_tokens keeps: its end."""
+        if self.truncate_prompt_tokens is None:
+            return token_ids
+        if self.truncate_prompt_tokens == -1:
+            return token_ids[-max(1, max_model_len - (self.max_tokens or _DEFAULTS["max_tokens"])) :]
+        return token_ids[-self.truncate_prompt_tokens :]
 
     def completions(self, fresh_seed: Callable[[], int]) -> list[SamplingParams]:
-        """One for each of the n completions, with n=1 and a seed of its own: the given seed plus the
-        completion's index, else a fresh one."""
+        """One for each of the best_of, else n, completions, with n=1 and a seed of its own: the given seed plus
+        the completion's index, else a fresh one. Where the best are to be chosen, each has its log-probabilities."""
+        logprobs = 0 if self.logprobs is None and self.num_completions > self.n else self.logprobs
         if self.seed is None or self.seed == -1:
-            return [self.replace(n=1, seed=fresh_seed()) for _ in range(self.n)]
-        return [self.replace(n=1, seed=_wrapped(self.seed + index)) for index in range(self.n)]
+            seeds = [fresh_seed() for _ in range(self.num_completions)]
+        else:
+            seeds = [_wrapped(self.seed + index) for index in range(self.num_completions)]
+        return [self.replace(n=1, best_of=None, logprobs=logprobs, seed=seed) for seed in seeds]
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
         return msgspec.structs.replace(self, **changes)
 
 
+# What shapes an answer, not the choice of its tokens: this goes together with beams.
+_WITH_BEAMS = frozenset(
+    {"n", "best_of", "temperature", "max_tokens", "ignore_eos", "detokenize", "truncate_prompt_tokens", "seed"}
+    | {"include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens"}
+    | {"use_beam_search", "length_penalty", "early_stopping"}
+)
+_DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__))
+
+
 def _wrapped(seed: int) -> int:
     """`seed` as an int64. -1 would mean "no seed", so it becomes another."""
     seed = (seed + 2**63) % 2**64 - 2**63
     return INT64_MAX if seed == -1 else seed
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not an integer; allowed: {low}..{high}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is out of range; allowed: {low}..{high}")
-
-
-def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    bracket = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not a finite number; allowed: {bracket}")
-    if not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name}={value:g} is out of range; allowed: {bracket}")
 
 
 def sampling_from(values: Mapping[str, Any]) -> SamplingParams:
@@ -168,9 +259,16 @@ def sampling_from(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a model's generation_config.json asks for, where a request gives none."""
+    """The sampling parameters that a model's generation_config.json asks for, where a request gives none.
+
+    Raises ValueError for a value that no request could have.
+    """
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
     if generation_config.get("max_new_tokens") is not None:
         found["max_tokens"] = generation_config["max_new_tokens"]
+    try:
+        sampling_from(found)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
     return found

@@ -20,8 +20,16 @@ class IncrementalDetokenizer:
     and completes a character that the prompt left unfinished.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._close_up = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
+        self._last_is_special = False
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         context = self._context(prompt_token_ids)
@@ -30,13 +38,22 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        raw = b"".join([self._token_bytes(i) or b"" for i in token_ids if i not in self._skipped])
+        if self._close_up:
+            raw = b"".join([self._closed_up(i) for i in token_ids if i not in self._skipped])
+        else:
+            raw = b"".join([self._token_bytes(i) or b"" for i in token_ids if i not in self._skipped])
         text = self._utf8.decode(raw)
         return self._strip(text) if self._spaces_to_strip else text
 
     def flush(self) -> str:
         """The end of the text: U+FFFD for an unfinished character, else nothing."""
         return self._strip(self._utf8.decode(b"", final=True))
+
+    def _closed_up(self, token_id: int) -> bytes:
+        """Its bytes, without spaces between it and a special token where it is one too."""
+        raw = self._token_bytes(token_id) or b""
+        follows, self._last_is_special = self._last_is_special, token_id in self._close_up
+        return raw.lstrip(b" ") if follows and self._last_is_special else raw
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[bytes]:
         """The bytes of the prompt's last visible tokens, in order."""

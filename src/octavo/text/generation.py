@@ -44,7 +44,12 @@ class Generation:
         self._sampling = sampling
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and sampling.detokenize:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                prompt_token_ids,
+                sampling.skip_special_tokens,
+                sampling.spaces_between_special_tokens,
+            )
         elif sampling.stop_strings:
             raise ValueError("stop needs a tokenizer: stop strings are looked for in the text")
         self._stops: StopStrings | None = None
@@ -148,3 +153,14 @@ class Generation:
         self.logprobs += logprobs
         self._sum_of_logprobs += sum(entry.logprobs[0] for entry in logprobs)
         return logprobs
+
+
+def best_first(generations: list[Generation], n: int) -> list[Generation]:
+    """The n of the highest cumulative log-probability where there are more, failed ones last; else all, as they are."""
+    if len(generations) <= n:
+        return generations
+
+    def rank(generation: Generation) -> tuple[bool, float]:
+        return generation.error is not None, -(generation.cumulative_logprob or 0.0)
+
+    return sorted(generations, key=rank)[:n]

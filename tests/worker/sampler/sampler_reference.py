@@ -39,9 +39,15 @@ class Sequence:
 
 
 def processed(logits: np.ndarray, row: Sequence) -> np.ndarray:
-    """Logits after min_tokens, logit_bias and penalties; float32 [V], so that what is equal there is equal here."""
+    """Logits after token lists, min_tokens, logit_bias and penalties; float32 [V], so that what is equal there is
+    equal here."""
     s = row.sampling
     result = logits.astype(np.float32)
+    if s.allowed_token_ids is not None:
+        result[sorted(set(range(len(result))) - set(s.allowed_token_ids))] = -np.inf
+    for *before, last in s.bad_words_token_ids or ():
+        if not before or row.output[-len(before) :] == before:
+            result[last] = -np.inf
     if len(row.output) < s.min_tokens:
         for token in {*EOS, *(s.stop_token_ids or ())}:
             result[token] = -np.inf
@@ -92,6 +98,11 @@ def distribution(logits: np.ndarray, row: Sequence) -> Distribution:
     return Distribution(ids, weights[ids] / weights[ids].sum(), min(margins, default=1.0))
 
 
+def leaves_tokens(logits: torch.Tensor, row: Sequence) -> bool:
+    """Whether any token may be drawn."""
+    return bool(np.isfinite(processed(logits.float().numpy(), row)).any())
+
+
 def draw_at(sampler: Sampler, logits: torch.Tensor, row: Sequence, uniforms: list[float]) -> list[int]:
     """The tokens that the row draws at these uniforms. Each is drawn in a slot of its own."""
     for slot in range(len(uniforms)):
@@ -138,6 +149,8 @@ def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
         stop_token_ids=maybe(st.lists(tokens, max_size=3), None),
         logit_bias=maybe(st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.5, 3.0]), max_size=4), None),
         logprobs=maybe(st.integers(0, 20), None),
+        allowed_token_ids=maybe(st.lists(tokens, min_size=3, max_size=20), None),
+        bad_words_token_ids=maybe(st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=5), None),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sampler_reference import EOS, PROPERTY, Sequence, distribution, grid_logits, processed, sequences
+from sampler_reference import EOS, PROPERTY, Sequence, distribution, grid_logits, leaves_tokens, processed, sequences
 
 pytest.importorskip("triton")
 
@@ -103,6 +103,7 @@ def rows_of(results: list[RowResult]) -> list[int]:
 def test_any_mix_of_steps_draws_as_the_reference(data, seed, dtype):
     row = data.draw(sequences(VOCAB))
     logits = grid_logits(VOCAB, seed, 1.5, dtype)
+    assume(leaves_tokens(logits, row))
     assume(distribution(logits.float().numpy(), row).margin > MARGIN)
     assert_drawn(one(logits, row).token_ids[0], logits, row)
 
@@ -123,6 +124,8 @@ WISHES = [
     {"logit_bias": {3: 5.0, 4: -100.0}, "temperature": 0.0},
     {"logprobs": 3, "top_k": 5},
     {"logprobs": 0},
+    {"allowed_token_ids": [5, 40, 59], "top_k": 7},
+    {"bad_words_token_ids": [[4], [7, 9, 5], [9, 6], [3, 9, 8]], "repetition_penalty": 1.5, "logit_bias": {6: 3.0}},
 ]
 
 
@@ -134,8 +137,8 @@ def test_a_batch_of_everything_draws_what_each_row_draws_alone():
     ]
     logits = torch.stack([grid_logits(VOCAB, 50 + i, 1.5, torch.bfloat16) for i in range(len(rows))])
     rng = np.random.default_rng(2)
-    slots, order = rng.permutation(20)[: len(rows)].tolist(), rng.permutation(len(rows)).tolist()
-    rig = Rig(20)
+    slots, order = rng.permutation(24)[: len(rows)].tolist(), rng.permutation(len(rows)).tolist()
+    rig = Rig(24)
     for slot, row in zip(slots, rows):
         rig.enter(slot, row)
     padded = torch.cat([logits[order], torch.full((2, VOCAB), torch.nan)])
@@ -153,9 +156,9 @@ def test_only_rows_that_need_it_are_drawn_again():
         rig.enter(slot, Sequence(SamplingParams(seed=1, max_tokens=50, **wish), [1, 2], 1))
     slots = list(range(len(WISHES)))
     # The rest is plain, and top_k=1 is greedy.
-    assert rig.sampler.needs_more(slots, [2] * len(slots)) == [3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert rig.sampler.needs_more(slots, [2] * len(slots)) == [3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
     # 9 tokens later min_tokens is over; a bias stays.
-    assert rig.sampler.needs_more(slots, [10] * len(slots)) == [3, 4, 6, 7, 8, 9, 11, 12, 13, 14]
+    assert rig.sampler.needs_more(slots, [10] * len(slots)) == [3, 4, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16]
     assert rig.sampler.needs_more([-1] * 3, [0] * 3) == []
     rig.enter(3, Sequence(SamplingParams(seed=1), [1], 1))
     assert rig.sampler.needs_more([3, 4], [1, 1]) == [1]

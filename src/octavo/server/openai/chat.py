@@ -83,12 +83,14 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         params = self._params(body, names)
         text = await self._render(body)
         ids = await self.encode(text, bool(body.add_special_tokens), "messages")
+        ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
         run.add(text, ids, params)
 
     def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
-        first = run.choices[0]
+        answered = run.answered
+        first = answered[0]
         prompt_logprobs = first.generation.prompt_logprobs
         return ChatCompletion(
             id=f"chatcmpl-{request_id}",
@@ -96,7 +98,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             created=int(time.time()),
             model=self.context.served_model_names[0],
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(body, choice) for choice in run.choices],
+            choices=[self._choice(body, choice) for choice in answered],
             usage=run.usage(),
             prompt_logprobs=None if prompt_logprobs is None else self.formatter.prompt(prompt_logprobs),
             prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
@@ -136,7 +138,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def _choice(self, body: ChatBody, choice: Choice) -> ChatChoice:
         generation = choice.generation
         logprobs = None
-        if generation.logprobs is not None:
+        if body.logprobs and generation.logprobs is not None:
             logprobs = self.formatter.chat(generation.logprobs, body.top_logprobs or 0)
         return ChatChoice(
             index=choice.index,

@@ -63,11 +63,13 @@ class Completions(GenerationEndpoint[CompletionBody]):
             prompt_logprobs=_num_prompt_logprobs(body),
         )
         for prompt in _prompts(body.prompt):
+            limit = self.context.max_model_len
             if isinstance(prompt, str):
-                text = prompt
-                ids = await self.encode(prompt, body.add_special_tokens is not False, "prompt")
+                whole = await self.encode(prompt, body.add_special_tokens is not False, "prompt")
+                ids = params.truncated(whole, limit)
+                text = prompt if len(ids) == len(whole) else self._text_of(ids)
             else:
-                ids = self._checked(prompt)
+                ids = self._checked(params.truncated(prompt, limit))
                 text = self._text_of(ids) if body.echo else ""
             run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
 
@@ -81,7 +83,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
             created=int(time.time()),
             model=self.context.served_model_names[0],
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(body, choice) for choice in run.choices],
+            choices=[self._choice(body, choice) for choice in run.answered],
             usage=usage,
         )
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from octavo.protocol.sampling import MAX_N
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
+from octavo.server.openai.beam_run import BeamRun
 from octavo.server.openai.decode import decode
 from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
@@ -61,8 +62,9 @@ class GenerationEndpoint(ABC, Generic[B]):
             self._check(body)
             self.state.check_alive()
             request_id: str = scope["state"]["request_id"]
-            with self.state.admission.hold((body.n or 1) * self.num_prompts(body), "n"):
-                run = Run(self.state, body, arrival, request_id)
+            num_sequences = (body.best_of or body.n or 1) * self.num_prompts(body)
+            with self.state.admission.hold(num_sequences, "best_of" if body.best_of else "n"):
+                run = (BeamRun if body.use_beam_search else Run)(self.state, body, arrival, request_id)
                 if body.stream:
 
                     async def prepared() -> tuple[Run, Frames]:
@@ -82,6 +84,12 @@ class GenerationEndpoint(ABC, Generic[B]):
     def _check(self, body: B) -> None:
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise invalid(f"n={body.n} is out of range; allowed: 1..{MAX_N}", "n")
+        if body.best_of is not None and not (body.n or 1) <= body.best_of <= MAX_N:
+            raise invalid(f"best_of={body.best_of} is out of range; allowed: {body.n or 1}..{MAX_N}", "best_of")
+        if body.stream and (body.best_of or 1) > (body.n or 1):
+            raise invalid(f"best_of={body.best_of} is not available with stream; allowed: n={body.n or 1}", "best_of")
+        if body.stream and body.use_beam_search:
+            raise invalid("use_beam_search is not available with stream", "use_beam_search")
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is only allowed with stream", "stream_options")
         if body.prompt_logprobs is not None and body.stream:

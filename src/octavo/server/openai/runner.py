@@ -7,7 +7,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -19,7 +19,7 @@ from octavo.server.context import ServerState
 from octavo.server.metrics import MetricsRegistry, RequestRecord
 from octavo.server.openai.errors import APIError, internal, invalid, unavailable
 from octavo.server.openai.schema import GenerationBody
-from octavo.text.generation import Delta, Generation
+from octavo.text.generation import Delta, Generation, best_first
 
 logger = logging.getLogger("octavo.server")
 
@@ -66,6 +66,7 @@ class Run:
 
     def __init__(self, state: ServerState, body: GenerationBody, arrival: float, request_id: str) -> None:
         """request_id: the public one. The engine's ids add random bits, for a client may repeat its own."""
+        self._context = state.context
         self._engine: EngineClient = state.context.engine
         self._metrics: MetricsRegistry = state.metrics
         self._tokenizer = state.context.tokenizer
@@ -73,6 +74,7 @@ class Run:
         self._arrival = arrival
         self._engine_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.choices: list[Choice] = []
+        self._num_made = body.best_of or body.n or 1  # choices of one prompt
         self._num_prompt_tokens = 0
         self._feeds: list[_Feed] = []
         self._num_unfinished = 0
@@ -160,10 +162,24 @@ class Run:
     def usage(self) -> Usage:
         """Tokens so far."""
         completion = sum(len(choice.generation.token_ids) for choice in self.choices)
-        firsts = self.choices[:: self._body.n or 1]
+        firsts = self.choices[:: self._num_made]
         cached = sum(choice.generation.num_cached_tokens for choice in firsts)
         prompt = self._num_prompt_tokens
         return Usage(prompt, completion, prompt + completion, CachedTokens(cached))
+
+    @property
+    def answered(self) -> list[Choice]:
+        """The choices that are returned: all, or the n best of the best_of of each prompt."""
+        n, num_made = self._body.n or 1, self._num_made
+        if num_made == n:
+            return self.choices
+        found: list[Choice] = []
+        for begin in range(0, len(self.choices), num_made):
+            made = self.choices[begin : begin + num_made]
+            for best in best_first([choice.generation for choice in made], n):
+                choice = next(choice for choice in made if choice.generation is best)
+                found.append(replace(choice, index=len(found)))
+        return found
 
     def abort(self, choice: Choice) -> None:
         """For the feeds: tell the engine to stop working on a choice."""
@@ -207,7 +223,7 @@ class _Feed:
         reason = output.finish_reason
         if reason in ("error", "abort"):
             self._finish(reason)
-            raise _failure(output)
+            raise failure(output)
         delta = self._generation.push(output)
         if delta.finish_reason is not None:
             self._finish(delta.finish_reason)
@@ -220,7 +236,8 @@ class _Feed:
         self._record.finish(reason)
 
 
-def _failure(output: TokenOutput) -> APIError:
+def failure(output: TokenOutput) -> APIError:
+    """What the client is told of a request that the engine gave up or failed on."""
     if output.finish_reason == "abort":
         return unavailable("the engine gave the request up")
     logger.warning("request %s failed: %s", output.request_id, output.error)

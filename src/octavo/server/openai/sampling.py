@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from octavo.protocol.beam_search import beams_of
 from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.schema import GenerationBody
+from octavo.text.bad_words import spell_bad_words
+from octavo.text.beam_search import BeamSearch
 
 # Fields of a body that are SamplingParams' own, under the same name.
 _FIELDS = (
@@ -28,6 +31,14 @@ _FIELDS = (
     "min_tokens",
     "prompt_logprobs",
     "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "best_of",
+    "bad_words",
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
 )
 _FIELD_AT_START = re.compile(r"[a-z_]+")
 
@@ -37,7 +48,8 @@ def sampling_params(
 ) -> SamplingParams:
     """`values` (max_tokens, logprobs, …) join the body's own fields; `names` maps a SamplingParams
     field to the body's name for it, for errors. Raises APIError 400."""
-    chosen = dict(context.generation_defaults)
+    # Beams are not drawn: what the model's defaults say of drawing does not concern them.
+    chosen: dict[str, Any] = {"temperature": 0.0} if body.use_beam_search else dict(context.generation_defaults)
     chosen |= {name: value for name in _FIELDS if (value := getattr(body, name)) is not None}
     chosen |= {name: value for name, value in values.items() if value is not None}
     chosen["max_tokens"] = values.get("max_tokens")
@@ -45,7 +57,7 @@ def sampling_params(
     try:
         if body.logit_bias is not None:
             chosen["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}
-        params = SamplingParams(**chosen)
+        params = spell_bad_words(SamplingParams(**chosen), context.tokenizer)
         params.check_vocabulary(context.engine.ready.vocab_size)
     except ValueError as error:
         raise _named(error, names) from None
@@ -78,6 +90,16 @@ def with_max_tokens(
         return params.replace(max_tokens=wanted)
     except ValueError as error:  # min_tokens is above it
         raise _named(error, names) from None
+
+
+def beam_search(params: SamplingParams, context: ServerContext) -> BeamSearch:
+    """The search that `params` ask for; its max_tokens is resolved. Raises APIError 400."""
+    assert params.max_tokens is not None
+    eos_token_ids = () if context.tokenizer is None else context.tokenizer.eos_token_ids
+    try:
+        return BeamSearch(beams_of(params, params.max_tokens), eos_token_ids)
+    except ValueError as error:
+        raise _named(error, {"beam_width": "n" if params.best_of is None else "best_of"}) from None
 
 
 def _token_id(key: str) -> int:

@@ -16,14 +16,10 @@ Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_
 # Fields of OpenAI or vLLM that this server does not implement, and the values (besides null) that ask for
 # nothing more than what it does anyway.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "detokenize": (True,),
     "documents": (),
-    "early_stopping": (False,),
     "extra_args": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -36,7 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "kv_transfer_params": (),
-    "length_penalty": (1,),
     "logits_processors": ([],),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
@@ -49,16 +44,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
     "store": (False,),
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
+    "truncation_side": ("left",),
     "verbosity": ("medium",),
     "vllm_xargs": (),
     "web_search_options": (),
@@ -95,6 +87,14 @@ class GenerationBody(msgspec.Struct, kw_only=True, frozen=True):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    best_of: int | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     logit_bias: dict[str, float] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None

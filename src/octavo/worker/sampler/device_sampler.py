@@ -18,13 +18,14 @@ from octavo.kernels.triton.sampling_rows import bias_rows, count_tokens, penaliz
 from octavo.kernels.triton.sampling_truncation import truncation_cuts
 from octavo.protocol.plan import RowResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
+from octavo.worker.sampler.device_token_lists import DeviceTokenLists
 from octavo.worker.sampler.sampler import BAD_ROW
 from octavo.worker.sampler.slots import SlotParams, slot_params
 
 Ints = NDArray[np.int32]
 
 # Bits of a record's flags.
-PENALIZED, BIASED, TRUNCATED, BARRED = 1, 2, 4, 8
+PENALIZED, BIASED, TRUNCATED, BARRED, LISTED = 1, 2, 4, 8, 16
 
 # float32 copies of rows are made a few at a time: at most 256 MiB of them.
 _MOST_ELEMENTS_AT_ONCE = 2**26
@@ -63,7 +64,7 @@ class _Special:
 
     def is_processed(self, position: int) -> bool:
         """Whether the logits change before the draw."""
-        return bool(self.flags & (PENALIZED | BIASED)) or position < self.barred_until
+        return bool(self.flags & (PENALIZED | BIASED | LISTED)) or position < self.barred_until
 
     def is_redrawn(self, position: int) -> bool:
         return bool(self.flags & TRUNCATED) or self.is_processed(position)
@@ -80,6 +81,7 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._device = device
         self._special: dict[int, _Special] = {}
+        self._lists = DeviceTokenLists(device)
         # Rows of the table of counts, by slot; those of slots that entered since they last drew are not filled yet.
         self._penalty_rows: dict[int, int] = {}
         self._free_penalty_rows: list[int] = []
@@ -105,6 +107,7 @@ class DeviceSampler:
         if not 0 <= num_prompt_tokens <= len(token_ids):
             raise ValueError(f"num_prompt_tokens={num_prompt_tokens} is out of range; allowed: 0..{len(token_ids)}")
         params = slot_params(sampling, eos_token_ids, num_prompt_tokens, self._vocab_size)
+        self._lists.set_slot(slot, params)
         special = _special(params)
         if special.flags or params.num_logprobs is not None:
             self._special[slot] = special
@@ -250,12 +253,15 @@ class DeviceSampler:
         is_penalized = any(special.flags & PENALIZED for special in specials)
         is_biased = bool(offsets[-1])
         copies = torch.empty(len(rows), self._vocab_size, dtype=torch.float32, device=self._device)
-        seen = self._seen if is_penalized and not is_biased else None
+        comes_before = is_biased or self._lists.has_processors(own_slots)
+        seen = self._seen if is_penalized and not comes_before else None
         penalize(tables.logits, target, row_slots, tables.params, seen, copies)
+        self._lists.process(copies, own_slots, own_positions, tables.token_ids)
         if is_biased:
             bias_rows(copies, where, ids, values.view(torch.float32))
-            if is_penalized:
-                penalize(copies, source, row_slots, tables.params, self._seen, copies)
+        if is_penalized and comes_before:
+            penalize(copies, source, row_slots, tables.params, self._seen, copies)
+        self._lists.bar(copies, own_slots, own_positions, tables.token_ids)
         is_truncated = any(special.flags & TRUNCATED for special in specials)
         self._draw_kept(tables, copies, source, (target, row_slots, at), is_truncated)
 
@@ -304,6 +310,7 @@ def _special(params: SlotParams) -> _Special:
         | BIASED * bool(params.bias_ids.size)
         | TRUNCATED * truncated
         | BARRED * bool(barred_until)
+        | LISTED * params.is_listed
     )
     return _Special(params, flags, bias, barred, barred_until)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.protocol.plan import RowResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler import temperature, top_k, top_p
+from octavo.worker.sampler.histories import Histories
 from octavo.worker.sampler.logit_bias import add_bias
 from octavo.worker.sampler.logprobs import Logprobs, concatenate, gather_logprobs, pack, to_protocol
 from octavo.worker.sampler.min_tokens import bar_stops
@@ -56,6 +57,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._slots: list[SlotParams | None] = [None] * max_num_seqs
         self._penalties = Penalties(vocab_size, device)
+        self._histories = Histories()
 
     @torch.inference_mode()
     def set_slot(
@@ -72,6 +74,7 @@ class Sampler:
         """
         params = slot_params(sampling, eos_token_ids, num_prompt_tokens, self._vocab_size)
         self._slots[slot] = params
+        self._histories.set_slot(slot, params, token_ids)
         if params.is_penalized:
             self._penalties.set_slot(slot, token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:])
 
@@ -108,6 +111,7 @@ class Sampler:
             bad |= ~logits.amax(-1).isfinite()
         token_ids = _draw(processed, row_max, bad, params, positions)
         self._penalties.count(slots, params, token_ids)
+        self._histories.append(slots, token_ids)
         return token_ids, bad
 
     def to_rows(self, sampled: Sampled) -> list[RowResult]:
@@ -141,12 +145,16 @@ class Sampler:
 
     def _process(self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int]) -> Tensor:
         """The logits that tokens are drawn from: a float32 copy where any row changes them."""
-        if not any(p.is_penalized or p.bias_ids.size or p.bars_stops(at) for p, at in zip(params, positions)):
+        if not any(
+            p.is_penalized or p.bias_ids.size or p.is_listed or p.bars_stops(at) for p, at in zip(params, positions)
+        ):
             return logits
         processed = logits.to(torch.float32, copy=True)
+        self._histories.process(processed, slots, params)
         bar_stops(processed, params, positions)
         add_bias(processed, params)
         self._penalties.apply(processed, slots, params)
+        self._histories.bar(processed, slots, params)  # last or first is the same: -inf stays what it is
         return processed
 
 

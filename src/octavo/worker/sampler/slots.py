@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.protocol.sampling import MIN_TEMPERATURE, SamplingParams
 from octavo.worker.sampler.random import stream_of
+from octavo.worker.sampler.token_lists import TokenLists, token_lists
 
 Ids = NDArray[np.int64]
 
@@ -22,6 +24,7 @@ class SlotParams:
     stop_ids: int64 ids barred until the output has min_tokens tokens.
     bias_ids, bias_values: int64 [n] and float32 [n].
     num_logprobs: alternatives wanted beside the sampled token, or None.
+    lists: what may not be drawn, or None. processors: the caller's functions of the logits.
     """
 
     temperature: float
@@ -38,10 +41,16 @@ class SlotParams:
     bias_ids: Ids
     bias_values: NDArray[np.float32]
     num_logprobs: int | None
+    lists: TokenLists | None = None
+    processors: tuple[Any, ...] = ()
 
     @property
     def is_penalized(self) -> bool:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def is_listed(self) -> bool:
+        return self.lists is not None or bool(self.processors)
 
     def bars_stops(self, position: int) -> bool:
         """Whether the token at `position` of the sequence may not be one that ends it."""
@@ -71,4 +80,6 @@ def slot_params(
         bias_ids=np.array(list(bias), dtype=np.int64),
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         num_logprobs=sampling.logprobs,
+        lists=token_lists(sampling, vocab_size),
+        processors=tuple(sampling.logits_processors or ()),
     )

@@ -1,0 +1,38 @@
+"""Checks of single values. Each raises ValueError with the name, the value and the allowed range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+def integer(name: str, value: object, low: int, high: int) -> None:
+    """A whole number of low..high; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is not an integer; allowed: {low}..{high}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is out of range; allowed: {low}..{high}")
+
+
+def real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    """A finite number of low..high, the ends included; open_low: without the lower one."""
+    bracket = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not a finite number; allowed: {bracket}")
+    if not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name}={value:g} is out of range; allowed: {bracket}")
+
+
+def token_ids(name: str, ids: Collection[int], high: int = MAX_TOKEN_ID) -> None:
+    """Whole numbers of 0..high; there may be a vocabulary of them."""
+    if ids and not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= high):
+        for token_id in ids:
+            integer(name, token_id, 0, high)
+
+
+def early_stopping(value: object) -> None:
+    """True, False or "never"."""
+    if value is not True and value is not False and value != "never":
+        raise ValueError(f"early_stopping={value!r} is not known; allowed: True, False, 'never'")
