@@ -10,9 +10,19 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, Logprob, RequestOutput
     from octavo.protocol.sampling import SamplingParams
+    from octavo.protocol.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "EngineOptions", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineOptions",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "octavo.llm",
@@ -21,6 +31,7 @@ _HOMES = {
     "RequestOutput": "octavo.outputs",
     "EngineOptions": "octavo.config",
     "SamplingParams": "octavo.protocol.sampling",
+    "StructuredOutputsParams": "octavo.protocol.structured",
 }
 
 

@@ -1,5 +1,6 @@
-"""The module path by which existing scripts import SamplingParams."""
+"""The module path by which existing scripts import SamplingParams and what belongs to it."""
 
 from octavo.protocol.sampling import SamplingParams
+from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
 
-__all__ = ["SamplingParams"]
+__all__ = ["GuidedDecodingParams", "SamplingParams", "StructuredOutputsParams"]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+
+from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
+
+_log = logging.getLogger(__name__)
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -34,6 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs, prompt_logprobs: 0..20 alternatives a token, beside the token itself, from the
     raw (unprocessed) distribution; None for off.
     logit_bias: token id -> -100..100, added to the logits.
+    structured_outputs: what shape the text must have. min_tokens and ignore_eos then count as far as that shape lets
+    the text go on. guided_decoding: its old name; it becomes structured_outputs.
     Raises ValueError naming the field, the value and the allowed range.
     """
 
@@ -57,8 +65,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: GuidedDecodingParams | None = None
 
     def __post_init__(self) -> None:
+        self._check_structured_outputs()
         self._check_numbers()
         self._check_stops()
         self._check_logit_bias()
@@ -108,6 +119,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _integer("logit_bias", token_id, 0, 2**31 - 1)
             _real(f"logit_bias[{token_id}]", value, -100.0, 100.0)
 
+    def _check_structured_outputs(self) -> None:
+        old = self.guided_decoding
+        if old is not None:
+            if not isinstance(old, StructuredOutputsParams):
+                raise ValueError(f"guided_decoding={old!r} is not allowed; allowed: GuidedDecodingParams")
+            if self.structured_outputs is not None:
+                raise ValueError("guided_decoding is the old name of structured_outputs; allowed: one of them")
+            _warn_of_old_name()
+            new = old.renamed() if isinstance(old, GuidedDecodingParams) else old
+            msgspec.structs.force_setattr(self, "structured_outputs", new)
+            msgspec.structs.force_setattr(self, "guided_decoding", None)
+        elif not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise ValueError(
+                f"structured_outputs={self.structured_outputs!r} is not allowed; allowed: StructuredOutputsParams"
+            )
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty when there are none."""
@@ -135,6 +162,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
         return msgspec.structs.replace(self, **changes)
+
+
+@functools.cache
+def _warn_of_old_name() -> None:
+    """Once a process."""
+    _log.warning("SamplingParams(guided_decoding=GuidedDecodingParams(...)) is now structured_outputs")
 
 
 def _wrapped(seed: int) -> int:

@@ -22,6 +22,7 @@ class SlotParams:
     stop_ids: int64 ids barred until the output has min_tokens tokens.
     bias_ids, bias_values: int64 [n] and float32 [n].
     num_logprobs: alternatives wanted beside the sampled token, or None.
+    is_masked: each step's plan says which tokens may be drawn.
     """
 
     temperature: float
@@ -38,6 +39,7 @@ class SlotParams:
     bias_ids: Ids
     bias_values: NDArray[np.float32]
     num_logprobs: int | None
+    is_masked: bool
 
     @property
     def is_penalized(self) -> bool:
@@ -66,9 +68,10 @@ def slot_params(
         presence_penalty=sampling.presence_penalty,
         random_stream=stream_of(sampling.seed),
         num_prompt_tokens=num_prompt_tokens,
-        min_tokens=sampling.min_tokens,
+        min_tokens=0 if sampling.structured_outputs is not None else sampling.min_tokens,  # the masks see to it
         stop_ids=np.array(stop_ids, dtype=np.int64),
         bias_ids=np.array(list(bias), dtype=np.int64),
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         num_logprobs=sampling.logprobs,
+        is_masked=sampling.structured_outputs is not None,
     )
