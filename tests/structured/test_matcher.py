@@ -145,6 +145,17 @@ def test_what_was_compiled_is_found_again_fresh() -> None:
     assert first.mask != start
 
 
+def test_a_grammar_whose_shared_lexer_is_used_up_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=30)
+    monkeypatch.setattr("octavo.structured.compilation.LIMITS", limits)
+    store, sampling = grammars(), SamplingParams()
+    text = grammar_of(StructuredOutputsParams(regex="[a-z]{1,60}"), VOCABULARY)
+    first = store.compile(text, sampling)
+    assert any(first.accept([token_id]) for token_id in ids("abcdefgh" * 7))
+    assert store.find(text, sampling) is None
+    assert store.compile(text, sampling).accept(ids("a")) is None
+
+
 def test_the_least_recently_used_grammar_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.structured.matcher._MAX_GRAMMARS", 2)
     store, sampling = grammars(), SamplingParams()

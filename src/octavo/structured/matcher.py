@@ -84,15 +84,19 @@ class Grammars:
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
     def find(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher | None:
-        """A fresh matcher of a grammar that was compiled before, in microseconds; else None."""
-        compiled = self._compiled.get(grammar)
+        """A fresh matcher of a grammar that was compiled before, in microseconds; else None.
+
+        Matchers of one grammar share its lexer, whose states are limited: one that is used up is compiled anew.
+        """
+        compiled = self._compiled.pop(grammar, None)
         if compiled is None:
             return None
         try:
-            self._compiled.move_to_end(grammar)
-        except KeyError:  # another thread dropped it
+            found = GrammarMatcher(compiled.deep_copy(), self._eos_ids, sampling)
+        except ValueError:
             return None
-        return GrammarMatcher(compiled.deep_copy(), self._eos_ids, sampling)
+        self._compiled[grammar] = compiled
+        return found
 
     def compile(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher:
         """A fresh matcher. Raises ValueError for a grammar that is wrong, or too complex."""
