@@ -53,6 +53,8 @@ def test_each_kind_alone_is_accepted_and_crosses_processes() -> None:
         ({"choice": ["a"], "whitespace_pattern": " "}, "whitespace_pattern needs json or json_object; given: choice"),
         ({"json_object": True, "whitespace_pattern": ""}, "whitespace_pattern=''"),
         ({"json_object": True, "whitespace_pattern": " ", "disable_any_whitespace": True}, "allowed: one"),
+        ({"json": {"enum": [object()]}}, r"structured_outputs\.json cannot be written as JSON"),
+        ({"choice": ["\ud800"]}, r"structured_outputs\.choice cannot be written as JSON"),
         ({"regex": "a" * MAX_TEXT_BYTES}, r"structured_outputs\.regex has \d+ bytes; at most 262144 are allowed"),
     ],
 )

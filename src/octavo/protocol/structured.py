@@ -43,7 +43,10 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
         kind = given[0]
         getattr(self, f"_check_{kind}", self._check_text)(kind, getattr(self, kind))
         self._check_options(kind)
-        size = len(msgspec.json.encode(self))
+        try:
+            size = len(msgspec.json.encode(self))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"structured_outputs.{kind} cannot be written as JSON: {error}") from None
         if size > MAX_TEXT_BYTES:
             raise ValueError(f"structured_outputs.{kind} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
@@ -32,7 +32,7 @@ def grammar_of(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
     schema = {"type": "object"} if kind == "json_object" else _schema(params.json)
     if params.disable_additional_properties:
         schema = _closed(schema)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, options)))
 
 
 def json_options(params: StructuredOutputsParams) -> dict[str, Any]:
