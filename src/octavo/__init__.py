@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
     from octavo.protocol.beam_search import BeamSearchParams
     from octavo.protocol.sampling import SamplingParams
+    from octavo.protocol.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "RequestOutput": "octavo.outputs",
     "EngineOptions": "octavo.config",
     "SamplingParams": "octavo.protocol.sampling",
+    "StructuredOutputsParams": "octavo.protocol.structured",
 }
 
 

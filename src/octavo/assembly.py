@@ -6,7 +6,10 @@ import gc
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,16 +18,22 @@ from octavo.config import DeviceFacts, EngineConfig, EngineOptions, ModelFacts, 
 from octavo.distributed.executor import InProcessExecutor
 from octavo.engine.engine import Engine
 from octavo.engine.executor import Executor
+from octavo.engine.grammars import GrammarDesk
 from octavo.kernels.cpu import library
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.loading.weights import load_model
 from octavo.models.registry import model_facts
 from octavo.protocol.messages import Ready
 from octavo.scheduler.scheduler import Scheduler
+from octavo.structured.vocabulary import Vocabulary, vocabulary_of
+from octavo.text.tokenizer import load_tokenizer
 from octavo.worker.memory import MemoryLedger, free_host_bytes, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
+
+if TYPE_CHECKING:
+    from octavo.structured.matcher import Grammars
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +86,8 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
 
         executor, ledger = build_cuda(config, facts, source, watch.lap)
     scheduler = Scheduler(config.scheduler(ledger.num_blocks, ledger.max_model_len))
-    engine = Engine(scheduler, executor, config.pipeline_depth)
+    grammars = None if options.skip_tokenizer_init else _grammar_desk(source, facts.vocab_size)
+    engine = Engine(scheduler, executor, config.pipeline_depth, grammars=grammars)
     for line in (*config.decisions, *ledger.lines()):
         _log.info("%s", line)
     _log.info("%s on %s in %s, ready in %s", source.name, device.name, config.dtype, watch)
@@ -85,6 +95,21 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     gc.freeze()  # what is there now stays: collections need not look at it again
     ready = Ready(ledger.max_model_len, config.max_num_seqs, ledger.num_blocks, config.block_size, facts.vocab_size)
     return BuiltEngine(engine, config, source, ledger, ready)
+
+
+def _grammar_desk(source: ModelSource, vocab_size: int) -> GrammarDesk:
+    """Reads the tokenizer, which the engine needs for nothing else, at the first grammar."""
+
+    def load() -> tuple[Vocabulary, Callable[[str], list[int]]]:
+        tokenizer = load_tokenizer(source.tokenizer_path)
+        return vocabulary_of(tokenizer, vocab_size), partial(tokenizer.encode, add_special_tokens=False)
+
+    def open_grammars() -> Grammars:
+        from octavo.structured.matcher import Grammars  # brings llguidance
+
+        return Grammars(load)
+
+    return GrammarDesk(open_grammars)
 
 
 def _device(options: EngineOptions) -> DeviceFacts:

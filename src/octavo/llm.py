@@ -22,6 +22,7 @@ from octavo.protocol.outputs import SchedulerStats
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
+from octavo.structured.compiler import GrammarCompiler
 from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import Beam, BeamSearch
 from octavo.text.chat_template import ChatTemplate
@@ -73,6 +74,9 @@ class LLM:
         if not self._options.skip_tokenizer_init:
             self._tokenizer = load_tokenizer(built.source.tokenizer_path)
             self._eos_token_ids = self._tokenizer.eos_token_ids
+        self._grammars: GrammarCompiler | None = None
+        if self._tokenizer is not None:
+            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size)
         self._request_ids = itertools.count()
         # Unseeded requests draw from here: the same calls on a fresh LLM give the same outputs.
         self._seeds = random.Random(self._options.seed)
@@ -192,6 +196,7 @@ class LLM:
         sampling.check_vocabulary(self._vocab_size)
         token_ids = sampling.truncated(token_ids, self._max_model_len)
         room = self._room(token_ids)
+        grammar = self._grammar(sampling)
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
         requests: list[Request] = []
         if sampling.use_beam_search:
@@ -207,6 +212,7 @@ class LLM:
                 arrival_time=time.monotonic(),
                 priority=priority,
                 cache_salt=cache_salt,
+                grammar=grammar,
             )
             job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
             requests.append(request)
@@ -221,6 +227,13 @@ class LLM:
                 f"so that one more fits max_model_len={self._max_model_len}"
             )
         return room
+
+    def _grammar(self, sampling: SamplingParams) -> str | None:
+        if sampling.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structured_outputs needs a tokenizer; allowed: only without skip_tokenizer_init")
+        return self._grammars.compile(sampling.structured_outputs)
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """(text, token ids, cache salt) of a prompt in any of its forms."""

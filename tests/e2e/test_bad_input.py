@@ -77,7 +77,8 @@ CASES: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(top_logprobs=3), 400, "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema"),
+    (CHAT, chat(guided_regex="("), 400, "guided_regex"),
 ]
 
 

@@ -136,7 +136,6 @@ FIELDS = [
     (PLAIN, {"bad_words_token_ids": [[1]]}, "bad_words_token_ids", "unknown_parameter"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    (CHAT, {"guided_json": {}}, "guided_json", "unsupported_parameter"),
     (CHAT, {"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     (CHAT, {"store": True}, "store", "unsupported_parameter"),
     (PLAIN, {"suffix": "x"}, "suffix", "unsupported_parameter"),

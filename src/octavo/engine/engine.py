@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from octavo.engine.executor import Executor, StepHandle
+from octavo.engine.grammars import GrammarDesk
 from octavo.engine.pacing import Pacer
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import StepPlan
@@ -42,26 +43,45 @@ class Engine:
         executor: Executor,
         depth: int,
         clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarDesk | None = None,
     ) -> None:
+        """grammars: None refuses requests with structured outputs."""
         self._scheduler = scheduler
         self._executor = executor
         self._depth = depth
         self._clock = clock
+        self._grammars = grammars
         self._pacer = Pacer()
         self._in_flight: deque[_Step] = deque()
         self.num_step_tokens = 0  # tokens computed in the last step committed; written by step()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self._scheduler.has_unfinished()
+        return bool(self._in_flight) or self._scheduler.has_unfinished() or self._is_compiling
+
+    @property
+    def _is_compiling(self) -> bool:
+        return self._grammars is not None and self._grammars.has_work
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, naming what does not fit, if it can never run."""
-        self._scheduler.add(request)
+        if request.sampling.structured_outputs is None:
+            self._scheduler.add(request)
+            return
+        if self._grammars is None:
+            raise ValueError("structured_outputs needs a tokenizer, and this engine has none")
+        matcher = self._grammars.find(request)
+        if matcher is not None:
+            self._scheduler.add(request, matcher)
+        else:
+            self._grammars.take(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
         """End requests now, in whatever state they are. Unknown ids are ignored."""
-        return self._scheduler.abort(request_ids)
+        request_ids = list(request_ids)
+        dropped = [] if self._grammars is None else self._grammars.drop(request_ids)
+        outputs = [TokenOutput(name, [], finish_reason="abort") for name in dropped]
+        return outputs + self._scheduler.abort(request_ids)
 
     def step(self) -> list[TokenOutput]:
         """Fill the pipeline, then wait for its oldest step and return what that brought.
@@ -69,19 +89,35 @@ class Engine:
         A step that raises costs the requests in it, never the engine.
         """
         self.num_step_tokens = 0
+        refused = self._add_compiled() if self._is_compiling else []
         while len(self._in_flight) < self._depth and self._submit():
             pass
         if not self._in_flight:
-            return []
+            return refused
         step = self._in_flight.popleft()
         plan, self.num_step_tokens = step.plan, step.num_tokens
         try:
             result = step.handle.result()
         except Exception as error:
             _log.exception("step %d failed: its %d requests end with an error", plan.step_id, len(plan.rows))
-            return self._scheduler.fail(plan, f"the step that computed this request failed: {type(error).__name__}")
+            message = f"the step that computed this request failed: {type(error).__name__}"
+            return refused + self._scheduler.fail(plan, message)
         self._pacer.finished(len(plan.rows), step.decodes, result.seconds, self._clock())
-        return self._scheduler.commit(plan, result)
+        return refused + self._scheduler.commit(plan, result)
+
+    def _add_compiled(self) -> list[TokenOutput]:
+        """Queue the requests whose grammar is compiled by now. Returns the ends of those that cannot run."""
+        assert self._grammars is not None
+        refused = []
+        idle = not self._in_flight and not self._scheduler.has_unfinished()
+        for request, compiled in self._grammars.ready(idle=idle):
+            try:
+                self._scheduler.add(request, compiled.result())
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    _log.exception("the grammar of request %s could not be compiled", request.request_id)
+                refused.append(TokenOutput(request.request_id, [], finish_reason="error", error=str(error)))
+        return refused
 
     def _submit(self) -> bool:
         """Schedule a step and start it. False: there is nothing to do."""
@@ -117,4 +153,6 @@ class Engine:
         return self._scheduler.reset_prefix_cache()
 
     def shutdown(self) -> None:
+        if self._grammars is not None:
+            self._grammars.shutdown()
         self._executor.shutdown()

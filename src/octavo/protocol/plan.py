@@ -32,6 +32,7 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
     in its slot, whether or not the scheduler has seen them.
     new_block_ids: blocks appended to the slot's table before the step (none for a NewSequence).
     samples: the row's last token is the last one known, so the step samples position start + length.
+    mask: the tokens that may be sampled, one bit each, the lowest of a byte first; None for all.
     """
 
     slot: int
@@ -39,6 +40,7 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
     length: int
     new_block_ids: list[int]
     samples: bool
+    mask: bytes | None = None
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):

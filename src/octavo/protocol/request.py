@@ -16,6 +16,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time: seconds on the monotonic clock.
     priority: lower runs earlier; only under the "priority" policy.
     cache_salt: prefix-cache blocks are shared only between requests of equal salt.
+    grammar: what sampling.structured_outputs was compiled to by the front end; the text is llguidance's.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
     """
 
@@ -27,3 +28,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    grammar: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +14,9 @@ from octavo.protocol.checks import early_stopping as _early_stopping
 from octavo.protocol.checks import integer as _integer
 from octavo.protocol.checks import real as _real
 from octavo.protocol.checks import token_ids as _token_ids
+from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
+
+_log = logging.getLogger(__name__)
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -53,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logits is float32 [V], and so is what is returned. Only in the process of the engine.
     use_beam_search: search, instead of drawing, for the n best of best_of beams, at temperature 0;
     length_penalty, early_stopping: see BeamSearchParams.
+    structured_outputs: what shape the text must have. min_tokens and ignore_eos then count as far as that shape lets
+    the text go on. guided_decoding: its old name; it becomes structured_outputs.
     Raises ValueError naming the field, the value and the allowed range.
     """
 
@@ -86,11 +93,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: GuidedDecodingParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if isinstance(value := getattr(self, name), bool):  # True is another spelling of 1
                 msgspec.structs.force_setattr(self, name, 1 if value else None)
+        self._check_structured_outputs()
         self._check_numbers()
         self._check_stops()
         self._check_logit_bias()
@@ -189,6 +199,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def num_completions(self) -> int:
         """How many are made, of which n are returned."""
         return self.best_of or self.n
+    def _check_structured_outputs(self) -> None:
+        old = self.guided_decoding
+        if old is not None:
+            if not isinstance(old, StructuredOutputsParams):
+                raise ValueError(f"guided_decoding={old!r} is not allowed; allowed: GuidedDecodingParams")
+            if self.structured_outputs is not None:
+                raise ValueError("guided_decoding is the old name of structured_outputs; allowed: one of them")
+            _warn_of_old_name()
+            new = old.renamed() if isinstance(old, GuidedDecodingParams) else old
+            msgspec.structs.force_setattr(self, "structured_outputs", new)
+            msgspec.structs.force_setattr(self, "guided_decoding", None)
+        elif not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise ValueError(
+                f"structured_outputs={self.structured_outputs!r} is not allowed; allowed: StructuredOutputsParams"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -241,6 +266,10 @@ _WITH_BEAMS = frozenset(
     | {"use_beam_search", "length_penalty", "early_stopping"}
 )
 _DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__))
+@functools.cache
+def _warn_of_old_name() -> None:
+    """Once a process."""
+    _log.warning("SamplingParams(guided_decoding=GuidedDecodingParams(...)) is now structured_outputs")
 
 
 def _wrapped(seed: int) -> int:

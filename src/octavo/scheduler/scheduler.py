@@ -10,6 +10,7 @@ from octavo.protocol.outputs import FinishReason, SchedulerStats, TokenOutput
 from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan, StepResult
 from octavo.protocol.request import Request
 from octavo.scheduler.audit import require
+from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.kv_manager import KVManager
 from octavo.scheduler.prefix_cache import HashFunction, sha256
 from octavo.scheduler.queue import RankedQueue
@@ -48,6 +49,8 @@ class Scheduler:
 
     Slots are reused at once, blocks only when the last step in flight that names them is committed:
     workers execute plans in order, so a NewSequence for a slot follows the last row of its former owner.
+
+    A sequence with a constraint waits for the value of its last token before its next step; the others go on.
     """
 
     def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
@@ -73,8 +76,11 @@ class Scheduler:
         self._num_generated_tokens = 0
         self._num_steps = 0
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError, naming what does not fit, if it can never run; nothing changes then."""
+    def add(self, request: Request, constraint: Constraint | None = None) -> None:
+        """Queue a request. Raises ValueError, naming what does not fit, if it can never run; nothing changes then.
+
+        constraint: fresh; from now on only the scheduler calls it.
+        """
         config = self._config
         name, num_prompt, num_output = request.request_id, len(request.prompt_token_ids), request.max_tokens
         if name in self._sequences:
@@ -99,7 +105,7 @@ class Scheduler:
                 f"max_num_batched_tokens={config.max_num_batched_tokens}"
             )
         priority = request.priority if config.policy == "priority" else 0
-        sequence = Sequence(request, (priority, self._num_added))
+        sequence = Sequence(request, (priority, self._num_added), constraint)
         self._num_added += 1
         self._sequences[name] = sequence
         self._waiting.add(sequence)
@@ -230,6 +236,9 @@ class Scheduler:
         require(sequence.status is Status.RUNNING, f"I9: {name!r} runs but is {sequence.status}")
         ordered = 0 < sequence.num_computed_tokens <= num_tokens <= sequence.max_num_tokens
         require(ordered, f"I8: {name!r} has {sequence.num_computed_tokens} tokens of {num_tokens} computed")
+        constraint, num_output = sequence.constraint, len(sequence.token_ids) - sequence.num_prompt_tokens
+        accepted = constraint is None or constraint.num_accepted == num_output
+        require(accepted, f"I16: the constraint of {name!r} has not accepted its {num_output} output tokens")
         steps = [step for step in self._in_flight if sequence in step.sequences]
         rows = [step.rows[step.sequences.index(sequence)] for step in steps]
         unknown = num_tokens - len(sequence.token_ids)
@@ -249,7 +258,9 @@ class Scheduler:
             length = sequence.num_tokens - sequence.num_computed_tokens
             if length > 1:
                 prompts.append(sequence)
-            elif sequence.num_tokens < sequence.max_num_tokens and step.budget and not self._add_row(step, sequence, 1):
+            elif sequence.num_tokens == sequence.max_num_tokens or not step.budget or sequence.awaits_token:
+                continue
+            elif not self._add_row(step, sequence, 1):
                 complete = False
                 break
         for sequence in prompts:
@@ -275,7 +286,8 @@ class Scheduler:
     def _push_row(self, step: _Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
         start = sequence.num_computed_tokens
         samples = end == sequence.num_tokens
-        step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples))
+        mask = sequence.constraint.mask if samples and sequence.constraint is not None else None
+        step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, mask))
         step.sequences.append(sequence)
         step.budget -= end - start
         sequence.num_computed_tokens = end
@@ -340,6 +352,10 @@ class Scheduler:
                     logprobs = logprobs and logprobs[:count]
                 break
         self._num_generated_tokens += len(token_ids)
+        error: str | None = None
+        if reason is None and sequence.constraint is not None:
+            error = sequence.constraint.accept(token_ids)
+            reason = None if error is None else "error"
         if reason is not None:
             self._finish(sequence)
         else:
@@ -354,7 +370,7 @@ class Scheduler:
             None if sequence.prompt_logprobs is None else sequence.take_prompt_logprobs(),
             reason,
             sequence.stop_reason() if reason == "stop" else None,
-            None,
+            error,
             sequence.num_cached_tokens,
             sequence.scheduled_time,
         )

@@ -8,6 +8,7 @@ from array import array
 from octavo.protocol.outputs import FinishReason
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
+from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.prefix_cache import BlockKey
 
 
@@ -30,8 +31,10 @@ class Sequence:
         "admitted_step_id",
         "block_keys",
         "block_table",
+        "constraint",
         "last_step_id",
         "max_num_tokens",
+        "min_num_tokens",
         "next_key_at",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -49,7 +52,7 @@ class Sequence:
         "took_cached_blocks",
     )
 
-    def __init__(self, request: Request, rank: tuple[int, int]) -> None:
+    def __init__(self, request: Request, rank: tuple[int, int], constraint: Constraint | None = None) -> None:
         """Raises ValueError if a prompt token is no token id."""
         sampling = request.sampling
         self.request = request
@@ -60,9 +63,11 @@ class Sequence:
         self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
         self.num_tokens = self.num_prompt_tokens  # values in flight included
         self.num_computed_tokens = 0  # KV entries written by steps committed or in flight
-        self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(
-            () if sampling.ignore_eos else request.eos_token_ids
-        )
+        # What tokens may come; it has accepted the known output tokens, and keeps them over preemption.
+        self.constraint = constraint
+        ignores_eos = sampling.ignore_eos and constraint is None  # a constraint allows them where nothing else can come
+        self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(() if ignores_eos else request.eos_token_ids)
+        self.min_num_tokens = self.num_prompt_tokens + (sampling.min_tokens if constraint is None else 0)
 
         self.slot = -1  # -1 unless RUNNING
         self.block_table: list[int] = []  # empty unless RUNNING
@@ -86,14 +91,20 @@ class Sequence:
         """Add a token whose value has become known. Returns why the output ends with it, if it does."""
         self.token_ids.append(token_id)
         num_tokens = len(self.token_ids)
-        if token_id in self.stop_ids and num_tokens - self.num_prompt_tokens >= self.request.sampling.min_tokens:
+        if token_id in self.stop_ids and num_tokens >= self.min_num_tokens:
             return "stop"
         return "length" if num_tokens >= self.max_num_tokens else None
 
     def stop_reason(self) -> int | None:
         """Of an output that ended with "stop": its last token, or None if that is an end-of-sequence id."""
         request, last = self.request, self.token_ids[-1]
-        return None if last in request.eos_token_ids and not request.sampling.ignore_eos else last
+        ignores_eos = request.sampling.ignore_eos and self.constraint is None
+        return None if last in request.eos_token_ids and not ignores_eos else last
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether its next step needs the value of a token that is not known yet: what may come depends on it."""
+        return self.constraint is not None and self.num_tokens != len(self.token_ids)
 
     def add_prompt_logprobs(self, start: int, rows: list[TokenLogprobs] | None) -> None:
         """Take those of positions start+1 .. that are not there yet: a preempted prompt is computed again."""

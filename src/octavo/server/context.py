@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from octavo.config import SchedulingPolicy, ServerOptions
 from octavo.engine.client import EngineClient
+from octavo.protocol.structured import StructuredOutputsParams
 from octavo.server.front_ends import FrontEndGroup
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import Admission, Timeouts
 from octavo.server.metrics import MetricsRegistry
 from octavo.server.metrics_exchange import MetricsExchange
 from octavo.server.openai.errors import model_not_found, unavailable
+from octavo.structured.compiler import GrammarCompiler
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 
@@ -68,11 +70,25 @@ class ServerState:
         self.metrics_exchange = MetricsExchange(self.metrics, context.group)
         self.max_prompt_chars = context.max_model_len * _longest_token(context.tokenizer)
         self._pool = ThreadPoolExecutor(_TEXT_THREADS, "octavo-text")
+        self._grammars: GrammarCompiler | None = None
+        if context.tokenizer is not None:
+            self._grammars = GrammarCompiler(context.tokenizer, ready.vocab_size)
+        self._grammar_pool = ThreadPoolExecutor(1, "octavo-grammars")
         context.engine.add_listener(self.metrics.on_outputs)
+
+    async def compile(self, params: StructuredOutputsParams) -> str:
+        """The text of the grammar that Request.grammar carries. Raises ValueError for one that cannot be used,
+        APIError 503 if that is not known within a minute."""
+        if self._grammars is None:
+            raise ValueError(f"structured_outputs.{params.kind} needs a tokenizer, and this server has none")
+        return await self._await_in(self._grammar_pool, self._grammars.compile, params)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run text work (tokenizing, rendering) off the loop. Raises APIError 503 if it takes a minute."""
-        call = asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        return await self._await_in(self._pool, function, *args)
+
+    async def _await_in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
+        call = asyncio.get_running_loop().run_in_executor(pool, function, *args)
         try:
             async with asyncio.timeout(_TEXT_TIMEOUT_SECONDS):
                 return await call
@@ -95,6 +111,9 @@ class ServerState:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._grammar_pool.shutdown(wait=False, cancel_futures=True)
+        if self._grammars is not None:
+            self._grammars.close()
 
 
 def _longest_token(tokenizer: Tokenizer | None) -> int:

@@ -258,6 +258,7 @@ class DeviceRunner:
     def _draw_more(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
         slots = [row.slot if row.samples else -1 for row in rows]
         positions = [row.start + row.length for row in rows]
+        self._sampler.set_masks(rows)
         wanted = self._sampler.needs_more(slots, positions)
         if wanted:
             tables = self._slots.params, self._slots.token_ids, self._buffers.out

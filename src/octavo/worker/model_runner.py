@@ -62,7 +62,7 @@ class ModelRunner:
 
     def _sample(self, rows: list[PlanRow], hidden: Tensor) -> list[RowResult]:
         """RowResults of the rows that sample, in their order."""
-        slots, positions, last = [], [], []
+        slots, positions, last, masks = [], [], [], []
         end = 0
         for row in rows:
             end += row.length
@@ -70,11 +70,12 @@ class ModelRunner:
                 slots.append(row.slot)
                 positions.append(row.start + row.length)
                 last.append(end - 1)
+                masks.append(row.mask)
         if not slots:
             return []
         if len(last) < hidden.shape[0]:
             hidden = hidden[torch.tensor(last, device=hidden.device)]
-        sampled = self._sampler.sample(self._model.compute_logits(hidden), slots, positions)
+        sampled = self._sampler.sample(self._model.compute_logits(hidden), slots, positions, masks)
         where = torch.tensor([slots, positions], device=hidden.device)
         self._slots.token_ids[where[0], where[1]] = sampled.token_ids
         return self._sampler.to_rows(sampled)

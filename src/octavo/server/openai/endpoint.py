@@ -22,6 +22,7 @@ from octavo.server.openai.logprobs import LogprobsFormatter
 from octavo.server.openai.runner import Run
 from octavo.server.openai.schema import GenerationBody, StreamOptions
 from octavo.server.openai.sse import Frames, send_events
+from octavo.server.openai.structured import wish_of
 
 B = TypeVar("B", bound=GenerationBody)
 
@@ -68,7 +69,7 @@ class GenerationEndpoint(ABC, Generic[B]):
                 if body.stream:
 
                     async def prepared() -> tuple[Run, Frames]:
-                        await self.prepare(body, run)
+                        await self._prepare(body, run)
                         return run, self.frames(body, run, request_id)
 
                     await send_events(self.state.lifecycle, prepared, scope, receive, send)
@@ -76,8 +77,18 @@ class GenerationEndpoint(ABC, Generic[B]):
                     value = await self.state.lifecycle.run(receive, self._whole(body, run, request_id))
                     await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)
 
-    async def _whole(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
+    async def _prepare(self, body: B, run: Run) -> None:
+        """Compile the grammar, where the body asks for one, and tokenize. Raises APIError 400."""
+        wish = wish_of(body)
+        if wish is not None:
+            try:
+                run.grammar = await self.state.compile(wish.params)
+            except ValueError as error:
+                raise wish.refusal(error) from None
         await self.prepare(body, run)
+
+    async def _whole(self, body: B, run: Run, request_id: str) -> msgspec.Struct:
+        await self._prepare(body, run)
         await run.complete()
         return self.answer(body, run, request_id)
 

@@ -75,6 +75,7 @@ class Run:
         self._engine_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.choices: list[Choice] = []
         self._num_made = body.best_of or body.n or 1  # choices of one prompt
+        self.grammar: str | None = None  # of all completions; written by the endpoint ahead of `add`
         self._num_prompt_tokens = 0
         self._feeds: list[_Feed] = []
         self._num_unfinished = 0
@@ -97,6 +98,7 @@ class Run:
                 arrival_time=self._arrival,
                 priority=self._body.priority or 0,
                 cache_salt=self._body.cache_salt,
+                grammar=self.grammar,
             )
             try:
                 generation = Generation(self._tokenizer, own, token_ids)

@@ -10,6 +10,7 @@ from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.schema import GenerationBody
+from octavo.server.openai.structured import wish_of
 from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import BeamSearch
 
@@ -54,6 +55,8 @@ def sampling_params(
     chosen |= {name: value for name, value in values.items() if value is not None}
     chosen["max_tokens"] = values.get("max_tokens")
     chosen["detokenize"] = context.tokenizer is not None
+    if (wish := wish_of(body)) is not None:
+        chosen["structured_outputs"] = wish.params
     try:
         if body.logit_bias is not None:
             chosen["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.server.openai.structured import StructuredFields
+
 MAX_PROMPTS = 256
 
 Label = Annotated[str, Meta(max_length=512)]
@@ -23,13 +25,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "extra_args": (),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_json_object": (False,),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "kv_transfer_params": (),
     "logits_processors": ([],),
@@ -41,11 +36,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "repetition_detection": (),
     "request_id": (),  # the X-Request-Id header does this
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
@@ -62,7 +55,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     continuous_usage_stats: bool = False
 
 
-class GenerationBody(msgspec.Struct, kw_only=True, frozen=True):
+class GenerationBody(StructuredFields, kw_only=True, frozen=True):
     """What both generation endpoints take. None is "not given". The sampling fields are checked by SamplingParams.
 
     user, metadata, safety_identifier, prompt_cache_key: labels for the operator's own use; they

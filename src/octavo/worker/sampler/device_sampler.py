@@ -5,7 +5,7 @@ Parameters live on the device, one record a slot; nothing here waits for the dev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,17 @@ from torch import Tensor
 from octavo.kernels.triton import sampling as kernels
 from octavo.kernels.triton.sampling_rows import bias_rows, count_tokens, penalize, top_logprobs
 from octavo.kernels.triton.sampling_truncation import truncation_cuts
-from octavo.protocol.plan import RowResult, TokenLogprobs
+from octavo.protocol.plan import PlanRow, RowResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler.device_token_lists import DeviceTokenLists
 from octavo.worker.sampler.sampler import BAD_ROW
 from octavo.worker.sampler.slots import SlotParams, slot_params
+from octavo.worker.sampler.token_masks import apply_masks
 
 Ints = NDArray[np.int32]
 
 # Bits of a record's flags.
-PENALIZED, BIASED, TRUNCATED, BARRED, LISTED = 1, 2, 4, 8, 16
+PENALIZED, BIASED, TRUNCATED, BARRED, LISTED, MASKED = 1, 2, 4, 8, 16, 32
 
 # float32 copies of rows are made a few at a time: at most 256 MiB of them.
 _MOST_ELEMENTS_AT_ONCE = 2**26
@@ -64,7 +65,7 @@ class _Special:
 
     def is_processed(self, position: int) -> bool:
         """Whether the logits change before the draw."""
-        return bool(self.flags & (PENALIZED | BIASED | LISTED)) or position < self.barred_until
+        return bool(self.flags & (PENALIZED | BIASED | LISTED | MASKED)) or position < self.barred_until
 
     def is_redrawn(self, position: int) -> bool:
         return bool(self.flags & TRUNCATED) or self.is_processed(position)
@@ -82,6 +83,8 @@ class DeviceSampler:
         self._device = device
         self._special: dict[int, _Special] = {}
         self._lists = DeviceTokenLists(device)
+        # By slot, of the step that is being launched; written by `set_masks`.
+        self._masks: dict[int, bytes] = {}
         # Rows of the table of counts, by slot; those of slots that entered since they last drew are not filled yet.
         self._penalty_rows: dict[int, int] = {}
         self._free_penalty_rows: list[int] = []
@@ -127,6 +130,10 @@ class DeviceSampler:
     ) -> None:
         """The plain draw of every row, for a CUDA graph: see `octavo.kernels.triton.sampling.draw_tokens`."""
         kernels.draw_tokens(logits, row_slots, positions, params, samples, token_ids_table, out)
+
+    def set_masks(self, rows: Iterable[PlanRow]) -> None:
+        """The rows of the step whose `draw_more` comes next: their masks say which tokens may be drawn."""
+        self._masks = {row.slot: row.mask for row in rows if row.mask is not None}
 
     def needs_more(self, slots: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The rows that `draw_more` must see. slots: of all rows, -1 where one draws nothing; positions: of draws."""
@@ -262,6 +269,7 @@ class DeviceSampler:
         if is_penalized and comes_before:
             penalize(copies, source, row_slots, tables.params, self._seen, copies)
         self._lists.bar(copies, own_slots, own_positions, tables.token_ids)
+        apply_masks(copies, [self._masks.get(slot) for slot in own_slots])
         is_truncated = any(special.flags & TRUNCATED for special in specials)
         self._draw_kept(tables, copies, source, (target, row_slots, at), is_truncated)
 
@@ -311,6 +319,7 @@ def _special(params: SlotParams) -> _Special:
         | TRUNCATED * truncated
         | BARRED * bool(barred_until)
         | LISTED * params.is_listed
+        | MASKED * params.is_masked
     )
     return _Special(params, flags, bias, barred, barred_until)
 

@@ -19,7 +19,9 @@ from octavo.worker.sampler.penalties import Penalties
 from octavo.worker.sampler.random import uniform
 from octavo.worker.sampler.rows import random_rows
 from octavo.worker.sampler.slots import SlotParams, slot_params
+from octavo.worker.sampler.token_masks import apply_masks
 
+Masks = list[bytes | None]
 Method = Literal["greedy", "all", "top_k", "top_p"]
 _DRAWS = {"all": temperature.draw, "top_k": top_k.draw, "top_p": top_p.draw}
 
@@ -79,11 +81,12 @@ class Sampler:
             self._penalties.set_slot(slot, token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:])
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> Sampled:
+    def sample(self, logits: Tensor, slots: list[int], positions: list[int], masks: Masks | None = None) -> Sampled:
         """Draw one token for each row, and count it where the slot has penalties.
 
         logits: [R, V], R >= 1, bfloat16 or float32, left as they are. slots: distinct, set before.
         positions: of the tokens being drawn in their sequences, so output index + num_prompt_tokens.
+        masks: one a row, as in PlanRow; None where no row has one.
         Raises ValueError for a slot that was never set.
         """
         params = [self._params(slot) for slot in slots]
@@ -93,7 +96,8 @@ class Sampler:
         step = _rows_at_once(logits)
         for begin in range(0, len(slots), step):
             some = slice(begin, begin + step)
-            drawn.append(self._sample_some(logits[some], slots[some], params[some], positions[some]))
+            own_masks = masks[some] if masks is not None else []
+            drawn.append(self._sample_some(logits[some], slots[some], params[some], positions[some], own_masks))
             if wanted := [row - begin for row in asked if begin <= row < begin + step]:
                 raw, tokens = _take((logits[some], drawn[-1][0]), wanted)
                 logprobs.append(gather_logprobs(raw, tokens, num_alternatives))
@@ -101,10 +105,10 @@ class Sampler:
         return Sampled(token_ids, bad, concatenate(logprobs) if asked else None, list(asked), list(asked.values()))
 
     def _sample_some(
-        self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int]
+        self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int], masks: Masks
     ) -> tuple[Tensor, Tensor]:
         """Token ids and bad, of rows few enough to be worked on at once."""
-        processed = self._process(logits, slots, params, positions)
+        processed = self._process(logits, slots, params, positions, masks)
         row_max = processed.amax(-1, keepdim=True).float()
         bad = ~row_max.isfinite().squeeze(-1)  # amax hands on NaN; +inf has no softmax either
         if processed is not logits:  # a masked or biased NaN is still one
@@ -143,9 +147,11 @@ class Sampler:
             raise ValueError(f"slot {slot} was never set")
         return params
 
-    def _process(self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int]) -> Tensor:
+    def _process(
+        self, logits: Tensor, slots: list[int], params: list[SlotParams], positions: list[int], masks: Masks
+    ) -> Tensor:
         """The logits that tokens are drawn from: a float32 copy where any row changes them."""
-        if not any(
+        if not any(masks) and not any(
             p.is_penalized or p.bias_ids.size or p.is_listed or p.bars_stops(at) for p, at in zip(params, positions)
         ):
             return logits
@@ -155,6 +161,7 @@ class Sampler:
         add_bias(processed, params)
         self._penalties.apply(processed, slots, params)
         self._histories.bar(processed, slots, params)  # last or first is the same: -inf stays what it is
+        apply_masks(processed, masks)
         return processed
 
 

@@ -25,6 +25,7 @@ class SlotParams:
     bias_ids, bias_values: int64 [n] and float32 [n].
     num_logprobs: alternatives wanted beside the sampled token, or None.
     lists: what may not be drawn, or None. processors: the caller's functions of the logits.
+    is_masked: each step's plan says which tokens may be drawn.
     """
 
     temperature: float
@@ -41,6 +42,7 @@ class SlotParams:
     bias_ids: Ids
     bias_values: NDArray[np.float32]
     num_logprobs: int | None
+    is_masked: bool
     lists: TokenLists | None = None
     processors: tuple[Any, ...] = ()
 
@@ -75,11 +77,12 @@ def slot_params(
         presence_penalty=sampling.presence_penalty,
         random_stream=stream_of(sampling.seed),
         num_prompt_tokens=num_prompt_tokens,
-        min_tokens=sampling.min_tokens,
+        min_tokens=0 if sampling.structured_outputs is not None else sampling.min_tokens,  # the masks see to it
         stop_ids=np.array(stop_ids, dtype=np.int64),
         bias_ids=np.array(list(bias), dtype=np.int64),
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         num_logprobs=sampling.logprobs,
+        is_masked=sampling.structured_outputs is not None,
         lists=token_lists(sampling, vocab_size),
         processors=tuple(sampling.logits_processors or ()),
     )

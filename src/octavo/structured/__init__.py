@@ -1,0 +1,1 @@
+"""Structured output: from a wish (a schema, a regex, a grammar) to the tokens that may come next."""

@@ -1,0 +1,82 @@
+"""From StructuredOutputsParams to the text of a grammar as llguidance reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import llguidance
+from llguidance.gbnf_to_lark import any_to_lark
+
+from octavo.protocol.structured import StructuredOutputsParams
+from octavo.structured.structural_tags import structural_tag_grammar
+from octavo.structured.vocabulary import Vocabulary
+
+# Unbounded, a model that likes white space writes nothing else until max_tokens.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+
+
+def grammar_of(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
+    """The grammar's text. Raises ValueError naming what cannot be read; more is found when the text is compiled."""
+    kind = params.kind
+    if kind == "regex":
+        return str(llguidance.LLMatcher.grammar_from_regex(params.regex or ""))
+    if kind == "choice":
+        choices = dict.fromkeys(params.choice or ())
+        return _lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+    if kind == "grammar":
+        return _lark(_lark_from(params.grammar or ""))
+    options = json_options(params)
+    if kind == "structural_tag":
+        return structural_tag_grammar(params.structural_tag or "", vocabulary, options)
+    schema = {"type": "object"} if kind == "json_object" else _schema(params.json)
+    if params.disable_additional_properties:
+        schema = _closed(schema)
+    return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, options)))
+
+
+def json_options(params: StructuredOutputsParams) -> dict[str, Any]:
+    """llguidance's options for JSON. Keywords that it does not implement are errors."""
+    if params.disable_any_whitespace:
+        return {"lenient": False, "whitespace_flexible": False}
+    return {"lenient": False, "whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
+
+
+def _lark(text: str) -> str:
+    return str(llguidance.LLMatcher.grammar_from_lark(text))
+
+
+def _lark_from(text: str) -> str:
+    try:
+        return any_to_lark(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"neither Lark (no rule 'start') nor GBNF: {error}") from None
+
+
+def _schema(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    schema = given
+    if isinstance(given, str):
+        try:
+            schema = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"the schema is not valid JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"the schema is a JSON {type(schema).__name__}; allowed: an object")
+    if not schema:
+        raise ValueError('the schema is empty; for any object give {"type": "object"}, or json_object')
+    if "x-guidance" in schema:
+        raise ValueError("the schema has x-guidance, which is not supported")
+    return schema
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with additionalProperties false wherever it names properties and does not say."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    literal = ("const", "enum", "default", "examples")
+    closed = {key: value if key in literal else _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed

@@ -1,0 +1,140 @@
+"""From each kind of constraint to the texts that it lets through."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from structured_rig import BEGIN, VOCABULARY, accepts, ids, tag
+
+from octavo.protocol.structured import StructuredOutputsParams
+from octavo.structured.compilation import compiled_matcher, ll_tokenizer
+from octavo.structured.grammar import grammar_of
+
+S = StructuredOutputsParams
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+CLOSED = {**POINT, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("wish", "good", "bad"),
+    [
+        (S(json=POINT), ['{"x":1}', '{"x": -12, "y": [null]}', '{\n  "x" : 3\n}'], ['{"x":1.5}', "{}", '{"x":"1"}']),
+        (S(json=json.dumps(POINT)), ['{"x":1}'], ["1"]),
+        (S(json_object=True), ["{}", '{"a": {"b": [1, true]}}'], ["[]", "1", "{} {}"]),
+        (S(json=POINT, disable_any_whitespace=True), ['{"x":1}'], ['{"x": 1}', '{ "x":1}']),
+        (S(json=POINT, whitespace_pattern=" "), ['{"x": 1}'], ['{"x":  1}', '{"x":\n1}']),
+        (S(json=POINT), ['{"x":' + " " * 32 + "1}"], ['{"x":' + " " * 33 + "1}"]),
+        (S(json=POINT, disable_additional_properties=True), ['{"x":1}'], ['{"x":1,"y":2}']),
+        (S(regex=r"\d{3}-[a-z]+"), ["123-a"], ["12-a", "123-", "123-A"]),
+        (S(regex="a/b|\\."), ["a/b", "."], ["x"]),
+        (S(choice=["yes", "no", 'say "é"\n\\']), ["yes", "no", 'say "é"\n\\'], ["ye", "yesno", ""]),
+        (S(choice=["a", "a", "<eos>"]), ["a", "<eos>"], ["b"]),
+        (S(grammar='start: "x" NUM+\nNUM: /[0-9]/'), ["x1", "x123"], ["x", "1"]),
+        (S(grammar='root ::= item ("," item)*\nitem ::= [a-c]+ | "(" root ")"'), ["a,bc", "(a,(b))"], ["", "a,", "(a"]),
+        (tag(structures=[{"begin": "<f=a>", "schema": CLOSED, "end": "</f>"}], triggers=["<f"]),
+         ["free < text", '<f=a>{"x":1}</f>', 'hm <f=a>{"x":1}</f> and <f=a>{"x":2}</f>!'],
+         ["<f=b>", '<f=a>{"y":1}</f>', '<f=a>{"x":1}']),
+        (tag(format={"type": "sequence", "elements": [
+            {"type": "const_string", "value": "Q:"}, {"type": "regex", "pattern": "[0-9/]+"}]}),
+         ["Q:1/2"], ["Q:", "1"]),
+        (tag(format={"type": "or", "elements": [
+            {"type": "const_string", "value": "none"}, {"type": "json_schema", "json_schema": CLOSED}]}),
+         ["none", '{"x":1}'], ["", "x"]),
+        (tag(format={"type": "tag", "begin": "<t>", "content": {"type": "any_text"}, "end": "</t>"}),
+         ["<t>a < b</t>", "<t></t>"], ["<t>", "<t></t>x", "x"]),
+        (tag(format={"type": "triggered_tags", "triggers": ["<f"], "at_least_one": True, "stop_after_first": True,
+                     "tags": [{"begin": "<f=a>", "content": {"type": "regex", "pattern": "[0-9]"}, "end": "</f>"},
+                              {"begin": "<f=b>", "content": {"type": "any_text"}, "end": "!"}]}),
+         ["go <f=a>1</f>", "<f=b>what?!"], ["go", "<f=a>1</f> more", "<f=c>"]),
+        (tag(format={"type": "tags_with_separator", "separator": ",", "at_least_one": True,
+                     "tags": [{"begin": "[", "content": {"type": "regex", "pattern": "[0-9]"}, "end": "]"}]}),
+         ["[1]", "[1],[2]"], ["", "[1],", "[1][2]"]),
+    ],
+)  # fmt: skip
+def test_texts_that_are_let_through_and_not(wish: StructuredOutputsParams, good: list[str], bad: list[str]) -> None:
+    for text in good:
+        assert accepts(wish, text), text
+    for text in bad:
+        assert not accepts(wish, text), text
+
+
+def test_special_tokens_in_a_structural_tag_are_those_tokens() -> None:
+    wish = tag(
+        format={
+            "type": "triggered_tags",
+            "triggers": ["<|call|>"],
+            "tags": [{"begin": "<|call|>f:", "content": {"type": "regex", "pattern": "[0-9]"}, "end": ";"}],
+        }
+    )
+    assert accepts(wish, [*ids("hi "), BEGIN, *ids("f:1;")])
+    assert accepts(wish, [*ids("spelled <|call|> is free text")])
+    assert not accepts(wish, [BEGIN, *ids("g")])
+
+
+def _refused(wish: StructuredOutputsParams) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        compiled_matcher(ll_tokenizer(VOCABULARY), grammar_of(wish, VOCABULARY))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"not": {}}, "not"),
+        ({"type": "array", "contains": {"type": "integer"}}, "contains"),
+        ({"if": {"type": "integer"}, "then": {}}, "if"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}}, "propertyNames"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+        ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties"),
+        ({"type": "string", "format": "zip-code"}, "zip-code"),
+        ({"type": "text"}, "text"),
+        ({"$ref": "https://example.org/schema"}, "https://example.org/schema"),
+        ({"type": "string", "pattern": "(?=a)"}, "look-around"),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+        ({"type": "object", "x-guidance": {"lenient": True}}, "x-guidance"),
+        ({}, "empty"),
+        ("[1]", "list"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_schemas_that_cannot_be_kept_are_refused_by_name(schema: Any, name: str) -> None:
+    assert name in _refused(S(json=schema))
+
+
+@pytest.mark.parametrize(
+    ("wish", "name"),
+    [
+        (S(regex="("), "unclosed group"),
+        (S(regex="a(?=b)"), "look-around"),
+        (S(grammar="start: nothing"), "nothing"),
+        (S(grammar="hello"), "GBNF"),
+        (S(grammar='root ::= other'), "other"),
+        (S(grammar="start: <|unknown|>"), "<|unknown|>"),
+        (S(structural_tag="[]"), "cannot be read"),
+        (tag(format={"type": "grammar", "grammar": "x"}), "grammar"),
+        (tag(format={"type": "any_text", "excludes": ["x"]}), "excludes"),
+        (tag(structures=[{"begin": "<a>", "schema": {}, "end": ""}], triggers=["<b"]), "<a>"),
+        (tag(structures=[], triggers=["<b"]), "at least one tag"),
+        (tag(format={"type": "sequence", "elements": []}), "without elements"),
+    ],
+)  # fmt: skip
+def test_others_are_refused_by_what_is_wrong(wish: StructuredOutputsParams, name: str) -> None:
+    assert name in _refused(wish)
+
+
+def test_closing_leaves_constants_and_what_the_schema_says() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"const": {"properties": {}}},
+            "b": {"type": "object", "properties": {"c": {"type": "null"}}, "additionalProperties": {"type": "integer"}},
+            "d": {"type": "array", "items": POINT},
+        },
+    }
+    wish = S(json=schema, disable_additional_properties=True)
+    assert accepts(wish, '{"a":{"properties":{}},"b":{"c":null,"z":1},"d":[{"x":1}]}')
+    assert not accepts(wish, '{"d":[{"x":1,"y":2}]}')
+    assert not accepts(wish, '{"z":1}')
