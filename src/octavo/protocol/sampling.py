@@ -199,6 +199,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def num_completions(self) -> int:
         """How many are made, of which n are returned."""
         return self.best_of or self.n
+
     def _check_structured_outputs(self) -> None:
         old = self.guided_decoding
         if old is not None:
@@ -266,6 +267,8 @@ _WITH_BEAMS = frozenset(
     | {"use_beam_search", "length_penalty", "early_stopping"}
 )
 _DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__))
+
+
 @functools.cache
 def _warn_of_old_name() -> None:
     """Once a process."""
