@@ -115,7 +115,7 @@ FIELDS = [
     (PLAIN, {"best_of": 10**6}, "best_of", "unsupported_parameter"),
     (PLAIN, {"best_of": True}, "best_of", "unsupported_parameter"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
     (CHAT, {"guided_json": {}}, "guided_json", "unsupported_parameter"),
     (CHAT, {"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     (CHAT, {"store": True}, "store", "unsupported_parameter"),

@@ -41,3 +41,6 @@ REASONING_PARSERS: dict[str, Callable[[str], OutputParser]] = {
     "openai_gptoss": _openai_gptoss,
     "qwen3": _qwen3,
 }
+
+# Those whose marks are special tokens, which the text must show then.
+SPECIAL_MARKS = frozenset({"mistral", "openai_gptoss"})

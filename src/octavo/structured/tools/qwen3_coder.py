@@ -41,8 +41,7 @@ class Qwen3CoderParser(ToolParser):
         name = yield from self._run(NAME_RUN)
         if not (yield from self._accept(">")) or not self._begin(name):
             return False
-        schema = self._functions.get(name) or {}
-        properties = schema.get("properties")
+        properties = (self._functions.get(name) or {}).get("properties")
         self._arguments("{")
         is_first = True
         ended_by = ""
@@ -102,22 +101,25 @@ class _WithoutLastBreak:
 
 
 def _types(schema: object) -> set[str]:
-    """The JSON types that a schema names; empty where it names none."""
+    """The JSON types that a schema names; empty where it names none. Takes any value for a schema: clients send it."""
     if not isinstance(schema, Mapping):
         return set()
-    named = schema.get("type")
-    types = {named} if isinstance(named, str) else {t for t in named if isinstance(t, str)} if named else set()
+    types = set(_strings(schema.get("type")))
     for word in ("anyOf", "oneOf"):
-        for option in schema.get(word) or ():
-            types |= {str(t) for t in _options(option)}
-    if not types and schema.get("enum") and all(isinstance(value, str) for value in schema["enum"]):
+        for option in _items(schema.get(word)):
+            types.update(_strings(option.get("type")) if isinstance(option, Mapping) else ())
+    values = _items(schema.get("enum"))
+    if not types and values and len(_strings(values)) == len(values):
         return {"string"}
     return types
 
 
-def _options(option: object) -> list[str]:
-    named = option.get("type") if isinstance(option, Mapping) else None
-    return [named] if isinstance(named, str) else []
+def _items(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _strings(value: object) -> list[str]:
+    return [value] if isinstance(value, str) else [item for item in _items(value) if isinstance(item, str)]
 
 
 def _typed(text: str, types: set[str]) -> str:
