@@ -17,6 +17,7 @@ _PLAIN_RUN = re.compile(r"[^()\[\]{}'\"]*")
 _STRING_RUNS = {quote: re.compile(rf"[^\\{quote}]*") for quote in "'\""}
 _CONSTANTS = {"true": True, "false": False, "null": None}
 MAX_DEPTH = 64
+MAX_LITERAL_CHARACTERS = 2**17  # of one call's arguments; they are parsed at once, while streams wait
 
 
 class PythonicParser(ToolParser):
@@ -114,6 +115,8 @@ def literal_as_json(text: str) -> str | None:
 
 
 def _parsed(expression: str) -> ast.expr | None:
+    if len(expression) > MAX_LITERAL_CHARACTERS:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an unknown escape stands for itself
