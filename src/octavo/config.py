@@ -21,6 +21,10 @@ Quantization = Literal["fp8"]
 KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+ToolParserName = Literal[
+    "deepseek_v3", "hermes", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder", "qwen3_xml"
+]
+ReasoningParserName = Literal["deepseek_r1", "granite", "mistral", "openai_gptoss", "qwen3"]
 
 DEFAULT_MODEL = "smollm2"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -110,6 +114,15 @@ class ServerOptions:
     """Seconds that streams get to finish after SIGTERM."""
     chat_template: str | None = None
     """File of a Jinja chat template, in place of the model's own."""
+    tool_call_parser: ToolParserName | None = None
+    """Format of the model's tool calls. None: the one that the chat template writes."""
+    enable_auto_tool_choice: bool | None = None
+    """Let the model choose whether it calls a tool. true: and do not start where its calls cannot be read; false:
+    refuse that choice; None: wherever they can be read."""
+    exclude_tools_when_tool_choice_none: bool = False
+    """Leave tools out of the prompt of a request whose tool_choice is none."""
+    reasoning_parser: ReasoningParserName | None = None
+    """Format of the model's reasoning, which answers then carry apart from their content. None: it stays in there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages that are logged."""
 

@@ -26,6 +26,7 @@ from octavo.protocol.sampling import generation_defaults
 from octavo.server.bind import bind, bind_shared
 from octavo.server.context import ServerContext
 from octavo.server.front_ends import EngineNews, FrontEndGroup, FrontEnds, announce, follow
+from octavo.server.openai.tools import ToolCalling
 from octavo.server.serve import serve as serve_http
 from octavo.text.chat_template import ChatTemplate, load_chat_template
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
@@ -192,9 +193,10 @@ def _load_text(options: EngineOptions, server: ServerOptions, source: ModelSourc
         return None, None
     tokenizer = load_tokenizer(source.tokenizer_path)
     given = load_chat_template(Path(server.chat_template)) if server.chat_template else None
-    if given is None and tokenizer.chat_template is None:
-        return tokenizer, None
-    return tokenizer, ChatTemplate.of(tokenizer, given)
+    has_template = given is not None or tokenizer.chat_template is not None
+    template = ChatTemplate.of(tokenizer, given) if has_template else None
+    ToolCalling(server, template)  # raises what is wrong before the model is loaded
+    return tokenizer, template
 
 
 def _settle_heap() -> None:

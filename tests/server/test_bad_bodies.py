@@ -134,7 +134,7 @@ FIELDS = [
     (PLAIN, {"logits_processors": ["module.function"]}, "logits_processors", "unsupported_parameter"),
     (PLAIN, {"truncation_side": "right"}, "truncation_side", "unsupported_parameter"),
     (PLAIN, {"bad_words_token_ids": [[1]]}, "bad_words_token_ids", "unknown_parameter"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
     (CHAT, {"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     (CHAT, {"store": True}, "store", "unsupported_parameter"),
     (PLAIN, {"suffix": "x"}, "suffix", "unsupported_parameter"),

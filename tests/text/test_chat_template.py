@@ -240,3 +240,32 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
         load_chat_template(path)
     with pytest.raises(FileNotFoundError, match=r"none\.jinja"):
         load_chat_template(tmp_path / "none.jinja")
+
+
+# As DeepSeek-V3's template writes calls: it tells them by a content of none, and joins the arguments as text.
+TEXT_ARGUMENTS = (
+    "{% for m in messages %}{% if m['content'] is none %}{% for c in m['tool_calls'] %}"
+    "{{ c['function']['name'] + ' ' + c['function']['arguments'] }}{% endfor %}"
+    "{% else %}{{ m['content'] }};{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_gets_content_and_arguments_in_the_form_that_it_takes() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert ChatTemplate(TEXT_ARGUMENTS).render(messages) == f'{USER["content"]};f {{"a":1}}'
+    parsed = "{% for m in messages %}[{{ m.content }}]{{ m.tool_calls[0].function.arguments.a }}{% endfor %}"
+    assert ChatTemplate(parsed).render(messages[1:]) == "[]1"
+
+
+@pytest.mark.parametrize(
+    ("source", "shows"),
+    [
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True),
+        ("{% for tool in tools %}{{ tool.name }}{% endfor %}", True),
+        ("{{ messages[0].tool_calls }} tools", False),
+    ],
+)
+def test_whether_a_template_shows_tools(source: str, shows: bool) -> None:
+    assert ChatTemplate(source).shows_tools is shows
+    assert ChatTemplate(source).source == source

@@ -35,7 +35,10 @@ def load_chat_template(path: Path | str) -> str:
 
 
 class ChatTemplate:
-    """A compiled template. Rendering is safe from several threads at once."""
+    """A compiled template. Rendering is safe from several threads at once.
+
+    source: its text. shows_tools: whether it does anything with the tools of a request.
+    """
 
     def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
         """Raises ValueError with the line of a syntax error."""
@@ -48,6 +51,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
         self._takes_parts = _loops_over_content(tree)
+        self._takes_none = any(t.name == "none" and _is_content(t.node, {"content"}) for t in tree.find_all(nodes.Test))
+        self._takes_argument_text = _adds_to_arguments(tree)
+        self.source = source
+        self.shows_tools = any(name.name == "tools" for name in tree.find_all(nodes.Name))
         self._takes_strings = not self._takes_parts or any(t.name == "string" for t in tree.find_all(nodes.Test))
 
     @classmethod
@@ -100,9 +107,9 @@ class ChatTemplate:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"a message is not an object with a role: {str(message)[:100]!r}")
         result = dict(message)
-        if "content" in message:
+        if "content" in message and not (message["content"] is None and self._takes_none):
             result["content"] = self._content(message["content"])
-        if message.get("tool_calls"):
+        if message.get("tool_calls") and not self._takes_argument_text:
             result["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
         return result
 
@@ -202,6 +209,19 @@ def _loops_over_content(tree: nodes.Template) -> bool:
         if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
             names.add(assign.target.name)
     return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _adds_to_arguments(tree: nodes.Template) -> bool:
+    """Whether the template joins a call's arguments to other text as they are, so that they must be text."""
+    operands = [operand for add in tree.find_all(nodes.Add) for operand in (add.left, add.right)]
+    operands += [operand for concat in tree.find_all(nodes.Concat) for operand in concat.nodes]
+    for operand in operands:
+        key = operand.attr if isinstance(operand, nodes.Getattr) else None
+        if isinstance(operand, nodes.Getitem) and isinstance(operand.arg, nodes.Const):
+            key = operand.arg.value
+        if key == "arguments":
+            return True
+    return False
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from octavo.protocol.sampling import SamplingParams
+from octavo.server.context import ServerState
+from octavo.server.openai.chat_messages import (
+    AssistantMessage,
+    ChatDelta,
+    ChatFinishReason,
+    ParsedStream,
+    parsed_message,
+)
 from octavo.server.openai.endpoint import GenerationEndpoint
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import ChatLogprobs, PromptToken
@@ -16,6 +24,7 @@ from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import ChatBody, Message
 from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.tools import OutputFormat, ToolCalling
 from octavo.text.generation import Delta
 
 # Template variables that the request's own fields set, or that name the renderer's own arguments.
@@ -28,15 +37,10 @@ _RESERVED_KWARGS = {
 _PLAIN_TAIL = b'},"finish_reason":null}'  # of a ChunkChoice that has only text
 
 
-class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
-    role: Literal["assistant"] = "assistant"
-
-
 class ChatChoice(msgspec.Struct, frozen=True, omit_defaults=True):
     index: int
     message: AssistantMessage
-    finish_reason: str | None
+    finish_reason: ChatFinishReason | None
     logprobs: ChatLogprobs | None
     stop_reason: int | str | None
     token_ids: list[int] | None = None
@@ -54,15 +58,10 @@ class ChatCompletion(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_token_ids: list[int] | None = None
 
 
-class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    role: str | None = None
-    content: str | None = None
-
-
 class ChunkChoice(msgspec.Struct, frozen=True, omit_defaults=True):
     index: int
     delta: ChatDelta
-    finish_reason: str | None
+    finish_reason: ChatFinishReason | None
     logprobs: ChatLogprobs | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
@@ -73,14 +72,21 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
 
     body_type = ChatBody
 
+    def __init__(self, state: ServerState) -> None:
+        """Raises ValueError where the options ask for tool calls that cannot be read."""
+        super().__init__(state)
+        self.tool_calling = ToolCalling(state.context.options, state.context.chat_template)
+
     def num_prompts(self, body: ChatBody) -> int:  # noqa: ARG002 (completions have several)
         return 1
 
     async def prepare(self, body: ChatBody, run: Run) -> None:
         _check_messages(body.messages)
+        if self.context.chat_template is not None:
+            self.tool_calling.check(body)
         max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
-        params = self._params(body, names)
+        params = self._params(body, names, self.tool_calling.format(body))
         text = await self._render(body)
         ids = await self.encode(text, bool(body.add_special_tokens), "messages")
         ids = params.truncated(ids, self.context.max_model_len)
@@ -98,7 +104,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             created=int(time.time()),
             model=self.context.served_model_names[0],
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(body, choice) for choice in answered],
+            choices=[self._choice(body, choice, self.tool_calling.format(body)) for choice in answered],
             usage=run.usage(),
             prompt_logprobs=None if prompt_logprobs is None else self.formatter.prompt(prompt_logprobs),
             prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
@@ -107,12 +113,15 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
 
-    def _params(self, body: ChatBody, names: dict[str, str]) -> SamplingParams:
+    def _params(self, body: ChatBody, names: dict[str, str], output_format: OutputFormat) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return sampling_params(body, self.context, names, max_tokens=wanted, logprobs=logprobs)
+        skips = False if output_format.needs_special_tokens else None
+        return sampling_params(
+            body, self.context, names, max_tokens=wanted, logprobs=logprobs, skip_special_tokens=skips
+        )
 
     async def _render(self, body: ChatBody) -> str:
         template = self.context.chat_template
@@ -128,22 +137,32 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             raise invalid("exclude each other: add_generation_prompt, continue_final_message", "continue_final_message")
         messages = [_for_template(message) for message in body.messages]
         render = partial(
-            template.render, messages, add_generation_prompt=opens, continue_final_message=continues, **kwargs
+            template.render,
+            messages,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            tools=self.tool_calling.for_template(body),
+            **kwargs,
         )
         try:
             return await self.state.in_thread(render)
         except ValueError as error:
             raise invalid(str(error), "messages") from None
 
-    def _choice(self, body: ChatBody, choice: Choice) -> ChatChoice:
+    def _choice(self, body: ChatBody, choice: Choice, output_format: OutputFormat) -> ChatChoice:
         generation = choice.generation
+        parser = output_format.parser(choice.prompt)
+        message = AssistantMessage(generation.text)
+        finish_reason: ChatFinishReason | None = generation.finish_reason
+        if parser is not None:
+            message, finish_reason = parsed_message(parser, generation.text, generation.finish_reason, body)
         logprobs = None
         if body.logprobs and generation.logprobs is not None:
             logprobs = self.formatter.chat(generation.logprobs, body.top_logprobs or 0)
         return ChatChoice(
             index=choice.index,
-            message=AssistantMessage(generation.text),
-            finish_reason=generation.finish_reason,
+            message=message,
+            finish_reason=finish_reason,
             logprobs=logprobs,
             stop_reason=generation.stop_reason,
             token_ids=generation.token_ids if body.return_token_ids else None,
@@ -168,8 +187,12 @@ class ChatFrames:
             }
         )
         self._opened = False
+        output_format = endpoint.tool_calling.format(body)
+        parsers = {choice.index: output_format.parser(choice.prompt) for choice in run.choices}
+        self._parsed = {index: ParsedStream(p, body) for index, p in parsers.items() if p is not None}
         # Nothing but text in all chunks but each choice's last.
-        self._plain = not (body.return_token_ids or body.logprobs or self._options.continuous_usage_stats)
+        says_more = body.return_token_ids or body.logprobs or self._options.continuous_usage_stats
+        self._plain = not (self._parsed or says_more)
 
     def frame(self, choice: Choice, delta: Delta) -> bytes:
         """See Frames.frame."""
@@ -197,17 +220,26 @@ class ChatFrames:
 
     def _chunk(self, choice: Choice, delta: Delta) -> ChunkChoice | None:
         shows_tokens = bool(delta.token_ids) and bool(delta.logprobs or self._body.return_token_ids)
-        if not (delta.text or delta.finish_reason or shows_tokens):
+        message, finish_reason = self._message(choice, delta)
+        if not (message.says_something or finish_reason or shows_tokens):
             return None
+        if shows_tokens and not message.says_something:
+            message.content = ""
         logprobs = self._formatter.chat(delta.logprobs, self._body.top_logprobs or 0) if delta.logprobs else None
         return ChunkChoice(
             index=choice.index,
-            delta=ChatDelta(content=delta.text) if delta.text or shows_tokens else ChatDelta(),
-            finish_reason=delta.finish_reason,
+            delta=message,
+            finish_reason=finish_reason,
             logprobs=logprobs,
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if self._body.return_token_ids else None,
         )
+
+    def _message(self, choice: Choice, delta: Delta) -> tuple[ChatDelta, ChatFinishReason | None]:
+        stream = self._parsed.get(choice.index)
+        if stream is None:
+            return ChatDelta(content=delta.text or None), delta.finish_reason
+        return stream.push(delta)
 
 
 def _check_messages(messages: list[Message]) -> None:
@@ -217,6 +249,9 @@ def _check_messages(messages: list[Message]) -> None:
             raise invalid(f"{at}.content is null or missing", f"{at}.content", "invalid_type")
         if message.tool_calls is not None and message.role != "assistant":
             raise invalid(f"{at}.tool_calls is only allowed for the role assistant", f"{at}.tool_calls")
+        for name in ("reasoning", "reasoning_content"):
+            if getattr(message, name) is not None and message.role != "assistant":
+                raise invalid(f"{at}.{name} is only allowed for the role assistant", f"{at}.{name}")
         if (message.tool_call_id is not None) != (message.role == "tool"):
             raise invalid(f"{at}.tool_call_id belongs to the role tool, which needs it", f"{at}.tool_call_id")
         for number, call in enumerate(message.tool_calls or ()):
@@ -230,4 +265,5 @@ def _check_messages(messages: list[Message]) -> None:
 def _for_template(message: Message) -> dict[str, Any]:
     """The message as templates know it: fields that were not given are absent."""
     given: dict[str, Any] = msgspec.to_builtins(message)
+    given["reasoning"] = given["reasoning_content"] = message.reasoning or message.reasoning_content
     return {name: value for name, value in given.items() if value is not None or name == "content"}

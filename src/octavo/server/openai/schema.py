@@ -13,6 +13,7 @@ MAX_PROMPTS = 256
 
 Label = Annotated[str, Meta(max_length=512)]
 Salt = Annotated[str, Meta(min_length=1, max_length=512)]
+FunctionName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
 Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_length=16)]
 
 # Fields of OpenAI or vLLM that this server does not implement, and the values (besides null) that ask for
@@ -25,7 +26,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "extra_args": (),
     "function_call": ("none",),
     "functions": ([],),
-    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "logits_processors": ([],),
     "media_io_kwargs": (),
@@ -41,8 +41,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "suffix": ("",),
     "thinking_token_budget": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation_side": ("left",),
     "verbosity": ("medium",),
     "vllm_xargs": (),
@@ -117,7 +115,7 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class FunctionCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """arguments: a JSON object, as a string."""
 
-    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
+    name: FunctionName
     arguments: str
 
 
@@ -128,22 +126,51 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One message. content may be null only beside tool_calls. The null-only fields are what clients
-    send when they append an answer's message as it came."""
+    """One message. content may be null only beside tool_calls; reasoning (or reasoning_content, its older name) is
+    the assistant's. The null-only fields are what clients send when they append an answer's message as it came."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Meta(min_length=1)] | None = None
     name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")] | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
     tool_call_id: Label | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
 
 
+class Function(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """parameters: a JSON schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    name: FunctionName
+
+
+class NamedToolChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
 class ChatBody(GenerationBody, kw_only=True, frozen=True):
-    """POST /v1/chat/completions. max_completion_tokens wins over max_tokens."""
+    """POST /v1/chat/completions. max_completion_tokens wins over max_tokens.
+
+    parallel_tool_calls: false keeps the first call of an answer only.
+    include_reasoning: false leaves reasoning out of the answer.
+    """
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     logprobs: bool | None = None
@@ -152,4 +179,7 @@ class ChatBody(GenerationBody, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None  # says how to call tools, and there are none
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
