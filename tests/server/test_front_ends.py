@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +110,20 @@ def _done(text: str) -> bool:
     return text.endswith("data: [DONE]\n\n") and '"error"' not in text
 
 
+async def _accepted(pids: Sequence[int], before: Sequence[int], count: int) -> list[int]:
+    """Wait until the processes have accepted so many connections; how many each did."""
+    async with asyncio.timeout(10):
+        while sum(opened := [_num_sockets(pid) - num for pid, num in zip(pids, before)]) < count:
+            await asyncio.sleep(0.01)
+    return opened
+
+
 async def test_two_processes_are_one_server(smollm2_path: Path, tmp_path: Path) -> None:
     async with serving(smollm2_path, tmp_path / "log", step_seconds=0.02) as server:
         pids = (server.process.pid, server.children["front_end"])
         before = [_num_sockets(pid) for pid in pids]
         streams = [asyncio.create_task(server.stream(40)) for _ in range(24)]
-        await asyncio.sleep(0.5)
-        opened = [_num_sockets(pid) - count for pid, count in zip(pids, before)]
+        opened = await _accepted(pids, before, 24)
         assert min(opened) > 0, opened  # both have some of the connections
         assert all(_done(text) for text in await asyncio.gather(*streams))
         seen = [await server.metrics() for _ in range(8)]  # whoever answers
@@ -147,8 +154,11 @@ async def test_the_engine_dies_for_all_and_comes_back_for_all(smollm2_path: Path
 async def test_all_drain(smollm2_path: Path, tmp_path: Path) -> None:
     async with serving(smollm2_path, tmp_path / "log", step_seconds=0.02) as server:
         children = server.children
+        pids = (server.process.pid, children["front_end"])
+        before = [_num_sockets(pid) for pid in pids]
         streams = [asyncio.create_task(server.stream(60)) for _ in range(8)]
-        await asyncio.sleep(0.5)
+        await _accepted(pids, before, 8)
+        await asyncio.sleep(0.2)
         server.process.send_signal(signal.SIGTERM)
         assert all(_done(text) for text in await asyncio.gather(*streams))
         assert await asyncio.to_thread(server.process.wait, 10) == 0
