@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from parser_rig import FUNCTIONS, Call, check_every_cut, events_of, merged, random_calls, to_json
 
 from octavo.structured.events import ArgumentsText, ContentText, ToolCallBegun, ToolCallBroken, collect
+from octavo.structured.tools.constrained import NamedCallParser, RequiredCallsParser
 from octavo.structured.tools.registry import TOOL_PARSERS
 
 Writer = Callable[[list[Call], random.Random], str]
@@ -266,6 +267,37 @@ def test_no_text_raises_and_none_is_lost(name: str, pieces: list[str]) -> None:
         assert whole.content == text
     rest = iter(text)
     assert all(character in rest for character in whole.content)  # each once, in order
+
+
+@pytest.mark.parametrize("schema", [{}, {"properties": 5}, {"properties": {"text": 5}}, {"properties": {"text": True}}])
+@pytest.mark.parametrize("key", ["type", "anyOf", "oneOf", "enum"])
+@pytest.mark.parametrize("value", [None, 5, "string", [5], [None], {}, [{"type": ["string", "null"]}], ["a", "b"]])
+def test_a_schema_may_be_anything(schema: dict[str, Any], key: str, value: Any) -> None:
+    schema = schema or {"properties": {"text": {key: value}}}
+    parser = TOOL_PARSERS["qwen3_coder"]({"f": schema})
+    whole = collect(events_of(parser, ["<function=f><parameter=text>\nx y\n</parameter></function>"]))
+    assert [json.loads(call.arguments) for call in whole.calls] == [{"text": "x y"}]
+
+
+def test_required_calls_are_read() -> None:
+    calls = [("f", {"text": "a, b"}), ("get_weather", {})]
+    text = json.dumps([{"name": name, "parameters": arguments} for name, arguments in calls])
+    whole = collect(check_every_cut(lambda: RequiredCallsParser(FUNCTIONS), text))
+    assert [(call.name, json.loads(call.arguments)) for call in whole.calls] == calls
+    assert whole.content == ""
+    for cut in (0, 5, 25):
+        whole = collect(check_every_cut(lambda: RequiredCallsParser(FUNCTIONS), text[:cut] or "no"))
+        assert (whole.calls, whole.content) == ([], text[:cut] or "no")
+    whole = collect(check_every_cut(lambda: RequiredCallsParser(FUNCTIONS), text[:-20]))
+    assert [call.name for call in whole.calls] == ["f"]
+
+
+def test_a_named_call_is_read() -> None:
+    whole = collect(check_every_cut(lambda: NamedCallParser(FUNCTIONS, "f"), '{"text": "x"} '))
+    assert ([(c.name, c.arguments) for c in whole.calls], whole.content) == ([("f", '{"text": "x"}')], "")
+    for text in ('{"text": "x', "no", '{"text": ?} so'):
+        whole = collect(check_every_cut(lambda: NamedCallParser(FUNCTIONS, "f"), text))
+        assert (whole.calls, whole.content) == ([], text)
 
 
 UNITS = ["[", "{", '{"name":', "<tool_call>", " ", "(", "[f(", "<function=f>", "<|channel|>", "\\"]

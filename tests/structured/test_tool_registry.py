@@ -38,6 +38,7 @@ TEMPLATES = {
         "openai",
     ),
     "LFM2": ("""{{- "<|tool_call_start|>[" }}""", "pythonic"),
+    "GLM-4.5": (r"""{{ '\n<tool_call>' + tc.name }}<arg_key>{{ k }}</arg_key></tool_call> tc.arguments""", None),
     "Llama 3": ("""{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'}}""", None),
     "SmolLM2": ("""{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}""", None),
 }

@@ -75,6 +75,12 @@ class ToolParser(IncrementalParser):
         self._content(text)
         self._source.clear()
 
+    def _rest(self) -> Script[None]:
+        """All that is left is content."""
+        while (yield from self._peek()):
+            self._content_and_forget(self._read(len(self._text)))
+        self._all_is_read()
+
     def _all_is_read(self) -> None:
         if self._space and not self._follows_call:
             self._events.append(ContentText("".join(self._space)))

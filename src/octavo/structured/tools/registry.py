@@ -25,7 +25,8 @@ TOOL_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {
 }
 
 # What only templates of a format write; the first line of which all strings are there decides.
-_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+_SIGNS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
+    (None, ("<arg_key>",)),  # GLM-4.5, whose calls only begin like those of Hermes
     ("openai", ("<|start|>assistant", "<|channel|>")),
     ("deepseek_v3", ("<｜tool▁call▁begin｜>",)),
     ("mistral", ("[TOOL_CALLS]",)),
