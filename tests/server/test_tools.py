@@ -124,6 +124,26 @@ async def test_a_call_that_is_cut_off_is_content() -> None:
         assert (whole["content"], whole["reasons"][-1]) == (HERMES[:50].decode(), "length")
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("choice", ["required", "named"])
+async def test_calls_that_are_required(choice: str, strict: bool) -> None:
+    """The output is held to the schema of the calls and is nothing else, whatever thoughts a prompt opens."""
+    text = b'{"a": 1}' if choice == "named" else b'[{"name": "f", "parameters": {"a": 1}}]'
+    tools = [{"type": "function", "function": {**FUNCTION, "strict": strict}}, TOOLS[1]]
+    asked = {"tools": tools, "tool_choice": NAMED if choice == "named" else "required"}
+    async with saying(text, options=options(reasoning_parser="deepseek_r1")) as rig:
+        answer = await rig.openai.chat.completions.create(model="fake", messages=USER, **asked)
+        [call] = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"a": 1})
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (None, "tool_calls")
+        request = rig.engine.requests[0]
+        assert request.grammar
+        assert request.sampling.structured_outputs.kind == "json"
+        whole = await streamed(rig, **asked)
+        assert (whole["content"], whole["reasoning"]) == ("", "")
+        assert [(name, json.loads(text)) for name, text in whole["calls"].values()] == [("f", {"a": 1})]
+
+
 async def test_tool_choice_none_leaves_the_output_alone() -> None:
     for exclude in (False, True):
         async with saying(HERMES, options=options(exclude_tools_when_tool_choice_none=exclude)) as rig:
@@ -190,6 +210,7 @@ async def test_chunks_keep_logprobs_and_ids_of_tokens_whose_text_waits() -> None
 
 
 NAMED = {"type": "function", "function": {"name": "f"}}
+BAD_SCHEMA = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}]
 REFUSED = [
     ({"tools": []}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
@@ -198,8 +219,8 @@ REFUSED = [
     ({"tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}]}, "tools[0].function.strict"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools[0].function.parameters"),
     ({"tools": [{"type": "function", "function": {"name": "f", "extra": 1}}]}, "tools[0].function.extra"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-    ({"tools": TOOLS, "tool_choice": NAMED}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": NAMED, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": BAD_SCHEMA, "tool_choice": "required"}, "tools"),
     ({"tools": TOOLS, "tool_choice": {**NAMED, "function": {"name": "h"}}}, "tool_choice.function.name"),
     ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
     ({"tool_choice": "auto"}, "tool_choice"),

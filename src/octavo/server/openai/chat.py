@@ -24,6 +24,7 @@ from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import ChatBody, Message
 from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.structured import Wish
 from octavo.server.openai.tools import OutputFormat, ToolCalling
 from octavo.text.generation import Delta
 
@@ -80,13 +81,16 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def num_prompts(self, body: ChatBody) -> int:  # noqa: ARG002 (completions have several)
         return 1
 
-    async def prepare(self, body: ChatBody, run: Run) -> None:
+    def wish(self, body: ChatBody) -> Wish | None:
         _check_messages(body.messages)
         if self.context.chat_template is not None:
             self.tool_calling.check(body)
+        return self.tool_calling.wish(body)
+
+    async def prepare(self, body: ChatBody, run: Run) -> None:
         max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
-        params = self._params(body, names, self.tool_calling.format(body))
+        params = self._params(body, names, run.wish)
         text = await self._render(body)
         ids = await self.encode(text, bool(body.add_special_tokens), "messages")
         ids = params.truncated(ids, self.context.max_model_len)
@@ -113,14 +117,14 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
 
-    def _params(self, body: ChatBody, names: dict[str, str], output_format: OutputFormat) -> SamplingParams:
+    def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        skips = False if output_format.needs_special_tokens else None
+        skips = False if self.tool_calling.format(body).needs_special_tokens else None
         return sampling_params(
-            body, self.context, names, max_tokens=wanted, logprobs=logprobs, skip_special_tokens=skips
+            body, self.context, names, wish, max_tokens=wanted, logprobs=logprobs, skip_special_tokens=skips
         )
 
     async def _render(self, body: ChatBody) -> str:

@@ -58,6 +58,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
             body,
             self.context,
             names,
+            run.wish,
             max_tokens=1 if _only_scores(body) else body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=_num_prompt_logprobs(body),

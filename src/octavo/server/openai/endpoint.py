@@ -22,7 +22,7 @@ from octavo.server.openai.logprobs import LogprobsFormatter
 from octavo.server.openai.runner import Run
 from octavo.server.openai.schema import GenerationBody, StreamOptions
 from octavo.server.openai.sse import Frames, send_events
-from octavo.server.openai.structured import wish_of
+from octavo.server.openai.structured import Wish, wish_of
 
 B = TypeVar("B", bound=GenerationBody)
 
@@ -77,9 +77,13 @@ class GenerationEndpoint(ABC, Generic[B]):
                     value = await self.state.lifecycle.run(receive, self._whole(body, run, request_id))
                     await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)
 
+    def wish(self, body: B) -> Wish | None:
+        """What constrains the output's text. Raises APIError 400."""
+        return wish_of(body)
+
     async def _prepare(self, body: B, run: Run) -> None:
         """Compile the grammar, where the body asks for one, and tokenize. Raises APIError 400."""
-        wish = wish_of(body)
+        run.wish = wish = self.wish(body)
         if wish is not None:
             try:
                 run.grammar = await self.state.compile(wish.params)

@@ -19,6 +19,7 @@ from octavo.server.context import ServerState
 from octavo.server.metrics import MetricsRegistry, RequestRecord
 from octavo.server.openai.errors import APIError, internal, invalid, unavailable
 from octavo.server.openai.schema import GenerationBody
+from octavo.server.openai.structured import Wish
 from octavo.text.generation import Delta, Generation, best_first
 
 logger = logging.getLogger("octavo.server")
@@ -75,7 +76,8 @@ class Run:
         self._engine_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.choices: list[Choice] = []
         self._num_made = body.best_of or body.n or 1  # choices of one prompt
-        self.grammar: str | None = None  # of all completions; written by the endpoint ahead of `add`
+        self.wish: Wish | None = None  # what constrains all completions; written by the endpoint ahead of `add`
+        self.grammar: str | None = None  # the same, compiled; written likewise
         self._num_prompt_tokens = 0
         self._feeds: list[_Feed] = []
         self._num_unfinished = 0

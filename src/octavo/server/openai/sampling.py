@@ -10,7 +10,7 @@ from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerContext
 from octavo.server.openai.errors import context_too_long, invalid
 from octavo.server.openai.schema import GenerationBody
-from octavo.server.openai.structured import wish_of
+from octavo.server.openai.structured import Wish
 from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import BeamSearch
 
@@ -45,17 +45,17 @@ _FIELD_AT_START = re.compile(r"[a-z_]+")
 
 
 def sampling_params(
-    body: GenerationBody, context: ServerContext, names: dict[str, str], **values: Any
+    body: GenerationBody, context: ServerContext, names: dict[str, str], wish: Wish | None, **values: Any
 ) -> SamplingParams:
-    """`values` (max_tokens, logprobs, …) join the body's own fields; `names` maps a SamplingParams
-    field to the body's name for it, for errors. Raises APIError 400."""
+    """wish: what constrains the text. `values` (max_tokens, logprobs, …) join the body's own fields; `names` maps a
+    SamplingParams field to the body's name for it, for errors. Raises APIError 400."""
     # Beams are not drawn: what the model's defaults say of drawing does not concern them.
     chosen: dict[str, Any] = {"temperature": 0.0} if body.use_beam_search else dict(context.generation_defaults)
     chosen |= {name: value for name in _FIELDS if (value := getattr(body, name)) is not None}
     chosen |= {name: value for name, value in values.items() if value is not None}
     chosen["max_tokens"] = values.get("max_tokens")
     chosen["detokenize"] = context.tokenizer is not None
-    if (wish := wish_of(body)) is not None:
+    if wish is not None:
         chosen["structured_outputs"] = wish.params
     try:
         if body.logit_bias is not None:
