@@ -59,8 +59,7 @@ def searched(
         {},
         {"early_stopping": True, "length_penalty": 0.0},
         {"early_stopping": "never", "length_penalty": 2.0},
-        {"beam_width": 2, "length_penalty": -1.0},
-        {"ignore_eos": True, "beam_width": 4, "max_tokens": 3},
+        {"ignore_eos": True, "beam_width": 4, "max_tokens": 3, "length_penalty": -1.0},
     ],
     ids=str,
 )
