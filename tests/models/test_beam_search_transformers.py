@@ -17,7 +17,8 @@ PROMPTS = ["The capital of France is", CHAT]
 
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> LLM:
-    return LLM(str(smollm2_path), dtype="float32", max_model_len=128, max_num_seqs=16, kv_cache_memory="64MiB")
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "kv_cache_memory": "64MiB", "threads": 1}
+    return LLM(str(smollm2_path), **options)
 
 
 @pytest.fixture(scope="module")
