@@ -28,6 +28,7 @@ def llm(smollm2_path: Path, folder: Path) -> LLM:
         max_model_len=64,
         max_num_seqs=16,
         kv_cache_memory="32MiB",
+        threads=1,
         generation_config=str(folder),
     )
 

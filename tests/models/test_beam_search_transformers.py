@@ -17,7 +17,8 @@ PROMPTS = ["The capital of France is", CHAT]
 
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> LLM:
-    return LLM(str(smollm2_path), dtype="float32", max_model_len=128, max_num_seqs=16, kv_cache_memory="64MiB")
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 16, "kv_cache_memory": "64MiB", "threads": 1}
+    return LLM(str(smollm2_path), **options)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,7 @@ def searched(
         {},
         {"early_stopping": True, "length_penalty": 0.0},
         {"early_stopping": "never", "length_penalty": 2.0},
-        {"beam_width": 2, "length_penalty": -1.0},
-        {"ignore_eos": True, "beam_width": 4, "max_tokens": 3},
+        {"ignore_eos": True, "beam_width": 4, "max_tokens": 3, "length_penalty": -1.0},
     ],
     ids=str,
 )
