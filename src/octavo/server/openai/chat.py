@@ -105,6 +105,11 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
 
+    async def prompt_text(self, body: ChatBody) -> str:
+        """The conversation as the template renders it, for other routes. Raises APIError 400."""
+        _check_messages(body.messages)
+        return await self._render(body)
+
     def _params(self, body: ChatBody, names: dict[str, str]) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
