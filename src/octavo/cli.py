@@ -1,4 +1,4 @@
-"""The command line: `octavo serve | run-batch | pull | doctor`. Flags and their help are the fields of the options."""
+"""The command line: one dataclass a command. Flags and their help are the fields of it and of the options."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from octavo import __version__
+from octavo.client.commands import Chat, Complete
 from octavo.config import DEFAULT_MODEL, DeviceFacts, EngineOptions, ModelFacts, ServerOptions, resolve
 from octavo.engine.client import EngineDeadError
 
 _MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 _FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
-_NAMES = frozenset(_FIELDS) | {"input_file", "output_file"}
+_NAMES = frozenset(_FIELDS) | {"input_file", "output_file", "url", "max_tokens"}
 # tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (
@@ -124,8 +125,15 @@ class Doctor:
         return 0 if all(check.ok for check in checks) else 1
 
 
-Command = Serve | RunBatch | Pull | Doctor
-_COMMANDS = {"serve": Serve, "run-batch": RunBatch, "pull": Pull, "doctor": Doctor}
+Command = Serve | RunBatch | Chat | Complete | Pull | Doctor
+_COMMANDS = {
+    "serve": Serve,
+    "run-batch": RunBatch,
+    "chat": Chat,
+    "complete": Complete,
+    "pull": Pull,
+    "doctor": Doctor,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
