@@ -22,6 +22,7 @@ from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
 from octavo.server.openai.errors import APIError
 from octavo.server.openai.models import Models
+from octavo.server.openai.responses import Responses
 from octavo.server.openai.tokenize import Detokenize, Tokenize
 from octavo.server.statistics_log import log_statistics
 
@@ -38,6 +39,7 @@ def build_app(context: ServerContext) -> Starlette:
         routes=[
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
             Route("/v1/completions", Completions(state), methods=["POST"]),
+            Route("/v1/responses", Responses(state), methods=["POST"]),
             Route("/tokenize", Tokenize(state), methods=["POST"]),
             Route("/detokenize", Detokenize(state), methods=["POST"]),
             Route("/v1/models", models.list_all, methods=["GET"]),

@@ -15,7 +15,7 @@ from octavo.server.openai.logprobs import ChatLogprobs, PromptToken
 from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import ChatBody, Message
-from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.text.generation import Delta
 
 # Template variables that the request's own fields set, or that name the renderer's own arguments.
@@ -153,7 +153,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         )
 
 
-class ChatFrames:
+class ChatFrames(Frames):
     """The chunks of one streamed answer. Before the first one, each choice opens with its role."""
 
     def __init__(self, endpoint: ChatCompletions, body: ChatBody, run: Run, request_id: str) -> None:

@@ -14,7 +14,7 @@ from octavo.server.openai.logprobs import CompletionLogprobs, PromptToken
 from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import MAX_PROMPTS, CompletionBody
-from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.text.generation import Delta
 
 _DEFAULT_MAX_TOKENS = 16
@@ -128,7 +128,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
         return "" if tokenizer is None else tokenizer.decode(ids, False)
 
 
-class CompletionFrames:
+class CompletionFrames(Frames):
     """The chunks of one streamed answer."""
 
     def __init__(self, endpoint: Completions, body: CompletionBody, run: Run, request_id: str) -> None:

@@ -35,6 +35,10 @@ class GenerationEndpoint(ABC, Generic[B]):
         self.context = state.context
         self.formatter = LogprobsFormatter(state.context.tokenizer)
 
+    def read(self, raw: bytes) -> B:
+        """The body of a request. Raises APIError 400."""
+        return decode(raw, self.body_type)
+
     @abstractmethod
     def num_prompts(self, body: B) -> int:
         """How many prompts the body holds."""
@@ -56,7 +60,7 @@ class GenerationEndpoint(ABC, Generic[B]):
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
-            body = decode(raw, self.body_type)
+            body = self.read(raw)
             self.state.check_model(body.model)
             self._check(body)
             self.state.check_alive()
