@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_rig import FakeEngine, Script, make_context
+from server_rig import FakeEngine, Script, make_context, until
 
 from octavo.config import ServerOptions
 from octavo.engine.client import EngineDeadError
@@ -120,15 +120,14 @@ async def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     engine = FakeEngine(lambda r: Script(gate=None if bytes(r.prompt_token_ids) < b"2" else gate))
     async with batch(engine) as run:
         task = asyncio.create_task(run.run(files(tmp_path, [line(str(n)) for n in range(4)]), Bar()))
-        async with asyncio.timeout(2):
-            while not (tmp_path / "out.jsonl").exists() or (tmp_path / "out.jsonl").read_bytes().count(b"\n") < 2:
-                await asyncio.sleep(0.005)
+        output = tmp_path / "out.jsonl"
+        await until(lambda: len(engine.running) == 2 and output.read_bytes().count(b"\n") == 2)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
     assert len(engine.aborted) == 2
-    with (tmp_path / "out.jsonl").open("a") as output:
-        output.write('{"id": "batch_req_3", "custom_')  # as a crash leaves it
+    with output.open("a") as file:
+        file.write('{"id": "batch_req_3", "custom_')  # as a crash leaves it
     gate.set()
     engine.requests.clear()
     async with batch(engine) as run:
