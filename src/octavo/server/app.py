@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.config import api_keys
+from octavo.server.anthropic.messages import CountTokens, Messages
 from octavo.server.context import ServerContext, ServerState
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import AccessMiddleware, GuardMiddleware
@@ -40,6 +41,8 @@ def build_app(context: ServerContext) -> Starlette:
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
             Route("/v1/completions", Completions(state), methods=["POST"]),
             Route("/v1/responses", Responses(state), methods=["POST"]),
+            Route("/v1/messages", Messages(state), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
             Route("/tokenize", Tokenize(state), methods=["POST"]),
             Route("/detokenize", Detokenize(state), methods=["POST"]),
             Route("/v1/models", models.list_all, methods=["GET"]),
