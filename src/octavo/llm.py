@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from octavo.assembly import build_engine
 from octavo.config import DEFAULT_MODEL, engine_options
-from octavo.outputs import CompletionOutput, Logprob, RequestOutput
-from octavo.protocol.outputs import SchedulerStats
+from octavo.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, Logprob, RequestOutput
+from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, floats
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
 from octavo.text.chat_template import ChatTemplate
@@ -106,8 +107,7 @@ class LLM:
         sampling_params: one for all, or one each. priority: one each, lower first; needs the "priority" policy.
         Raises ValueError, before anything runs, naming what is wrong with which prompt.
         """
-        single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
-        batch: list[Any] = [prompts] if single else list(prompts)
+        batch = self._batch(prompts)
         priorities = self._one_each("priority", priority, len(batch), 0)
         if any(priorities) and self._options.scheduling_policy != "priority":
             raise ValueError("priority is given, but scheduling_policy='fcfs'; allowed: only under 'priority'")
@@ -149,6 +149,82 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, pooling: Pooling = "last"
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt, of length 1, in the order of the prompts (as in `generate`).
+
+        pooling: the last hidden state of the last token, or the mean over all tokens.
+        Raises ValueError for what is wrong with which prompt, RuntimeError for one that the engine failed on.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")
+        jobs = [(self._read(prompt), str(next(self._request_ids))) for prompt in self._batch(prompts)]
+        requests = []
+        for (_, token_ids, cache_salt), request_id in jobs:
+            self._room(token_ids)
+            requests.append(
+                Request(
+                    request_id=request_id,
+                    prompt_token_ids=token_ids,
+                    sampling=SAMPLING,
+                    max_tokens=1,
+                    arrival_time=time.monotonic(),
+                    cache_salt=cache_salt,
+                    pooling=pooling,
+                )
+            )
+        found = self._embed(requests, use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                request_id,
+                text,
+                token_ids,
+                EmbeddingOutput(floats(found[request_id].embedding or b"")),
+                found[request_id].num_cached_tokens,
+            )
+            for (text, token_ids, _), request_id in jobs
+        ]
+
+    def _embed(self, requests: list[Request], use_tqdm: bool) -> dict[str, TokenOutput]:
+        """The output of each request, by its id. Raises RuntimeError for one that failed."""
+        found: dict[str, TokenOutput] = {}
+        names = [request.request_id for request in requests]
+        try:
+            for request in requests:
+                self._engine.add(request)
+            with tqdm(total=len(requests), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while len(found) < len(requests):
+                    for output in self._engine.step():
+                        if output.error is not None:
+                            raise RuntimeError(f"prompt {names.index(output.request_id)} failed: {output.error}")
+                        found[output.request_id] = output
+                        bar.update()
+        finally:
+            self._drop(names)
+        return found
+
+    @staticmethod
+    def _batch(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+        single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
+        return [prompts] if single else list(prompts)
+
+    def _room(self, token_ids: list[int]) -> int:
+        """How many tokens of output fit beside a prompt. Raises ValueError for none."""
+        room = self._max_model_len - len(token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens; allowed: at most {self._max_model_len - 1}, "
+                f"so that one more fits max_model_len={self._max_model_len}"
+            )
+        return room
+
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        """Interrupted or not, nothing of a call stays in the engine."""
+        self._engine.abort(request_ids)
+        while self._engine.has_work:
+            self._engine.step()
+
     @staticmethod
     def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
         if given is None:
@@ -162,12 +238,7 @@ class LLM:
     def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
         text, token_ids, cache_salt = self._read(prompt)
         sampling.check_vocabulary(self._vocab_size)
-        room = self._max_model_len - len(token_ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens; allowed: at most {self._max_model_len - 1}, "
-                f"so that one more fits max_model_len={self._max_model_len}"
-            )
+        room = self._room(token_ids)
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.n)
         requests = []
         for index, own in enumerate(sampling.completions(lambda: self._seeds.getrandbits(63))):
@@ -238,10 +309,7 @@ class LLM:
                     if early:
                         self._engine.abort(early)
         finally:
-            # Interrupted or not, nothing of this call stays in the engine.
-            self._engine.abort(owners)
-            while self._engine.has_work:
-                self._engine.step()
+            self._drop(owners)
         return [self._output(job) for job in jobs]
 
     def _output(self, job: _Job) -> RequestOutput:

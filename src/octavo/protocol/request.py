@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.pooling import Pooling
 from octavo.protocol.sampling import SamplingParams
 
 
@@ -17,6 +18,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: lower runs earlier; only under the "priority" policy.
     cache_salt: prefix-cache blocks are shared only between requests of equal salt.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
+    pooling: the prompt's embedding is asked for, along with one token that means nothing; max_tokens is 1.
     """
 
     request_id: str
@@ -27,3 +29,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    pooling: Pooling | None = None
