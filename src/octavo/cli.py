@@ -64,7 +64,7 @@ class RunBatch:
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(name="MODEL", metavar="[MODEL]")] = None
     """The same as --model."""
     input_file: Annotated[str, tyro.conf.arg(aliases=["-i"])]
-    """JSON lines: {"custom_id", "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body"}."""
+    """JSON lines: {"custom_id", "method": "POST", "url": "/v1/chat/completions", "body"}."""
     output_file: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Where results are appended, one JSON line each, as they come."""
     engine: EngineOptions = field(default_factory=EngineOptions)

@@ -84,7 +84,7 @@ async def test_each_failure_is_a_line(tmp_path: Path) -> None:
         line("ok"),
         "{not json",
         '{"custom_id": "no-body", "method": "POST", "url": "/v1/completions"}',
-        line("url", "/v1/embeddings"),
+        line("url", "/v1/audio"),
         "x" * 2000,
         line("broken"),
         line("last"),

@@ -21,9 +21,11 @@ from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import AccessMiddleware, GuardMiddleware
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
+from octavo.server.openai.embeddings import Embeddings
 from octavo.server.openai.errors import APIError
 from octavo.server.openai.models import Models
 from octavo.server.openai.responses import Responses
+from octavo.server.openai.scoring import Rerank, Scores
 from octavo.server.openai.tokenize import Detokenize, Tokenize
 from octavo.server.statistics_log import log_statistics
 
@@ -43,6 +45,9 @@ def build_app(context: ServerContext) -> Starlette:
             Route("/v1/responses", Responses(state), methods=["POST"]),
             Route("/v1/messages", Messages(state), methods=["POST"]),
             Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(state), methods=["POST"]),
+            *(Route(path, Scores(state), methods=["POST"]) for path in ("/v1/score", "/score")),
+            *(Route(path, Rerank(state), methods=["POST"]) for path in ("/v1/rerank", "/v2/rerank", "/rerank")),
             Route("/tokenize", Tokenize(state), methods=["POST"]),
             Route("/detokenize", Detokenize(state), methods=["POST"]),
             Route("/v1/models", models.list_all, methods=["GET"]),

@@ -25,7 +25,10 @@ from octavo.server.batch_files import (
 from octavo.server.context import ServerState
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
+from octavo.server.openai.embeddings import Embeddings
 from octavo.server.openai.errors import APIError, internal, invalid
+from octavo.server.openai.responses import Responses
+from octavo.server.openai.scoring import Rerank, Scores
 
 logger = logging.getLogger("octavo.server")
 
@@ -61,6 +64,10 @@ class Batch:
         self._endpoints: dict[str, ASGIApp] = {
             "/v1/chat/completions": ChatCompletions(state),
             "/v1/completions": Completions(state),
+            "/v1/embeddings": Embeddings(state),
+            "/v1/rerank": Rerank(state),
+            "/v1/responses": Responses(state),
+            "/v1/score": Scores(state),
         }
         # Enough to keep every place of the engine taken, and few enough to hold.
         seats = state.context.max_num_seqs

@@ -9,8 +9,9 @@ import msgspec
 
 from octavo.protocol.plan import TokenLogprobs
 from octavo.server.openai.endpoint import GenerationEndpoint
-from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import CompletionLogprobs, PromptToken
+from octavo.server.openai.prompts import check_ids
 from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import MAX_PROMPTS, CompletionBody
@@ -67,7 +68,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
                 text = prompt
                 ids = await self.encode(prompt, body.add_special_tokens is not False, "prompt")
             else:
-                ids = self._checked(prompt)
+                ids = check_ids(self.state, prompt, "prompt")
                 text = self._text_of(ids) if body.echo else ""
             run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
 
@@ -112,16 +113,6 @@ class Completions(GenerationEndpoint[CompletionBody]):
             token_ids=token_ids if body.return_token_ids else None,
             prompt_token_ids=choice.request.prompt_token_ids if body.return_token_ids else None,
         )
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        vocab_size = self.context.engine.ready.vocab_size
-        if len(ids) > self.context.max_model_len:
-            limit = self.context.max_model_len
-            raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", "prompt")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            token_id = next(i for i in ids if not 0 <= i < vocab_size)
-            raise invalid(f"prompt: token id {token_id} is out of range; allowed: 0..{vocab_size - 1}", "prompt")
-        return ids
 
     def _text_of(self, ids: list[int]) -> str:
         tokenizer = self.context.tokenizer

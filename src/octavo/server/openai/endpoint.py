@@ -16,8 +16,9 @@ from octavo.protocol.sampling import MAX_N
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
 from octavo.server.openai.decode import decode
-from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
+from octavo.server.openai.prompts import encode_text
 from octavo.server.openai.runner import Run
 from octavo.server.openai.schema import GenerationBody, StreamOptions
 from octavo.server.openai.sse import Frames, send_events
@@ -103,19 +104,7 @@ class GenerationEndpoint(ABC, Generic[B]):
 
         Raises APIError 400.
         """
-        tokenizer = self.context.tokenizer
-        if tokenizer is None:
-            raise invalid("the server runs without a tokenizer: give the prompt as token ids", param)
-        if len(text) > self.state.max_prompt_chars:
-            raise context_too_long(
-                f"{param} has {len(text)} characters, which cannot fit the model's context of "
-                f"{self.context.max_model_len} tokens",
-                param,
-            )
-        ids = await self.state.in_thread(tokenizer.encode, text, add_special_tokens)
-        if not ids:
-            raise invalid(f"{param} has no tokens", param)
-        return ids
+        return await encode_text(self.state, text, add_special_tokens, param)
 
     @property
     def fingerprint(self) -> str:

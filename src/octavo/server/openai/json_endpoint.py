@@ -31,6 +31,13 @@ class JsonEndpoint(ABC, Generic[B]):
     async def answer(self, body: B) -> msgspec.Struct:
         """The answer to a body whose model is served. Raises APIError."""
 
+    def places(self, body: B) -> tuple[int, str]:  # noqa: ARG002 (others depend on it)
+        """How many sequences' places in the queue a body takes, and the field that decides it. Raises APIError 400.
+
+        At least one, even where the engine does nothing: what waits for the threads for text has no other bound.
+        """
+        return 1, "model"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
@@ -40,7 +47,6 @@ class JsonEndpoint(ABC, Generic[B]):
             model: str | None = getattr(body, "model", None)
             if model is not None:
                 self.state.check_model(model)
-            # It takes a place like a sequence: the threads for text have no other bound on what waits for them.
-            with self.state.admission.hold(1, "model"):
+            with self.state.admission.hold(*self.places(body)):
                 value = await self.state.lifecycle.run(receive, self.answer(body))
             await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)

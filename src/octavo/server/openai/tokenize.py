@@ -9,8 +9,9 @@ from msgspec import Meta
 
 from octavo.server.context import ServerState
 from octavo.server.openai.chat import ChatCompletions
-from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
+from octavo.server.openai.prompts import encode_text
 from octavo.server.openai.schema import ChatBody, Message
 from octavo.text.tokenizer import Tokenizer
 
@@ -81,13 +82,9 @@ class Tokenize(JsonEndpoint[TokenizeBody]):
             if getattr(body, name) is not None:
                 raise invalid(f"{name} is only allowed with messages", name)
         assert body.prompt is not None
-        if len(body.prompt) > self.state.max_prompt_chars:
-            limit = self.context.max_model_len
-            message = (
-                f"prompt has {len(body.prompt)} characters, which cannot fit the model's context of {limit} tokens"
-            )
-            raise context_too_long(message, "prompt")
-        return await self.state.in_thread(tokenizer.encode, body.prompt, body.add_special_tokens is not False)
+        if not body.prompt:  # which is refused elsewhere
+            return tokenizer.encode("", body.add_special_tokens is not False)
+        return await encode_text(self.state, body.prompt, body.add_special_tokens is not False, "prompt")
 
     async def _of_messages(self, body: TokenizeBody) -> list[int]:
         assert body.messages is not None
