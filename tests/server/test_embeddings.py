@@ -103,6 +103,8 @@ BAD = [
     (SCORE, {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
     (SCORE, {"text_1": "a", "documents": [""]}, "documents"),
     (RERANK, {"query": "", "documents": ["a"]}, "query"),
+    (RERANK, {"query": "x" * MAX_MODEL_LEN, "documents": ["a"]}, "query"),
+    (RERANK, {"query": "a", "documents": ["b", "x" * MAX_MODEL_LEN]}, "documents"),
     (RERANK, {"query": "a", "documents": []}, "documents"),
     (RERANK, {"query": "a", "documents": [{"image": "x"}]}, None),
     (RERANK, {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),

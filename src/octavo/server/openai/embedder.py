@@ -40,13 +40,20 @@ class Embedder:
         self._state = state
         self._engine = state.context.engine
 
-    async def embed(self, prompts: list[list[int]], fields: EmbeddingFields, param: str) -> list[bytes]:
+    def fitting(self, ids: list[int], param: str) -> list[int]:
+        """The token ids of a prompt that fits. Raises APIError 400 naming `param`: one token is drawn beside it."""
+        limit = self._state.context.max_model_len
+        if len(ids) >= limit:
+            raise context_too_long(f"{param} has {len(ids)} tokens; an embedding takes at most {limit - 1}", param)
+        return ids
+
+    async def embed(self, prompts: list[list[int]], fields: EmbeddingFields) -> list[bytes]:
         """The embedding of each prompt (protocol.pooling.floats), in order. Where it is cancelled, or one fails, the
         rest is aborted.
 
-        Raises APIError: 400 naming `param` for a prompt that is too long, 500 or 503 by the engine.
+        prompts: that are `fitting`. Raises APIError: 400 for the priority, 500 or 503 by the engine.
         """
-        self._check(prompts, fields, param)
+        self._check_priority(fields)
         self._state.check_alive()
         name, arrival = f"embd-{uuid.uuid4().hex}", time.monotonic()
         waits = []
@@ -72,11 +79,7 @@ class Embedder:
                 if wait.leave():
                     self._engine.abort(wait.request_id)
 
-    def _check(self, prompts: list[list[int]], fields: EmbeddingFields, param: str) -> None:
-        limit = self._state.context.max_model_len
-        longest = max(map(len, prompts))
-        if longest >= limit:
-            raise context_too_long(f"{param} has {longest} tokens; an embedding takes at most {limit - 1}", param)
+    def _check_priority(self, fields: EmbeddingFields) -> None:
         if fields.priority and self._state.context.scheduling_policy != "priority":
             raise invalid("priority needs a server that runs with --scheduling-policy priority", "priority")
         if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:

@@ -66,10 +66,11 @@ class Embeddings(JsonEndpoint[EmbeddingsBody]):
         prompts = []
         for given in _inputs(body.input):
             if isinstance(given, str):
-                prompts.append(await encode_text(self.state, given, body.add_special_tokens is not False, "input"))
+                ids = await encode_text(self.state, given, body.add_special_tokens is not False, "input")
             else:
-                prompts.append(check_ids(self.state, given, "input"))
-        vectors = await self._embedder.embed(prompts, body, "input")
+                ids = check_ids(self.state, given, "input")
+            prompts.append(self._embedder.fitting(ids, "input"))
+        vectors = await self._embedder.embed(prompts, body)
         as_text = body.encoding_format == "base64"
         shown = [base64.b64encode(vector).decode() if as_text else floats(vector) for vector in vectors]
         num_tokens = sum(map(len, prompts))

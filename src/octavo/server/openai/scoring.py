@@ -105,9 +105,10 @@ class _Near:
         """The embeddings of each group of texts; its key is the body's name for it. Raises APIError."""
         prompts, special = [], body.add_special_tokens is not False
         for param, texts in groups.items():
-            prompts += [await encode_text(self._state, text, special, param) for text in texts]
-        # The last group is the documents: if any prompt is too long, one of them is.
-        found = iter([floats(v) for v in await self._embedder.embed(prompts, body, list(groups)[-1])])
+            for text in texts:
+                ids = await encode_text(self._state, text, special, param)
+                prompts.append(self._embedder.fitting(ids, param))
+        found = iter([floats(vector) for vector in await self._embedder.embed(prompts, body)])
         num_tokens = sum(map(len, prompts))
         return [[next(found) for _ in texts] for texts in groups.values()], EmbeddingUsage(num_tokens, num_tokens)
 
