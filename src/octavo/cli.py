@@ -1,4 +1,4 @@
-"""The command line: `octavo serve | pull | doctor`. Flags and their help are the fields of the options."""
+"""The command line: one dataclass a command. Flags and their help are the fields of it and of the options."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from octavo import __version__
+from octavo.client.commands import Chat, Complete
 from octavo.config import DEFAULT_MODEL, DeviceFacts, EngineOptions, ModelFacts, ServerOptions, resolve
 from octavo.engine.client import EngineDeadError
 
 _MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 _FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
+_NAMES = frozenset(_FIELDS) | {"input_file", "output_file", "url", "max_tokens"}
 # tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (
@@ -45,14 +48,43 @@ class Serve:
         """Serve, and return the exit status. Raises ValueError for a value out of range, OSError for the port."""
         from octavo.serving import serve
 
-        options = self.engine
-        if self.name is not None:
-            if options.model not in (DEFAULT_MODEL, self.name):
-                raise ValueError(f"model={options.model} contradicts MODEL {self.name}; give one of them")
-            options = replace(options, model=self.name)
+        options = _with_model(self.engine, self.name)
         _check_engine(options)
         _check_server(self.server)
         return serve(options, self.server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBatch:
+    """Answer the requests of a file, in OpenAI's batch format, without a server. Exit status 1 if one failed.
+
+    The same command continues a run that was interrupted: what the output has already is not run again.
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(name="MODEL", metavar="[MODEL]")] = None
+    """The same as --model."""
+    input_file: Annotated[str, tyro.conf.arg(aliases=["-i"])]
+    """JSON lines: {"custom_id", "method": "POST", "url": "/v1/chat/completions", "body"}."""
+    output_file: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Where results are appended, one JSON line each, as they come."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    served_model_name: tuple[str, ...] = ()
+    """Names of the model in the requests. None given: --model as it was given."""
+    chat_template: str | None = ServerOptions.chat_template
+    """File of a Jinja chat template, in place of the model's own."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Least severe messages that are logged."""
+
+    def run(self) -> int:
+        """Run the batch, and return the exit status. Raises ValueError, OSError, EngineDeadError."""
+        from octavo.serving import run_batch
+
+        options = _with_model(self.engine, self.name)
+        _check_engine(options)
+        server = ServerOptions(
+            served_model_name=self.served_model_name, chat_template=self.chat_template, log_level=self.log_level
+        )
+        return run_batch(options, server, Path(self.input_file), Path(self.output_file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +125,15 @@ class Doctor:
         return 0 if all(check.ok for check in checks) else 1
 
 
-_COMMANDS = {"serve": Serve, "pull": Pull, "doctor": Doctor}
+Command = Serve | RunBatch | Chat | Complete | Pull | Doctor
+_COMMANDS = {
+    "serve": Serve,
+    "run-batch": RunBatch,
+    "chat": Chat,
+    "complete": Complete,
+    "pull": Pull,
+    "doctor": Doctor,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -106,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(2, f"unknown command {args[0]!r}; there are {', '.join(_COMMANDS)}")
     with _registry():
         command, unknown = tyro.cli(
-            Serve | Pull | Doctor,
+            Command,
             prog="octavo",
             description="Octavo, an LLM serving engine. `octavo COMMAND --help` lists a command's flags.",
             args=_spell_out(args),
@@ -133,20 +173,28 @@ def _fail(status: int, message: str) -> int:
     return status
 
 
-def _unknown(unknown: Sequence[str], command: Serve | Pull | Doctor) -> str:
+def _unknown(unknown: Sequence[str], command: Command) -> str:
     """The one line that refuses an argument no flag takes, with the flag that was probably meant."""
     wrong = next((arg for arg in unknown if arg.startswith("-")), None)
     if wrong is None:
         return f"unexpected argument {unknown[0]!r}"
     wrong = wrong.split("=")[0]
-    known = list(_FIELDS) if isinstance(command, Serve) else [f.name for f in fields(command) if f.name != "name"]
+    known = _flag_names(command)
     flags = [spelling for name in known for spelling in (_flag(name), f"--no-{_flag(name)[2:]}")]
     spelled = wrong.replace("_", "-")
     near = difflib.get_close_matches(spelled, flags, n=1, cutoff=0.7)
     near = near or [flag for flag in flags if flag.startswith(spelled)][:1]
-    command_name = type(command).__name__.lower()
+    command_name = next(name for name, kind in _COMMANDS.items() if isinstance(command, kind))
     hint = f"; did you mean {near[0]}?" if near else f"; `octavo {command_name} --help` lists those there are"
     return f"unknown flag {wrong}{hint}"
+
+
+def _flag_names(options: Any) -> list[str]:
+    names: list[str] = []
+    for f in fields(options):
+        value = getattr(options, f.name)
+        names += _flag_names(value) if is_dataclass(value) else [f.name] if f.name != "name" else []
+    return names
 
 
 def _flag(name: str) -> str:
@@ -156,7 +204,7 @@ def _flag(name: str) -> str:
 def _as_flag(message: str) -> str:
     """Speak of a leading `option=value` as the flag that set it."""
     match = re.match(r"(\w+)=", message)
-    return _flag(match[1]) + message[match.end(1) :] if match and match[1] in _FIELDS else message
+    return _flag(match[1]) + message[match.end(1) :] if match and match[1] in _NAMES else message
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:
@@ -164,6 +212,15 @@ def _spell_out(args: Sequence[str]) -> list[str]:
     tristate = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
     tristate |= {f"--no-{flag[2:]}": f"{flag}=false" for flag in list(tristate)}
     return [tristate.get(arg.replace("_", "-"), arg) for arg in args]
+
+
+def _with_model(options: EngineOptions, name: str | None) -> EngineOptions:
+    """The options with MODEL, where it was given. Raises ValueError where --model says something else."""
+    if name is None:
+        return options
+    if options.model not in (DEFAULT_MODEL, name):
+        raise ValueError(f"model={options.model} contradicts MODEL {name}; give one of them")
+    return replace(options, model=name)
 
 
 def _check_engine(options: EngineOptions) -> None:

@@ -16,10 +16,19 @@ from tqdm import tqdm
 from octavo.assembly import build_engine
 from octavo.config import DEFAULT_MODEL, engine_options
 from octavo.loading.generation_config import choose_generation_config
-from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
+from octavo.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
 from octavo.protocol.beam_search import BeamSearchParams, beams_of
-from octavo.protocol.outputs import SchedulerStats
+from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, floats
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
 from octavo.structured.compiler import GrammarCompiler
@@ -179,6 +188,61 @@ class LLM:
             )
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, pooling: Pooling = "last"
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt, of length 1, in the order of the prompts (as in `generate`).
+
+        pooling: the last hidden state of the last token, or the mean over all tokens.
+        Raises ValueError for what is wrong with which prompt, RuntimeError for one that the engine failed on.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")
+        jobs = [(self._read(prompt), str(next(self._request_ids))) for prompt in _as_list(prompts)]
+        requests = []
+        for (_, token_ids, cache_salt), request_id in jobs:
+            self._room(token_ids)
+            requests.append(
+                Request(
+                    request_id=request_id,
+                    prompt_token_ids=token_ids,
+                    sampling=SAMPLING,
+                    max_tokens=1,
+                    arrival_time=time.monotonic(),
+                    cache_salt=cache_salt,
+                    pooling=pooling,
+                )
+            )
+        found = self._embed(requests, use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                request_id,
+                text,
+                token_ids,
+                EmbeddingOutput(floats(found[request_id].embedding or b"")),
+                found[request_id].num_cached_tokens,
+            )
+            for (text, token_ids, _), request_id in jobs
+        ]
+
+    def _embed(self, requests: list[Request], use_tqdm: bool) -> dict[str, TokenOutput]:
+        """The output of each request, by its id. Raises RuntimeError for one that failed."""
+        found: dict[str, TokenOutput] = {}
+        names = [request.request_id for request in requests]
+        try:
+            for request in requests:
+                self._engine.add(request)
+            with tqdm(total=len(requests), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while len(found) < len(requests):
+                    for output in self._engine.step():
+                        if output.error is not None:
+                            raise RuntimeError(f"prompt {names.index(output.request_id)} failed: {output.error}")
+                        found[output.request_id] = output
+                        bar.update()
+        finally:
+            self._drain(names)
+        return found
 
     @staticmethod
     def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import socket
 
 import msgspec
+from tqdm import tqdm
 
 import octavo
 from octavo.config import EngineOptions, ServerOptions
@@ -23,8 +24,10 @@ from octavo.engine.socket_client import SocketEngineClient
 from octavo.loading.generation_config import choose_generation_config
 from octavo.loading.source import ModelSource, resolve_source
 from octavo.protocol.sampling import generation_defaults
+from octavo.server.batch import Batch, BatchFiles
+from octavo.server.batch_files import count_lines, read_finished
 from octavo.server.bind import bind, bind_shared
-from octavo.server.context import ServerContext
+from octavo.server.context import ServerContext, ServerState
 from octavo.server.front_ends import EngineNews, FrontEndGroup, FrontEnds, announce, follow
 from octavo.server.openai.tools import ToolCalling
 from octavo.server.serve import serve as serve_http
@@ -74,6 +77,42 @@ def join(options: FrontEndOptions, listener: socket, control: socket) -> int:
     """
     _configure_logging(options.server)
     return asyncio.run(_join(options, listener, control))
+
+
+def run_batch(options: EngineOptions, server: ServerOptions, input_file: Path, output_file: Path) -> int:
+    """Run the requests of a file (OpenAI's batch format) and append their results to another. Returns the exit code:
+    1 if any line of the output is a failure.
+
+    What the output has already is not run again. Raises ValueError for an option or for a file that is something
+    else, OSError, EngineDeadError.
+    """
+    _configure_logging(server)
+    if input_file.resolve() == output_file.resolve():
+        raise ValueError(f"output_file={output_file} is the input file too; allowed: another file")
+    num_lines = count_lines(input_file)
+    files = BatchFiles(input=input_file, output=output_file, finished=read_finished(output_file))
+    return asyncio.run(_run_batch(options, server, files, num_lines))
+
+
+async def _run_batch(options: EngineOptions, server: ServerOptions, files: BatchFiles, num_lines: int) -> int:
+    wire = msgspec.json.encode({**asdict(options), "log_level": server.log_level})
+    engine = ProcessEngineClient(_ENGINE_COMMAND, wire)
+    try:
+        source = _source(options)
+        text = await asyncio.to_thread(_load_text, options, server, source)
+        await engine.wait_ready()
+        state = ServerState(_context(options, server, source, text, engine, FrontEndGroup()))
+        try:
+            num_finished = min(len(files.finished), num_lines)
+            with tqdm(total=num_lines, initial=num_finished, desc="Requests", disable=None, dynamic_ncols=True) as bar:
+                num_failed = await Batch(state, engine.given_up).run(files, bar)
+        finally:
+            state.close()
+    finally:
+        await engine.close()
+    if num_failed:
+        _log.warning("%d lines of %s are failures", num_failed, files.output)
+    return 1 if num_failed else 0
 
 
 async def _serve(options: EngineOptions, server: ServerOptions, listeners: list[socket], source: ModelSource) -> int:

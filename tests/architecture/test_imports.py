@@ -18,6 +18,7 @@ RULES = {
     "server": {"protocol", "text", "structured", "engine.client"},
     "engine": {"protocol", "scheduler", "structured"},
     "bench": {"protocol"},
+    "client": set(),
     "text": {"protocol"},
     "structured": {"protocol"},
     "scheduler": {"protocol"},
@@ -32,7 +33,7 @@ RULES = {
     "kernels": set(),
 }
 BELOW_CONFIG = {"kernels", "config", "", "protocol"}
-TORCHLESS = ("protocol", "scheduler", "text", "structured", "server")
+TORCHLESS = ("protocol", "scheduler", "text", "structured", "server", "client")
 LAZY_FLOORS = ROOTS | {"loading"}
 LAZY_MODULES = {"octavo.models.registry", "octavo.attention.long_prefill"}
 TREE = modules()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ class FakeServing:
         self.engine: EngineOptions | None = None
         self.server: ServerOptions | None = None
         self.outcome: int | BaseException = 0
+        self.files: tuple[Path, Path] | None = None
 
     def serve(self, engine: EngineOptions, server: ServerOptions) -> int:
         self.engine, self.server = engine, server
@@ -32,11 +34,15 @@ class FakeServing:
             raise self.outcome
         return self.outcome
 
+    def run_batch(self, engine: EngineOptions, server: ServerOptions, source: Path, output: Path) -> int:
+        self.files = (source, output)
+        return self.serve(engine, server)
+
 
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch) -> FakeServing:
     fake = FakeServing()
-    monkeypatch.setitem(sys.modules, "octavo.serving", SimpleNamespace(serve=fake.serve))
+    monkeypatch.setitem(sys.modules, "octavo.serving", SimpleNamespace(serve=fake.serve, run_batch=fake.run_batch))
     return fake
 
 
@@ -173,6 +179,18 @@ def test_a_bug_is_not_hidden(serving: FakeServing) -> None:
         main(["serve"])
 
 
+def test_run_batch_takes_files_and_engine_flags(serving: FakeServing, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run-batch", "-i", "a.jsonl", "-o", "b.jsonl", "m", "--max-num-seqs", "4"]) == 0
+    assert serving.files == (Path("a.jsonl"), Path("b.jsonl"))
+    assert serving.engine == EngineOptions(model="m", max_num_seqs=4)
+    assert serving.server == ServerOptions(log_level="warning")
+    assert main(["run-batch", "--input-file", "a", "--output-file", "b", "--port", "8000"]) == 2
+    assert "unknown flag --port" in capsys.readouterr().err
+    serving.outcome = ValueError("output_file=b has something else")
+    assert main(["run-batch", "-i", "a", "-o", "b"]) == 2
+    assert capsys.readouterr().err == "octavo: error: --output-file=b has something else\n"
+
+
 def test_help_shows_every_option_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["serve", "--help"])
@@ -185,8 +203,8 @@ def test_help_shows_every_option_with_its_meaning(capsys: pytest.CaptureFixture[
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat"]) == 2
-    assert capsys.readouterr().err == "octavo: error: unknown command 'chat'; there are serve, pull, doctor\n"
+    assert main(["serf"]) == 2
+    assert capsys.readouterr().err.startswith("octavo: error: unknown command 'serf'; there are serve, run-batch, ")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from octavo import LLM, SamplingParams
@@ -161,3 +162,19 @@ def test_priority_needs_its_policy(llm: LLM) -> None:
 def test_unknown_arguments_name_the_nearest() -> None:
     with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
         LLM("smollm2", max_modle_len=5)
+
+
+def test_embeddings(llm: LLM) -> None:
+    texts = ["The cat sat on the mat.", "A cat is sitting on a mat.", "Interest rates rose by two percent."]
+    for pooling in ("last", "mean"):
+        cat, mat, rates = llm.embed(texts, use_tqdm=False, pooling=pooling)
+        assert cat.prompt == texts[0]
+        vectors = [np.array(output.outputs.embedding) for output in (cat, mat, rates)]
+        assert [float(np.linalg.norm(vector)) for vector in vectors] == pytest.approx([1, 1, 1], abs=1e-5)
+        assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+        alone = llm.embed(cat.prompt_token_ids, use_tqdm=False, pooling=pooling)[0]
+        assert alone.outputs.embedding == pytest.approx(cat.outputs.embedding, abs=1e-4)
+    with pytest.raises(ValueError, match="pooling='cls' is unknown; allowed: last, mean"):
+        llm.embed("x", pooling="cls")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at most 255"):
+        llm.embed([[5] * 256])

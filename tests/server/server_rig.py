@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +145,7 @@ class FakeEngine:
                 self._logprobs(request.sampling.prompt_logprobs, request.prompt_token_ids[1:]) if at == 0 else None,
                 reason if last else None,
                 num_cached_tokens=4,
+                embedding=embedding_of(request) if last and request.pooling else None,
             )
 
     def _check_alive(self) -> None:
@@ -166,6 +169,13 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.dead = "closed"
+
+
+def embedding_of(request: Request) -> bytes:
+    """Two numbers, of length 1: the angle is the first token's in degrees, or the last one's."""
+    ids = request.prompt_token_ids
+    angle = math.radians(ids[-1] if request.pooling == "last" else ids[0])
+    return struct.pack("<2f", math.cos(angle), math.sin(angle))
 
 
 @dataclass

@@ -167,7 +167,7 @@ async def test_methods_and_paths() -> None:
             answer = await rig.http.request(method, "/v1/chat/completions")
             assert (answer.status_code, answer.headers["allow"]) == (405, "POST"), method
             assert answer.json()["error"]["code"] == "method_not_allowed"
-        for path in ("/", "/v1", "/v1/completions/", "/tokenize", "/v1/%00", "/v1/../health", "/" + "a" * 8000):
+        for path in ("/", "/v1", "/v1/completions/", "/tokenise", "/v1/%00", "/v1/../health", "/" + "a" * 8000):
             answer = await rig.raw(request(path=path))
             assert status(answer) == 404, path
             assert error_of(answer)["code"] == "not_found"

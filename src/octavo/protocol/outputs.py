@@ -18,6 +18,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     error: set with finish_reason "error", in words for the client.
     num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
     scheduled_time: when the request first ran, seconds on the monotonic clock; 0 if it never did.
+    embedding: of a request with pooling, in its last output (protocol.pooling.floats).
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     num_cached_tokens: int = 0
     scheduled_time: float = 0.0
+    embedding: bytes | None = None
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.pooling import Pooling
 from octavo.protocol.sampling import SamplingParams
 
 # Block 0 is never allocated: padding rows may point at it, and nothing reads what they write.
@@ -23,6 +24,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     block_table: list[int]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
+    pooling: Pooling | None = None
 
 
 class PlanRow(msgspec.Struct, frozen=True, array_like=True):
@@ -76,12 +78,14 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 
     prompt_logprobs: for prompt positions start+1 .. start+length of the row that lie in the prompt.
     error: the row's own failure (NaN logits, say); its request ends with it, the others go on.
+    embedding: of a sequence with pooling whose prompt ends with this row (protocol.pooling.floats).
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    embedding: bytes | None = None
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.pooling import Pooling
 from octavo.protocol.sampling import SamplingParams
 
 
@@ -18,6 +19,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: prefix-cache blocks are shared only between requests of equal salt.
     grammar: what sampling.structured_outputs was compiled to by the front end; the text is llguidance's.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
+    pooling: the prompt's embedding is asked for, along with one token that means nothing; max_tokens is 1.
     """
 
     request_id: str
@@ -29,3 +31,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     grammar: str | None = None
+    pooling: Pooling | None = None

@@ -30,9 +30,11 @@ class KVManager:
         """The cached blocks that hold the longest prefix of the sequence, at most (num_tokens - 1) // block_size:
         its last token is computed again, for its logits. Takes no reference.
 
-        None for a sequence that still owes prompt logprobs: those need every position computed.
+        None for a sequence that still owes prompt logprobs, or the mean of its hidden states: those need every
+        position computed.
         """
-        if not self._caching or sequence.prompt_logprobs is not None:
+        needs_all = sequence.prompt_logprobs is not None or sequence.request.pooling == "mean"
+        if not self._caching or needs_all:
             return []
         blocks: list[int] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):

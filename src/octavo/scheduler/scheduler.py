@@ -89,6 +89,8 @@ class Scheduler:
             raise ValueError("prompt_token_ids is empty; at least one token is needed")
         if num_output < 1:
             raise ValueError(f"max_tokens={num_output} is out of range; allowed: >= 1")
+        if request.pooling is not None and num_output != 1:
+            raise ValueError(f"max_tokens={num_output} is out of range with pooling; allowed: 1")
         wants = f"the prompt has {num_prompt} tokens and max_tokens={num_output}"
         if num_prompt + num_output > config.max_model_len:
             raise ValueError(f"{wants}: together more than max_model_len={config.max_model_len}")
@@ -333,6 +335,7 @@ class Scheduler:
                 sequence.block_table.copy(),
                 request.sampling,
                 request.eos_token_ids,
+                request.pooling,
             )
         )
 
@@ -373,6 +376,7 @@ class Scheduler:
             error,
             sequence.num_cached_tokens,
             sequence.scheduled_time,
+            row_result.embedding,
         )
 
     def _check_token_count(self, sequence: Sequence, count: int) -> None:

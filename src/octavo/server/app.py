@@ -15,13 +15,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.config import api_keys
+from octavo.server.anthropic.messages import CountTokens, Messages
 from octavo.server.context import ServerContext, ServerState
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import AccessMiddleware, GuardMiddleware
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
+from octavo.server.openai.embeddings import Embeddings
 from octavo.server.openai.errors import APIError
 from octavo.server.openai.models import Models
+from octavo.server.openai.responses import Responses
+from octavo.server.openai.scoring import Rerank, Scores
+from octavo.server.openai.tokenize import Detokenize, Tokenize
 from octavo.server.statistics_log import log_statistics
 
 
@@ -37,6 +42,14 @@ def build_app(context: ServerContext) -> Starlette:
         routes=[
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
             Route("/v1/completions", Completions(state), methods=["POST"]),
+            Route("/v1/responses", Responses(state), methods=["POST"]),
+            Route("/v1/messages", Messages(state), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(state), methods=["POST"]),
+            *(Route(path, Scores(state), methods=["POST"]) for path in ("/v1/score", "/score")),
+            *(Route(path, Rerank(state), methods=["POST"]) for path in ("/v1/rerank", "/v2/rerank", "/rerank")),
+            Route("/tokenize", Tokenize(state), methods=["POST"]),
+            Route("/detokenize", Detokenize(state), methods=["POST"]),
             Route("/v1/models", models.list_all, methods=["GET"]),
             Route("/v1/models/{model:path}", models.get, methods=["GET"]),
             Route("/health", probes.health, methods=["GET"]),

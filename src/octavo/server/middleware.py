@@ -99,7 +99,7 @@ class GuardMiddleware:
         if self._digests and scope["path"] not in PUBLIC_PATHS and not self._authorized(scope):
             return APIError(
                 401,
-                "a valid API key is needed: Authorization: Bearer <key>",
+                "a valid API key is needed: Authorization: Bearer <key>, or x-api-key: <key>",
                 kind="authentication_error",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -107,14 +107,24 @@ class GuardMiddleware:
         return self._lifecycle.refusal() if scope["method"] == "POST" else None
 
     def _authorized(self, scope: Scope) -> bool:
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
-        if scheme.lower() != b"bearer":
+        token = _key(scope)
+        if token is None:
             return False
-        digest = _digest(token.strip())
+        digest = _digest(token)
         # Every key is compared, each in constant time, so that timing tells nothing about any of them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
+
+
+def _key(scope: Scope) -> bytes | None:
+    """The key of a request: its bearer token or, where there is no Authorization, its x-api-key, which Anthropic's
+    clients send. None where there are several."""
+    found = {name: [v for n, v in scope["headers"] if n == name] for name in (b"authorization", b"x-api-key")}
+    bearer, plain = found.values()
+    if not bearer:
+        return plain[0].strip() if len(plain) == 1 else None
+    scheme, _, token = (bearer[0] if len(bearer) == 1 else b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -15,6 +15,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.cuda_graphs import Computed, StepGraphs
+from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
 from octavo.worker.staging import Stage, Staging, upload
 from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, StepBuffers, StepShape
@@ -63,6 +64,7 @@ class StepInFlight:
         self.rows: list[PlanRow] = []  # those that run, in their order on the device
         self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
+        self.pooled: tuple[list[int], Tensor] | None = None  # on the host, by slot: embeddings
         self.more: More | None = None
         self.host: Tensor | None = None  # what is copied out, where it is more than the stage has room for
         self.timed = False  # the stage's `began` was recorded
@@ -72,6 +74,8 @@ class StepInFlight:
         self._stage.done.wait()
         host = self._stage.out if self.host is None else self.host.numpy()
         results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in self.rows], self.more)
+        if self.pooled is not None:
+            results = with_embeddings(self.rows, results, self.pooled)
         if self.failed or self.prompt_logprobs:
             by_slot = {row.slot: result for row, result in zip(self.rows, results)}
             by_slot |= {slot: RowResult([], error=error) for slot, error in self.failed.items()}
@@ -100,6 +104,7 @@ class DeviceRunner:
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
+        self._pooler = Pooler()
         self._block_size = limits.block_size
         self._device = device
         self._kernels = triton.get()
@@ -173,6 +178,7 @@ class DeviceRunner:
         params = []
         for new in plan.new_sequences:
             self._sampling[new.slot] = new.sampling, new.num_prompt_tokens
+            self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             record = self._sampler.set_slot(
                 new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens
             )
@@ -215,6 +221,11 @@ class DeviceRunner:
         computed = self._compute(shape, rows) if graph is None else graph.replay()
         self._draw_more(rows, computed, step)
         self._add_prompt_logprobs(rows, computed, step)
+        pooled = self._pooler.pool(rows, computed.hidden)
+        if pooled is not None:
+            slots, embeddings = pooled
+            host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=embeddings.is_cuda)
+            step.pooled = slots, host.copy_(embeddings, non_blocking=True)
 
     def _compute(self, shape: StepShape, rows: list[PlanRow] | None = None) -> Computed:
         """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None."""

@@ -10,6 +10,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.inputs import StepInputs, build_inputs
+from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
 
@@ -25,6 +26,7 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
+        self._pooler = Pooler()
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
 
     @torch.inference_mode()
@@ -39,12 +41,16 @@ class ModelRunner:
         for index, logprobs in prompt_logprobs.items():
             row = rows[index]
             rows[index] = RowResult(row.token_ids, row.logprobs, logprobs, row.error)
+        pooled = self._pooler.pool(plan.rows, hidden)
+        if pooled is not None:
+            rows = with_embeddings(plan.rows, rows, pooled)
         return StepResult(plan.step_id, rows)
 
     def _enter(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
         for new in plan.new_sequences:
             self._sampling[new.slot] = (new.sampling, new.num_prompt_tokens)
+            self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             self._sampler.set_slot(new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens)
 
     def _forward(self, rows: list[PlanRow], inputs: StepInputs) -> Tensor:

@@ -23,7 +23,7 @@ from octavo.server.openai.logprobs import ChatLogprobs, PromptToken
 from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import ChatBody, Message
-from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.server.openai.structured import Wish
 from octavo.server.openai.tools import OutputFormat, ToolCalling
 from octavo.text.generation import Delta
@@ -117,6 +117,11 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
 
+    async def prompt_text(self, body: ChatBody) -> str:
+        """The conversation as the template renders it, for other routes. Raises APIError 400."""
+        _check_messages(body.messages)
+        return await self._render(body)
+
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -173,7 +178,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         )
 
 
-class ChatFrames:
+class ChatFrames(Frames):
     """The chunks of one streamed answer. Before the first one, each choice opens with its role."""
 
     def __init__(self, endpoint: ChatCompletions, body: ChatBody, run: Run, request_id: str) -> None:

@@ -9,12 +9,13 @@ import msgspec
 
 from octavo.protocol.plan import TokenLogprobs
 from octavo.server.openai.endpoint import GenerationEndpoint
-from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import CompletionLogprobs, PromptToken
+from octavo.server.openai.prompts import check_ids
 from octavo.server.openai.runner import Choice, Run, Usage
 from octavo.server.openai.sampling import sampling_params, with_max_tokens
 from octavo.server.openai.schema import MAX_PROMPTS, CompletionBody
-from octavo.server.openai.sse import EventEncoder
+from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.text.generation import Delta
 
 _DEFAULT_MAX_TOKENS = 16
@@ -70,7 +71,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
                 ids = params.truncated(whole, limit)
                 text = prompt if len(ids) == len(whole) else self._text_of(ids)
             else:
-                ids = self._checked(params.truncated(prompt, limit))
+                ids = check_ids(self.state, params.truncated(prompt, limit), "prompt")
                 text = self._text_of(ids) if body.echo else ""
             run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
 
@@ -116,22 +117,12 @@ class Completions(GenerationEndpoint[CompletionBody]):
             prompt_token_ids=choice.request.prompt_token_ids if body.return_token_ids else None,
         )
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        vocab_size = self.context.engine.ready.vocab_size
-        if len(ids) > self.context.max_model_len:
-            limit = self.context.max_model_len
-            raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", "prompt")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            token_id = next(i for i in ids if not 0 <= i < vocab_size)
-            raise invalid(f"prompt: token id {token_id} is out of range; allowed: 0..{vocab_size - 1}", "prompt")
-        return ids
-
     def _text_of(self, ids: list[int]) -> str:
         tokenizer = self.context.tokenizer
         return "" if tokenizer is None else tokenizer.decode(ids, False)
 
 
-class CompletionFrames:
+class CompletionFrames(Frames):
     """The chunks of one streamed answer."""
 
     def __init__(self, endpoint: Completions, body: CompletionBody, run: Run, request_id: str) -> None:

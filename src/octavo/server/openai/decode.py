@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,7 +23,7 @@ _NAMED_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
 
 def decode(body: bytes, kind: type[Body]) -> Body:
     """`body` as a `kind`. Raises APIError 400 for bad JSON, a wrong type, and a field that is not known or not
-    supported; a repeated key counts with its last value."""
+    supported (`kind.UNSUPPORTED`, or that of schema.py); a repeated key counts with its last value."""
     try:
         values = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         _check_names(values, kind)
@@ -38,13 +38,14 @@ def decode(body: bytes, kind: type[Body]) -> Body:
 
 def _check_names(values: dict[str, msgspec.Raw], kind: type[Body]) -> None:
     known = kind.__struct_fields__
+    refused: dict[str, tuple[Any, ...]] = getattr(kind, "UNSUPPORTED", UNSUPPORTED)
     for name, raw in values.items():
         if name in known:
             continue
-        if name not in UNSUPPORTED:
+        if name not in refused:
             raise _unknown_field(name, name, known)
         value = msgspec.json.decode(raw)
-        if value is not None and not any(_same(value, harmless) for harmless in UNSUPPORTED[name]):
+        if value is not None and not any(_same(value, harmless) for harmless in refused[name]):
             raise unsupported(name)
 
 

@@ -17,8 +17,9 @@ from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
 from octavo.server.openai.beam_run import BeamRun
 from octavo.server.openai.decode import decode
-from octavo.server.openai.errors import context_too_long, invalid
+from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
+from octavo.server.openai.prompts import encode_text
 from octavo.server.openai.runner import Run
 from octavo.server.openai.schema import GenerationBody, StreamOptions
 from octavo.server.openai.sse import Frames, send_events
@@ -36,6 +37,10 @@ class GenerationEndpoint(ABC, Generic[B]):
         self.state = state
         self.context = state.context
         self.formatter = LogprobsFormatter(state.context.tokenizer)
+
+    def read(self, raw: bytes) -> B:
+        """The body of a request. Raises APIError 400."""
+        return decode(raw, self.body_type)
 
     @abstractmethod
     def num_prompts(self, body: B) -> int:
@@ -58,7 +63,7 @@ class GenerationEndpoint(ABC, Generic[B]):
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
-            body = decode(raw, self.body_type)
+            body = self.read(raw)
             self.state.check_model(body.model)
             self._check(body)
             self.state.check_alive()
@@ -122,19 +127,7 @@ class GenerationEndpoint(ABC, Generic[B]):
 
         Raises APIError 400.
         """
-        tokenizer = self.context.tokenizer
-        if tokenizer is None:
-            raise invalid("the server runs without a tokenizer: give the prompt as token ids", param)
-        if len(text) > self.state.max_prompt_chars:
-            raise context_too_long(
-                f"{param} has {len(text)} characters, which cannot fit the model's context of "
-                f"{self.context.max_model_len} tokens",
-                param,
-            )
-        ids = await self.state.in_thread(tokenizer.encode, text, add_special_tokens)
-        if not ids:
-            raise invalid(f"{param} has no tokens", param)
-        return ids
+        return await encode_text(self.state, text, add_special_tokens, param)
 
     @property
     def fingerprint(self) -> str:

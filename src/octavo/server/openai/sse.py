@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import ClassVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -49,16 +50,22 @@ class EventEncoder:
         return b"%b%b%b%b]}\n\n" % (self._head, before, self._encode(text), after)
 
 
-class Frames(Protocol):
-    """How one request's deltas look on the wire."""
+class Frames(ABC):
+    """How one request's deltas look on the wire. A dialect other than that of chats has another `done` and `failed`."""
 
+    done: ClassVar[bytes] = DONE  # the end of every stream
+
+    @abstractmethod
     def frame(self, choice: Choice, delta: Delta) -> bytes:
         """The frames for one delta; empty where there is nothing to say yet: all its text is held back."""
-        ...
 
+    @abstractmethod
     def last(self) -> bytes:
-        """What follows all deltas, before [DONE]."""
-        ...
+        """What follows all deltas, before `done`."""
+
+    def failed(self, error: APIError) -> bytes:
+        """What stands in place of the rest, before `done`, once something was sent."""
+        return b"data: " + error.body() + b"\n\n"
 
 
 class _Pipe:
@@ -115,12 +122,12 @@ async def send_events(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Stream what the run of `prepare` brings, then [DONE].
+    """Stream what the run of `prepare` brings, then the end that its frames have.
 
     The status line waits for the first frame, so that what goes wrong before it is a plain error:
     raises APIError (then nothing was sent) and ClientGone. Later errors become an error frame.
     """
-    started = False
+    started: Frames | None = None
 
     async def pump() -> bytes:
         nonlocal started
@@ -132,7 +139,7 @@ async def send_events(
             await pipe.first
             opening = pipe.take()
             if opening:
-                started = True
+                started = frames
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                 await send({"type": "http.response.body", "body": opening, "more_body": True})
                 writer = stream_writer(scope)
@@ -144,25 +151,21 @@ async def send_events(
                     await writer.drain()
             else:
                 await run.ended()
-            return frames.last()
+            return frames.last() + frames.done
         finally:
             run.close()
 
     try:
-        end = await lifecycle.run(receive, pump()) + DONE
+        end = await lifecycle.run(receive, pump())
     except APIError as error:
-        if not started:
+        if started is None:
             raise
-        end = _frame(error)
+        end = started.failed(error) + started.done
     except ClientGone:
         raise
     except Exception:
-        if not started:
+        if started is None:
             raise
         logger.exception("a stream failed")
-        end = _frame(internal("internal server error"))
+        end = started.failed(internal("internal server error")) + started.done
     await send({"type": "http.response.body", "body": end, "more_body": False})
-
-
-def _frame(error: APIError) -> bytes:
-    return b"data: " + error.body() + b"\n\n" + DONE

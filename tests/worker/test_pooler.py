@@ -1,0 +1,130 @@
+"""Embeddings through the whole engine, on both runners, against a dense computation of the same model."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_device_runner import CPU, LIMITS, VOCAB, Dense, Rig, model, prompts  # noqa: F401 (a fixture)
+
+from octavo.attention.cpu import CpuAttention
+from octavo.config import SchedulerConfig
+from octavo.distributed.executor import InProcessExecutor
+from octavo.engine.engine import Engine
+from octavo.models.base import CausalLM
+from octavo.protocol.outputs import TokenOutput
+from octavo.protocol.plan import PlanRow, RowResult
+from octavo.protocol.pooling import SAMPLING, Pooling, floats
+from octavo.protocol.request import Request
+from octavo.scheduler.scheduler import Scheduler
+from octavo.worker.model_runner import ModelRunner
+from octavo.worker.pooler import NOT_FINITE, Pooler, with_embeddings
+from octavo.worker.sampler.sampler import Sampler
+from octavo.worker.slots import Slots
+
+
+@torch.inference_mode()
+def exact(model: CausalLM, prompt: list[int], pooling: Pooling) -> torch.Tensor:  # noqa: F811
+    dense: Any = Dense()
+    hidden = model(torch.tensor(prompt), torch.arange(len(prompt)), dense)
+    pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
+    return pooled / pooled.norm()
+
+
+def cpu_engine(model: CausalLM, num_blocks: int) -> Engine:  # noqa: F811
+    attention = CpuAttention(2, num_blocks, LIMITS.block_size, 1, 16, torch.float32)
+    slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size, CPU)
+    runner = ModelRunner(model, attention, Sampler(LIMITS.max_num_seqs, VOCAB, CPU), slots)
+    config = SchedulerConfig(**LIMITS._asdict(), num_blocks=num_blocks)
+    return Engine(Scheduler(config), InProcessExecutor(runner, threaded=False), 1)
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, list[TokenOutput]]:
+    outputs: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    engine.audit()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["cpu", "device"])
+def test_embeddings_among_generations(model: CausalLM, kind: str) -> None:  # noqa: F811
+    """In chunks of 24 tokens, over a prefix cache, beside requests for tokens, twice; on the slow interpreter, once."""
+    engine = Rig(model, "torch").engine if kind == "device" else cpu_engine(model, 20)
+    poolings: tuple[Pooling | None, ...] = ("last", "mean", None)
+    given = prompts()[1:4:2] if kind == "device" else prompts()
+    wanted = {f"{i}-{p}": (ids, p) for (i, ids), p in itertools.product(enumerate(given), poolings)}
+    for _ in range(1 if kind == "device" else 2):
+        requests = [
+            Request(
+                request_id=name,
+                prompt_token_ids=ids,
+                sampling=SAMPLING.replace(max_tokens=None),
+                max_tokens=1 if pooling else 2,
+                pooling=pooling,
+            )
+            for name, (ids, pooling) in wanted.items()
+        ]
+        outputs = run(engine, requests)
+        for name, (ids, pooling) in wanted.items():
+            last = outputs[name][-1]
+            if pooling is None:
+                assert [output.embedding for output in outputs[name]] == [None] * 2
+                continue
+            assert len(outputs[name]) == 1
+            found = torch.tensor(floats(last.embedding or b""))
+            assert torch.allclose(found, exact(model, ids, pooling), atol=2e-5), name
+            assert pooling == "last" or last.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_preempted_prompt_starts_over(model: CausalLM, pooling: Pooling) -> None:  # noqa: F811
+    """Five blocks of 16: one that generates needs its second when 32 of the embedding's 53 tokens are computed."""
+    engine = cpu_engine(model, 6)
+    long = prompts()[4] + prompts()[2] + prompts()[0]
+    first = Request(
+        request_id="g", prompt_token_ids=long[:15], sampling=SAMPLING.replace(max_tokens=None), max_tokens=10
+    )
+    asked = Request(request_id="e", prompt_token_ids=long, sampling=SAMPLING, max_tokens=1, pooling=pooling)
+    outputs = run(engine, [first, asked])
+    assert engine.stats().num_preemptions_total == 1
+    found = torch.tensor(floats(outputs["e"][-1].embedding or b""))
+    assert torch.allclose(found, exact(model, long, pooling), atol=2e-5)
+
+
+def test_a_mean_over_chunks_and_a_slot_that_changes_hands() -> None:
+    pooler = Pooler()
+    hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    pooler.set_slot(3, "mean", 7)
+    assert pooler.pool([PlanRow(3, 0, 4, [], False)], hidden[:4]) is None
+    pooler.set_slot(3, "mean", 7)  # preempted: from the start again
+    assert pooler.pool([PlanRow(3, 0, 2, [], False)], hidden[:2]) is None
+    found = pooler.pool([PlanRow(3, 2, 5, [], True), PlanRow(1, 9, 1, [], True)], torch.cat([hidden[2:], hidden]))
+    assert found is not None
+    assert found[0] == [3]
+    assert torch.allclose(found[1][0], torch.nn.functional.normalize(hidden.mean(0), dim=0))
+    assert pooler.pool([PlanRow(3, 7, 1, [], True)], hidden) is None
+
+
+def test_a_vector_that_is_not_finite_is_its_rows_error() -> None:
+    pooler = Pooler()
+    for slot in (0, 1):
+        pooler.set_slot(slot, "last", 1)
+    rows = [PlanRow(0, 0, 1, [], True), PlanRow(1, 0, 1, [], True)]
+    pooled = pooler.pool(rows, torch.tensor([[3.0, 4.0], [float("nan"), 1.0]]))
+    assert pooled is not None
+    good, bad = with_embeddings(rows, [RowResult([5]), RowResult([6])], pooled)
+    assert floats(good.embedding or b"") == pytest.approx([0.6, 0.8])
+    assert (bad.error, bad.embedding, bad.token_ids) == (NOT_FINITE, None, [])
+
+
+def test_pooling_takes_one_token(model: CausalLM) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match="max_tokens=2 is out of range with pooling; allowed: 1"):
+        cpu_engine(model, 6).add(
+            Request(request_id="x", prompt_token_ids=[1], sampling=SAMPLING, max_tokens=2, pooling="last")
+        )
