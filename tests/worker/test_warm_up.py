@@ -82,7 +82,7 @@ def dense(query: torch.Tensor, *_rest: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize(("family", "max_model_len"), [("Qwen3ForCausalLM", 96), ("LlamaForCausalLM", 1100)])
+@pytest.mark.parametrize(("family", "max_model_len"), [("Qwen3ForCausalLM", 96), ("LlamaForCausalLM", 604)])
 def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> None:
     triton.load()
     config = {
@@ -122,7 +122,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     limits = DeviceLimits(max_num_seqs=4, max_num_batched_tokens=600, max_model_len=max_model_len, block_size=BLOCK)
     num_blocks = 5 * -(-max_model_len // BLOCK)
     shape = LongPrefillShape(HEADS, KV_HEADS, DIM, DTYPE, DTYPE, BLOCK, max_model_len, None, CPU)
-    long = CudnnPrefill(shape, Thresholds(256, 256), 256, dense) if max_model_len > 1000 else NoLongPrefill()
+    long = CudnnPrefill(shape, Thresholds(256, 256), 256, dense) if max_model_len > 500 else NoLongPrefill()
     cache = torch.zeros(1, num_blocks, 2, KV_HEADS, BLOCK, DIM, dtype=DTYPE)
     attention = TritonAttention(cache, HEADS, 4, limits.max_num_seqs, long)
     runner = DeviceRunner(
@@ -141,7 +141,9 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
             )
         while engine.has_work:
             engine.step()
-    assert len({found[0] for found in launched}) >= 8
+    kernels = {found[0] for found in launched}
+    assert len(kernels) >= 8
+    assert {"_gather_kv", "_merge_attention"} <= kernels or isinstance(long, NoLongPrefill)
     missing = launched - compiled
     names = {found[0] for found in missing}
     assert not missing, "\n".join(map(str, missing | {found for found in compiled if found[0] in names}))
