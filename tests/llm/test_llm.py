@@ -15,15 +15,6 @@ def llm(smollm2_path: Path) -> LLM:
     return LLM(str(smollm2_path), dtype="float32", max_model_len=256, max_num_seqs=16, kv_cache_memory="64MiB")
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(llm: LLM) -> object:
-    yield
-    llm.audit()
-    stats = llm.stats()
-    assert (stats.num_running, stats.num_waiting) == (0, 0)
-    assert stats.num_free_blocks == stats.num_blocks
-
-
 def test_text_of_several_prompts_in_their_order(llm: LLM) -> None:
     prompts = ["The capital of France is", "1, 2, 3, 4,"]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)

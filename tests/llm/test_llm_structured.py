@@ -24,15 +24,6 @@ def llm(smollm2_path: Path) -> LLM:
     return LLM(str(smollm2_path), dtype="float32", max_model_len=256, max_num_seqs=64, kv_cache_memory="192MiB")
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(llm: LLM) -> object:
-    yield
-    llm.audit()
-    stats = llm.stats()
-    assert (stats.num_running, stats.num_waiting) == (0, 0)
-    assert stats.num_free_blocks == stats.num_blocks
-
-
 def generate(llm: LLM, wish: StructuredOutputsParams, **wishes: Any) -> Any:
     params = SamplingParams(structured_outputs=wish, **{"max_tokens": 24, "seed": 1, **wishes})
     return llm.generate("The answer is: ", params, use_tqdm=False)[0]
