@@ -24,7 +24,7 @@ from octavo.server.openai.scoring import Ranking, RerankBody, ScoreBody, ScoreLi
 from octavo.server.openai.tokenize import DetokenizeBody, Text, TokenizeBody, Tokens
 
 _REF = "#/components/schemas/{name}"
-_JSON, _PLAIN, _EVENTS = "application/json", "text/plain", "text/event-stream"
+_JSON, _PLAIN, _EVENTS, _EMPTY = "application/json", "text/plain", "text/event-stream", ""
 _OF_GET = (400, 404, 431, 503)
 _OF_POST = (400, 404, 408, 413, 415, 429, 431, 500, 503)
 _IGNORED = "Names of fields of the body that are not known and were ignored."
@@ -36,7 +36,7 @@ class Version(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Operation:
-    """One route. answer: the struct of its 200, or the media type of one that is no JSON. streams: as events too."""
+    """One route. answer: the struct of its 200, or the media type of one that has no struct. streams: as events too."""
 
     method: str
     path: str
@@ -63,8 +63,8 @@ OPERATIONS = (
     Operation("post", "/detokenize", "The text of token ids", DetokenizeBody, Text),
     Operation("get", "/v1/models", "The models", None, ModelList),
     Operation("get", "/v1/models/{model}", "One model", None, ModelCard),
-    Operation("get", "/health", "200 while requests are taken", None, _PLAIN),
-    Operation("get", "/ping", "200 while requests are taken", None, _PLAIN),
+    Operation("get", "/health", "200 while requests are taken", None, _EMPTY),
+    Operation("get", "/ping", "200 while requests are taken", None, _EMPTY),
     Operation("get", "/version", "The server's version", None, Version),
     Operation("get", "/metrics", "Prometheus metrics", None, _PLAIN),
     Operation("get", "/openapi.json", "This document", None, _JSON),
@@ -96,8 +96,11 @@ def document(version: str, model_names: Sequence[str] = (), has_keys: bool = Fal
 
 def _operation(operation: Operation, has_keys: bool) -> dict[str, Any]:
     answer = operation.answer
-    if isinstance(answer, str):
-        content: dict[str, Any] = {answer: {"schema": {"type": "object" if answer == _JSON else "string"}}}
+    content: dict[str, Any]
+    if answer == _EMPTY:
+        content = {}
+    elif isinstance(answer, str):
+        content = {answer: {"schema": {"type": "object" if answer == _JSON else "string"}}}
     else:
         content = {_JSON: {"schema": {"$ref": _REF.format(name=answer.__name__)}}}
     if operation.streams:
