@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import string
 from collections.abc import Iterator
 from typing import Any
@@ -13,30 +12,14 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from request_bodies import BASE, ROUTES, STRUCTS
 from server_rig import EOS, Rig, running
 
 from octavo.config import ServerOptions
 from octavo.protocol.fields import FIELDS, REQUIRED, Field, fields_of
 from octavo.protocol.ranges import INT64_MAX, Biases, Flag, Integer, Items, OneOf, Real, Shape, Text, TokenIds
 from octavo.protocol.sampling import SamplingParams
-from octavo.server.openai import decode
-from octavo.server.openapi import OPERATIONS
 
-USER = [{"role": "user", "content": "hi"}]
-ROUTES = {op.body.__name__: op for op in reversed(OPERATIONS) if op.body is not None}
-STRUCTS: dict[str, type[msgspec.Struct]] = {name: op.body for name, op in ROUTES.items() if op.body is not None}
-BASE: dict[str, dict[str, Any]] = {
-    "ChatBody": {"model": "fake", "messages": USER},
-    "CompletionBody": {"model": "fake", "prompt": "hi"},
-    "ResponsesBody": {"model": "fake", "input": "hi"},
-    "MessagesBody": {"model": "fake", "messages": USER, "max_tokens": 8},
-    "CountBody": {"model": "fake", "messages": USER},
-    "EmbeddingsBody": {"model": "fake", "input": "hi"},
-    "ScoreBody": {"model": "fake", "text_1": "a", "text_2": "b"},
-    "RerankBody": {"model": "fake", "query": "a", "documents": ["b"]},
-    "TokenizeBody": {"messages": USER},
-    "DetokenizeBody": {"tokens": [5]},
-}
 # What a field needs beside it.
 BESIDE: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True},
@@ -268,56 +251,3 @@ def test_unknown_fields_are_named_in_a_header(server: Server, struct: str) -> No
     many = server.post(struct, {**BASE[struct], **{f"{n}{'x' * 100}": n for n in range(1000)}})
     assert many.headers["X-Octavo-Ignored-Fields"].endswith(", and 984 more")
     assert len(many.headers["X-Octavo-Ignored-Fields"]) < 1200
-
-
-async def test_strict_servers_refuse_unknown_fields() -> None:
-    async with running(options=ServerOptions(strict=True)) as rig:
-        for struct, base in BASE.items():
-            answer = await rig.http.post(ROUTES[struct].path, json={**base, "modle": 1})
-            assert answer.status_code == 400
-            assert answer.json()["error"]["param"] == "modle"
-            assert "did you mean 'model'?" in answer.json()["error"]["message"]
-
-
-COSTS = [
-    ("CompletionBody", {"max_tokens": 101}, "max_tokens"),
-    ("CompletionBody", {"n": 11, "max_tokens": 10}, "n"),
-    ("CompletionBody", {"best_of": 11, "max_tokens": 10}, "best_of"),
-    ("CompletionBody", {"logprobs": 20, "max_tokens": 5}, "logprobs"),
-    ("CompletionBody", {"prompt": ["a"] * 6, "max_tokens": 20}, "max_tokens"),
-    ("CompletionBody", {"prompt": "a" * 101, "max_tokens": 1}, "prompt"),
-    ("CompletionBody", {"prompt": "a" * 10, "prompt_logprobs": 10, "max_tokens": 1}, "prompt_logprobs"),
-    ("CompletionBody", {"use_beam_search": True, "n": 10, "max_tokens": 11}, "max_tokens"),
-    ("ChatBody", {"max_completion_tokens": 101}, "max_completion_tokens"),
-    ("ChatBody", {"logprobs": True, "top_logprobs": 20, "max_tokens": 6}, "top_logprobs"),
-    ("ResponsesBody", {"max_output_tokens": 101}, "max_output_tokens"),
-    ("MessagesBody", {"max_tokens": 101}, "max_tokens"),
-]
-
-
-async def test_a_request_above_the_cost_cap_is_refused_by_its_largest_factor() -> None:
-    async with running(options=ServerOptions(max_request_cost=100, max_waiting_requests=100)) as rig:
-        for struct, fields, param in COSTS:
-            answer = await rig.http.post(ROUTES[struct].path, json={**BASE[struct], **fields})
-            assert answer.status_code == 400, (fields, answer.text)
-            assert answer.json()["error"]["param"] == param, (fields, answer.text)
-            assert "1..100" in answer.json()["error"]["message"]
-        assert rig.engine.requests == []
-        fits = {**BASE["CompletionBody"], "n": 10, "max_tokens": 10}
-        assert (await rig.http.post("/v1/completions", json=fits)).status_code == 200
-
-
-async def test_old_names_work_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    decode.warn_of_old_name.cache_clear()
-    messages = [*USER, {"role": "assistant", "content": "a", "reasoning_content": "b"}, *USER]
-    async with running() as rig:
-        with caplog.at_level(logging.WARNING):
-            for _ in range(2):
-                body = {"model": "fake", "messages": messages, "guided_regex": "a+", "max_tokens": 5}
-                assert (await rig.http.post("/v1/chat/completions", json=body)).status_code == 200
-    said = [record.getMessage().split(",")[0] for record in caplog.records if "is now called" in record.getMessage()]
-    assert sorted(said) == [
-        "requests use guided_regex",
-        "requests use max_tokens",
-        "requests use messages[].reasoning_content",
-    ]
