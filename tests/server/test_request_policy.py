@@ -10,6 +10,7 @@ from server_rig import running
 
 from octavo.config import ServerOptions
 from octavo.server.openai import decode
+from octavo.server.openapi import OPERATIONS
 
 
 async def test_strict_servers_refuse_unknown_fields() -> None:
@@ -63,3 +64,23 @@ async def test_old_names_work_and_say_so_once(caplog: pytest.LogCaptureFixture) 
         "requests use max_tokens",
         "requests use messages[].reasoning_content",
     ]
+
+
+async def test_other_methods_and_odd_queries_and_headers_are_answered_in_shape() -> None:
+    async with running() as rig:
+        for operation in OPERATIONS:
+            path = operation.path.replace("{model}", "fake")
+            for method in ("TRACE", "PUT", "DELETE", "PATCH", "OPTIONS", "CONNECTED"):
+                answer = await rig.http.request(method, path)
+                assert answer.status_code == 405, (method, path)
+                assert operation.method.upper() in answer.headers["Allow"]
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        for query in (b"?a=%ff", b"?%", b"?&&=&", b"?" + b"a" * 4000):
+            request = b"GET /v1/models%b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % query
+            assert (await rig.raw(request)).startswith(b"HTTP/1.1 200")
+        for header in (b"X: a\x00b", b"X y: 1", b": 1", b"Content-Length: -1", b"Transfer-Encoding: x"):
+            answered = await rig.raw(b"POST /tokenize HTTP/1.1\r\nHost: x\r\n%b\r\nConnection: close\r\n\r\n" % header)
+            head, _, body = answered.partition(b"\r\n\r\n")
+            assert head.split()[1] in (b"400", b"415", b"501"), (header, answered)
+            assert b'"error":{' in body
+        await rig.healthy()
