@@ -163,7 +163,7 @@ async def _enter(context: Any) -> Rig:
 
 
 QUICK = settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     database=None,
@@ -210,7 +210,7 @@ def test_bodies_of_any_fields_are_answered_or_refused_by_a_field(server: Server,
         optional={row.name: st.one_of(inside(row), inside(row), outside(row)) for row in rows},
     )
 
-    @settings(QUICK, max_examples=25)
+    @settings(QUICK, max_examples=20)
     @given(body=choices)
     def answered(body: dict[str, Any]) -> None:
         answer = server.post(struct, body)

@@ -141,7 +141,7 @@ class OneOf(Range):
 
     def check(self, name: str, value: Any) -> None:
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in self.values):
-            raise ValueError(f"{name}={str(value)[:64]!r} is not known; allowed: {self.words}")
+            raise ValueError(f"{name}={repr(value)[:64]} is not known; allowed: {self.words}")
 
     @property
     def words(self) -> str:
