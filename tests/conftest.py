@@ -19,6 +19,11 @@ from octavo.kernels.cpu import library
 from octavo.loading.package import pull
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=60, help="how many requests the schema's fuzz test makes")
+    parser.addoption("--server", default="", help="the URL of a running server for it, in place of one without a model")
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real small model, fetched once into the cache."""

@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.protocol.fields import MAX_INPUTS
 from octavo.protocol.pooling import floats
 from octavo.server.context import ServerState
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
-from octavo.server.openai.embeddings import MAX_INPUTS
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
 from octavo.server.openai.prompts import encode_text
@@ -74,7 +74,7 @@ class RerankBody(EmbeddingFields, kw_only=True, frozen=True):
 
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS - 1)]
-    top_n: Annotated[int, Meta(ge=0)] | None = None
+    top_n: int | None = None
     return_documents: bool = True
     user: Label | None = None
 
