@@ -27,6 +27,8 @@ ToolParserName = Literal[
 ReasoningParserName = Literal["deepseek_r1", "granite", "mistral", "openai_gptoss", "qwen3"]
 
 DEFAULT_MODEL = "smollm2"
+# Tokens of a long prompt that attention on a GPU serves best at once. A step has room for two, beside its decodes.
+LONG_CHUNK = 4096
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
@@ -61,7 +63,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     """Most sequences that run at once. None: 64 on a CPU, 1024 on a GPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens computed in one step. None: 512 on a CPU, 8192 on a GPU."""
+    """Most tokens computed in one step. None: 512 on a CPU, 8192 + max_num_seqs on a GPU."""
     block_size: int | None = None
     """Tokens in a KV block. On a GPU, a multiple of 16. None: 16 on a CPU, 64 on a GPU."""
     kv_cache_memory: str | None = None
@@ -171,6 +173,8 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    chunk_alignment: int = 1
+    """Long chunks of prompts end at multiples of it, which attention may serve faster."""
     policy: SchedulingPolicy = "fcfs"
 
 
@@ -196,6 +200,7 @@ class EngineConfig:
 
     def scheduler(self, num_blocks: int, max_model_len: int) -> SchedulerConfig:
         """The scheduler's part, once the size of the KV pool is known, and with it the longest sequence."""
+        cuda = self.device == "cuda"
         return SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -204,6 +209,8 @@ class EngineConfig:
             num_blocks=num_blocks,
             enable_prefix_caching=self.options.enable_prefix_caching,
             enable_chunked_prefill=self.options.enable_chunked_prefill,
+            # Where a step has room for one such chunk only, it would be cut short for nothing.
+            chunk_alignment=LONG_CHUNK if cuda and self.max_num_batched_tokens >= 2 * LONG_CHUNK else 1,
             policy=self.options.scheduling_policy,
         )
 
@@ -262,7 +269,8 @@ def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> E
 def _max_num_batched_tokens(
     options: EngineOptions, cpu: bool, max_num_seqs: int, max_model_len: int, decisions: list[str]
 ) -> int:
-    batched = options.max_num_batched_tokens or max(512 if cpu else 8192, max_num_seqs)
+    default = max(512, max_num_seqs) if cpu else 2 * LONG_CHUNK + max_num_seqs
+    batched = options.max_num_batched_tokens or default
     if batched < max_num_seqs:
         raise ValueError(f"max_num_batched_tokens={batched} is out of range; allowed: >= max_num_seqs={max_num_seqs}")
     if not options.enable_chunked_prefill and batched < max_model_len:

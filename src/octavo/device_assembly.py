@@ -18,7 +18,7 @@ from octavo.attention.long_prefill import (
 )
 from octavo.attention.torch_operators import TorchAttention
 from octavo.attention.triton import TritonAttention
-from octavo.config import EngineConfig, ModelFacts
+from octavo.config import LONG_CHUNK, EngineConfig, ModelFacts
 from octavo.distributed.executor import DeviceExecutor
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
@@ -154,6 +154,6 @@ def _long_prefill(
     if name == "triton":
         return NoLongPrefill(), "triton"
     try:
-        return CudnnPrefill(shape), "cuDNN"
+        return CudnnPrefill(shape, piece=LONG_CHUNK), "cuDNN"
     except ValueError as error:
         return NoLongPrefill(), f"triton, for cuDNN does not serve {error}"

@@ -19,7 +19,6 @@ from octavo.attention.long_prefill import (
     LongPrefillShape,
     NoLongPrefill,
     Thresholds,
-    _powers,
 )
 from octavo.kernels.reference.prefill_attention import paged_prefill
 from octavo.kernels.triton.prefill_attention import MAX_PARTS
@@ -85,7 +84,7 @@ def test_dense_pieces_equal_the_oracle(
     shape = replace(SHAPE, kv_dtype=kv_dtype)
     query, cache, tables = problem(rows, shape)
     dense = Dense()
-    strategy = CudnnPrefill(shape, EVERYTHING, 256, dense)
+    strategy = CudnnPrefill(shape, EVERYTHING, 1024, dense)
     assert strategy.prepare(rows, tables) == taken
     out, expected = (torch.full(query.shape, torch.nan, dtype=query.dtype) for _ in range(2))
     strategy.forward(0, query, cache, out, 0.2)
@@ -98,7 +97,8 @@ def test_dense_pieces_equal_the_oracle(
         assert out[token : token + first].isnan().all()
         assert out[token + last : token + row.length].isnan().all()
         token += row.length
-    assert set(dense.asked) <= {(256, 256, True)} | {(256, 256 << i, False) for i in range(3)}
+    causal, runs = {(256, 256, True)}, {(256, keys, False) for keys in (256, 512, 1024)}
+    assert set(dense.asked) <= causal | runs
 
 
 def test_what_pieces_leave_is_cut_into_quarters() -> None:
@@ -113,36 +113,35 @@ def test_what_pieces_leave_is_cut_into_quarters() -> None:
     torch.testing.assert_close(out[12:2316], expected[12:2316], rtol=2e-2, atol=2e-2)
     assert out[:12].isnan().all()
     assert out[2316:].isnan().all()
-    assert {queries for queries, _, _ in dense.asked} == {1024, 256}
+    assert set(dense.asked) <= {
+        *((n, n, True) for n in (1024, 256)),
+        *((n, keys, False) for n in (1024, 256) for keys in (256, 512, 1024, 2048)),
+    }
 
 
-def test_the_grain_grows_with_the_context() -> None:
-    strategy = CudnnPrefill(replace(SHAPE, max_context=40_000), EVERYTHING, 256, Dense())
-    assert strategy.prepare([Row(0, 39_000, 999)], torch.zeros(1, 2500)) == {0: (424, 936)}
-    assert strategy.prepare([Row(0, 1000, 900)], torch.zeros(1, 2500)) == {0: (24, 792)}
-
-
-@given(st.integers(0, 900_000), st.integers(2, 20_000), st.sampled_from([256, 768, 2048]))
+@given(st.integers(0, 900_000), st.integers(2, 20_000), st.sampled_from([256, 768, 4096]))
 def test_pieces_follow_each_other_and_one_merge_takes_what_each_sees(start: int, length: int, piece: int) -> None:
     strategy = CudnnPrefill(replace(SHAPE, max_context=1), EVERYTHING, piece, Dense())
     taken = strategy.prepare([Row(0, start, length)], torch.zeros(1, 1))
+    grain = piece // 4
     if not taken:
+        assert length < 2 * grain - 1
         return
     at, last = taken[0]
+    assert at < grain
     for cut in strategy._rows[0].pieces:
         assert (cut.token, cut.position) == (at, start + at)
-        runs = [run for run in _powers(256, cut.position) if cut.position & run]
+        runs = strategy._runs(cut.position)
         assert sum(runs) == cut.position
+        assert all(run % piece == 0 or run in (grain, 2 * grain) for run in runs)
         assert len(runs) < MAX_PARTS
         at += cut.length
-    assert at == last <= length
-    if start + length <= 32_768:
-        assert length - (last - taken[0][0]) < 256 + max(256, piece // 4 + 256)
+    assert at == last <= length < last + grain
 
 
 def test_short_rows_are_left_to_the_kernel() -> None:
     tables = torch.zeros(1, 512, dtype=torch.int32)
-    strategy = CudnnPrefill(replace(SHAPE, max_context=8192), piece=256, attend=Dense())
+    strategy = CudnnPrefill(replace(SHAPE, max_context=8192), attend=Dense())
     assert strategy.prepare([Row(0, 0, 4095)], tables) == {}
     assert strategy.prepare([Row(0, 7000, 1000)], tables) == {}
     assert strategy.prepare([Row(0, 0, 4096)], tables) == {0: (0, 4096)}
@@ -164,8 +163,8 @@ def test_what_is_not_served_is_refused(change: dict[str, Any], name: str) -> Non
     if "head_dim" not in change:
         with pytest.raises(ValueError, match=name):
             FlashInferPrefill(replace(SHAPE, **change))
-    with pytest.raises(ValueError, match="piece=100"):
-        CudnnPrefill(SHAPE, piece=100)
+    with pytest.raises(ValueError, match="piece=102"):
+        CudnnPrefill(SHAPE, piece=102)
 
 
 class FakeWrapper:

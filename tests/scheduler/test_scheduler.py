@@ -114,6 +114,25 @@ def test_decodes_run_before_prompts_and_prompts_are_cut_to_the_budget():
     rig.drain()
 
 
+def test_chunks_end_at_multiples_of_the_alignment_unless_that_takes_most_of_them_away():
+    rig = Rig(config(max_num_batched_tokens=20, chunk_alignment=8))
+    rig.add(make_request("a", [0, 1], 8, ignore_eos=True))
+    rig.submit()
+    rig.commit()
+    rig.add(make_request("b", [1] * 37, 8, ignore_eos=True))
+    rig.add(make_request("c", [0] * 12, 8, ignore_eos=True))
+    # Of b's 19 tokens 16; what is left is c's, but of 3 the alignment would leave none.
+    assert rows(rig.submit()) == [(0, 2, 1, True), (1, 0, 16, False), (2, 0, 3, False)]
+    rig.commit()
+    # b: 16 + 19 = 35, cut to 32. c: 3 + 3 = 6 reaches no multiple.
+    assert rows(rig.submit()) == [(0, 3, 1, True), (1, 16, 16, False), (2, 3, 3, False)]
+    rig.commit()
+    # The ends of prompts are where they are.
+    assert rows(rig.submit()) == [(0, 4, 1, True), (1, 32, 5, True), (2, 6, 6, True)]
+    rig.commit()
+    rig.drain()
+
+
 def test_without_chunked_prefill_a_prompt_runs_whole_or_waits():
     rig = Rig(config(max_num_batched_tokens=20, enable_chunked_prefill=False))
     rig.add(make_request("a", [0] * 12, 4, ignore_eos=True))

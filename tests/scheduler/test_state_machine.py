@@ -24,6 +24,7 @@ configs = st.builds(
     num_blocks=st.sampled_from([8, 12, 18, 25, 40]),
     enable_prefix_caching=st.sampled_from([True, True, True, False]),
     enable_chunked_prefill=st.sampled_from([True, True, False]),
+    chunk_alignment=st.sampled_from([1, 8, 7]),
     policy=st.sampled_from(["fcfs", "priority"]),
 )
 # All prompts are of two tokens and most begin alike, so that many of their blocks are equal.

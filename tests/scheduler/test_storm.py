@@ -24,6 +24,7 @@ def random_rig(rng: random.Random) -> Rig:
         num_blocks=min(rng.randint(8, 40), rng.randint(8, 40)),
         enable_prefix_caching=rng.random() < 0.85,
         enable_chunked_prefill=rng.random() < 0.8,
+        chunk_alignment=rng.choice([1, 8, 7]),
         policy=rng.choice(["fcfs", "priority"]),
     )
     return Rig(config, rng.randint(1, 3), rng.choice([sha256, sha256, hash8, hash0]))

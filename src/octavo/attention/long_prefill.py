@@ -77,10 +77,6 @@ class NoLongPrefill:
         """Nothing was taken."""
 
 
-_GRAIN = 256  # tokens; pieces and runs are multiples of it
-_MAX_RUNS = 7  # with the piece's own keys, what one merge takes
-
-
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Queries of one row that are attended at once. token: the first one in the flat batch; position: in the row."""
@@ -100,28 +96,28 @@ class _DenseRow:
 class CudnnPrefill:
     """Rows gathered from their blocks and attended densely, by cuDNN, in pieces of few different shapes.
 
-    cuDNN makes a plan for each new shape, in some 5 ms, and keeps it for the thread that asked. So queries are cut into
-    pieces of `piece` tokens, and what is left of them into pieces of a quarter. They begin at multiples of a grain of
-    256 * 2^i tokens; a piece sees its own keys causally, and those before it in runs of 256 * 2^i keys, without a mask.
-    Runs are merged by their log-sum-exp: the grain goes by the row's context, so that there are at most seven. Tokens
-    before the first multiple of the grain and after the last piece are not taken.
+    cuDNN makes a plan for each new shape, in 50 to 100 ms of the host's time, and keeps it for the thread that asked.
+    So queries are cut into pieces of `piece` tokens, and what is left of them into pieces of a quarter, a grain, at
+    multiples of which all of them begin. A piece sees its own keys causally, and those before it without a mask: whole
+    pieces' worth in one run, what is left in runs of two grains and of one. The results are merged by their
+    log-sum-exp. Tokens before the first multiple of the grain and after the last piece are not taken.
     """
 
     def __init__(
         self,
         shape: LongPrefillShape,
         thresholds: Thresholds | None = None,
-        piece: int = 2048,
+        piece: int = 4096,
         attend: DenseAttention | None = None,
     ) -> None:
         """Reserve the buffer for one row's keys and values: 2 * num_kv_heads * max_context * head_dim elements.
 
-        piece: a multiple of 256. Raises ValueError for a shape that is not served."""
+        piece: a multiple of 4. Raises ValueError for a shape that is not served."""
         _check(shape, head_dims=range(64, 129, 8), kv_dtypes=(*_HALF, torch.float8_e4m3fn))
-        if piece % _GRAIN:
-            raise ValueError(f"piece={piece} must be a multiple of {_GRAIN}")
+        if piece % 4:
+            raise ValueError(f"piece={piece} must be a multiple of 4")
         self._shape = shape
-        self._lengths = piece, piece // 4
+        self._piece, self._grain = piece, piece // 4
         self._thresholds = thresholds or Thresholds()
         self._attend = attend or cudnn_attention
         size = (2, shape.num_kv_heads, shape.max_context, shape.head_dim)
@@ -145,13 +141,9 @@ class CudnnPrefill:
 
     def _cut(self, row: PlanRow, token: int) -> list[_Piece]:
         """The row's pieces, one after the other. token: the row's first one in the flat batch."""
-        grain = _GRAIN
-        while row.start + row.length > grain << _MAX_RUNS:
-            grain *= 2
         pieces = []
-        at = -row.start % grain
-        for wanted in self._lengths:
-            length = -(-wanted // grain) * grain
+        at = -row.start % self._grain
+        for length in (self._piece, self._grain):
             while row.length - at >= length:
                 pieces.append(_Piece(token + at, row.start + at, length))
                 at += length
@@ -168,14 +160,19 @@ class CudnnPrefill:
         """query, out: [length, num_heads, head_dim], from `position` on."""
         results = [self._dense(query, position, len(query), True, scale)]
         first = 0
-        for run in reversed(_powers(_GRAIN, position)):
-            if position & run:
-                results.append(self._dense(query, first, run, False, scale))
-                first += run
+        for run in self._runs(position):
+            results.append(self._dense(query, first, run, False, scale))
+            first += run
         if len(results) == 1:
             out.copy_(results[0][0].transpose(0, 1))
             return
         merge_attention([part for part, _ in results], [lse for _, lse in results], out)
+
+    def _runs(self, position: int) -> list[int]:
+        """Lengths of the runs that the keys before `position` are seen in."""
+        rest = position % self._piece
+        runs = (position - rest, rest // self._grain // 2 * 2 * self._grain, rest // self._grain % 2 * self._grain)
+        return [run for run in runs if run]
 
     def _dense(self, query: Tensor, first: int, num_keys: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """Attention to the keys [first, first + num_keys): [H, Q, D] and its log-sum-exp [H, Q]."""
@@ -264,11 +261,6 @@ def _check(shape: LongPrefillShape, head_dims: Sequence[int], kv_dtypes: Sequenc
         raise ValueError(f"head_dim={shape.head_dim}; allowed: {list(head_dims)}")
     if shape.sliding_window is not None:
         raise ValueError(f"sliding_window={shape.sliding_window} is not served; allowed: none")
-
-
-def _powers(first: int, most: int) -> list[int]:
-    """first * 2^i, up to `most`."""
-    return [first << i for i in range((most // first).bit_length())]
 
 
 def _running(counts: list[int]) -> Tensor:

@@ -266,7 +266,7 @@ class Scheduler:
                 complete = False
                 break
         for sequence in prompts:
-            length = min(sequence.num_tokens - sequence.num_computed_tokens, step.budget)
+            length = self._chunk_length(step, sequence)
             if length and sequence.status is Status.RUNNING and not self._add_row(step, sequence, length):
                 return False
         return complete
@@ -311,7 +311,17 @@ class Scheduler:
                 self._blocked_head, self._blocked_num_free = sequence, self._kv.pool.num_free
                 return
             self._start(step, sequence, now)
-            self._push_row(step, sequence, sequence.num_computed_tokens + min(length, step.budget), [])
+            self._push_row(step, sequence, sequence.num_computed_tokens + self._chunk_length(step, sequence), [])
+
+    def _chunk_length(self, step: _Step, sequence: Sequence) -> int:
+        """As many of a prompt's next tokens as the step has room for. A chunk that does not end the prompt ends at a
+        multiple of the alignment, if that takes no more than half of it away."""
+        start = sequence.num_computed_tokens
+        length = min(sequence.num_tokens - start, step.budget)
+        if start + length == sequence.num_tokens:
+            return length
+        excess = (start + length) % self._config.chunk_alignment
+        return length - excess if 2 * excess <= length else length
 
     def _start(self, step: _Step, sequence: Sequence, now: float) -> None:
         """Move an admitted sequence from the queue to the running ones, and announce it to the worker."""
