@@ -34,8 +34,8 @@ class KVManager:
         position computed. None either where the request wants it so.
         """
         request = sequence.request
-        needs_all = sequence.prompt_logprobs is not None or request.pooling == "mean"
-        needs_all |= bool(request.sampling.skip_reading_prefix_cache)
+        is_mean = request.pooling is not None and request.pooling.kind == "mean"
+        needs_all = sequence.prompt_logprobs is not None or is_mean or request.sampling.skip_reading_prefix_cache
         if not self._caching or needs_all:
             return []
         blocks: list[int] = []

@@ -70,7 +70,8 @@ class Sequence:
         ignores_eos = sampling.ignore_eos and constraint is None  # a constraint allows them where nothing else can come
         self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(() if ignores_eos else request.eos_token_ids)
         # Told the known output tokens, and keeps them over preemption.
-        self.repetition = sampling.repetition_detection and RepetitionDetector(sampling.repetition_detection)
+        detection = sampling.repetition_detection
+        self.repetition = None if detection is None else RepetitionDetector(detection)
         self.min_num_tokens = self.num_prompt_tokens + (sampling.min_tokens if constraint is None else 0)
 
         self.slot = -1  # -1 unless RUNNING

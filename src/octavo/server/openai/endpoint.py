@@ -102,6 +102,11 @@ class GenerationEndpoint(ABC, Generic[B]):
         return self.answer(body, run, request_id)
 
     def _check(self, body: B) -> None:
+        if self.context.outputs.head != "tokens":
+            made_for = "scores, at /v1/score and /v1/rerank" if self.context.outputs.head == "scores" else "embeddings"
+            raise invalid(
+                f"{body.model} has no language head and generates no text; it is made for {made_for}", "model"
+            )
         if body.n is not None and not 1 <= body.n <= MAX_N:
             raise invalid(f"n={body.n} is out of range; allowed: 1..{MAX_N}", "n")
         if body.best_of is not None and not (body.n or 1) <= body.best_of <= MAX_N:
