@@ -81,12 +81,13 @@ def resolve_source(
             raise ValueError(f"hf_overrides={hf_overrides[:80]!r} is refused for a GGUF file, which has no config.json")
         return _gguf_source(model, weights, load_format, weights if tokenizer is None else tokenizer_path)
     generation = path / "generation_config.json"
+    files = () if load_format == "dummy" else _safetensors_in(path)
     config = as_embedding_model(path, _overridden(read_json(path / "config.json"), hf_overrides))
     return ModelSource(
         name=model,
         format="dummy" if load_format == "dummy" else "safetensors",
         path=path,
-        files=() if load_format == "dummy" else _safetensors_in(path),
+        files=files,
         config=config,
         generation_config=read_json(generation) if generation.is_file() else {},
         tokenizer_path=tokenizer_path,
