@@ -9,6 +9,7 @@ import ast
 import builtins
 import re
 import shlex
+import symtable
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -178,19 +179,16 @@ def _renamed(source: str) -> str:
 
 
 def _undefined(source: str) -> set[str]:
-    """Names that a program reads and nothing in it binds."""
-    bound = set(dir(builtins)) | {"__name__"}
+    """Global names that a program reads and does not bind."""
+    top = symtable.symtable(source, "snippet", "exec")
+    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     read: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-    return read - bound
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        read |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
+    return read - bound - set(dir(builtins)) - {"__name__", "__file__"}
 
 
 def _defining(above: list[Snippet], names: set[str]) -> Snippet | None:
