@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_device_runner import CPU, LIMITS, VOCAB, Dense, Rig, model, prompts  # noqa: F401 (a fixture)
+from test_device_runner import CONFIG, CPU, LIMITS, VOCAB, Dense, Rig, model, prompts  # noqa: F401 (a fixture)
 
 from octavo.attention.cpu import CpuAttention
 from octavo.config import SchedulerConfig
 from octavo.distributed.executor import InProcessExecutor
 from octavo.engine.engine import Engine
+from octavo.kernels import triton
+from octavo.loading.weights import dummy_weights
 from octavo.models.base import CausalLM
+from octavo.models.registry import build_model
 from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.plan import PlanRow, RowResult
-from octavo.protocol.pooling import SAMPLING, Pooling, PoolingParams, floats
+from octavo.protocol.pooling import SAMPLING, SCORE, Pooling, PoolingParams, floats
 from octavo.protocol.request import Request
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.model_runner import ModelRunner
@@ -80,6 +83,24 @@ def test_embeddings_among_generations(model: CausalLM, kind: str) -> None:  # no
             found = torch.tensor(floats(last.embedding or b""))
             assert torch.allclose(found, exact(model, ids, pooling), atol=2e-5), name
             assert pooling == "last" or last.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "device"])
+def test_models_without_a_language_head(kind: str) -> None:
+    """Their requests draw a token too, from logits that nothing computes."""
+    triton.load()
+    prompt = prompts()[1]
+    for name, pooling in (("Qwen3Model", PoolingParams()), ("Qwen3ForSequenceClassification", SCORE)):
+        made = build_model(CONFIG | {"architectures": [name], "num_labels": 1}, torch.float32, CPU)
+        made.load_weights(dummy_weights(made, 0, CPU))
+        engine = Rig(made, "torch").engine if kind == "device" else cpu_engine(made, 6)
+        asked = Request(request_id="a", prompt_token_ids=prompt, sampling=SAMPLING, max_tokens=1, pooling=pooling)
+        [output] = run(engine, [asked])["a"]
+        with torch.inference_mode():
+            dense: Any = Dense()
+            hidden = made(torch.tensor(prompt), torch.arange(len(prompt)), dense)[-1:]
+            wanted = made.score(hidden)[0] if made.score is not None else torch.nn.functional.normalize(hidden)[0]
+        torch.testing.assert_close(torch.tensor(floats(output.embedding or b"")), wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
