@@ -2,6 +2,7 @@
 # make serve  leave such a server up at http://127.0.0.1:8000
 # make test   everything a change must pass: ruff, mypy, pytest
 # make lint   ruff and mypy alone
+# make docs   docs/api.md, from the table of request fields
 
 PYTHON ?= python3
 MODEL ?= smollm2
@@ -15,7 +16,7 @@ WHOLE_MACHINE := tests/e2e tests/guide tests/server tests/engine tests/examples
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve test lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/octavo pull smollm2
@@ -33,6 +34,9 @@ test: lint
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m octavo.server.api_page > docs/api.md
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

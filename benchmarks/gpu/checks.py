@@ -7,6 +7,8 @@ float32: greedy tokens equal to the CPU's, and equal to each other whatever the 
 eager, pipeline depth 1 or 2, prefix cache on or off, triton or torch attention, batched or alone, chunked. Where
 two runs part, the first position is printed with the gap between the two candidates' log-probabilities: below 1e-4
 it is a tie, which rounding decides, and counted apart; the rest of that output is not compared.
+Constrained: greedy outputs that are held to schemas, patterns, choices and token lists, some of a batch in each way and
+some in none, equal to the CPU's and of the shape asked for. Embeddings: equal to the CPU's.
 bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32 on the same weights, rounded to
 bfloat16 first: what differs is the arithmetic. How far that may be off is the model's own affair, so the CPU's bfloat16
 is the measure: the mean may be 1.25 times as far off, the largest 1.5 times, and either may be 2e-2 in any case. fp8
@@ -17,6 +19,8 @@ Prints PASS or FAIL a check, in the order of the list, and ends with status 1 if
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +30,25 @@ from typing import Any
 
 import stepping
 
-from octavo import LLM, RequestOutput, SamplingParams
+from octavo import LLM, CompletionOutput, RequestOutput, SamplingParams
 from octavo.models.base import CausalLM
+from octavo.protocol.structured import StructuredOutputsParams
 
 TIE = 1e-4
 SAME = 2e-3  # log-probabilities of equal tokens, float32 beside float32
 NEAR = 2e-2  # a reduced precision that is no farther off than this is fine whatever the CPU's is
 GROSS = 0.5  # mean for fp8, which nothing here can be compared with
 TOP = 5
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["human", "animal"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
 
 TEXTS = (
     "The capital of France is Paris, and the largest city of Germany is Berlin, which is also its capital.",
@@ -94,8 +109,34 @@ class Setup:
         return found
 
     def greedy(self, llm: LLM, prompts: Sequence[str]) -> list[RequestOutput]:
-        params = SamplingParams(temperature=0, max_tokens=self.num_tokens, ignore_eos=True, logprobs=TOP)
-        return llm.generate(list(prompts), params, use_tqdm=False)
+        return llm.generate(list(prompts), self.params(ignore_eos=True), use_tqdm=False)
+
+    def params(self, **wishes: Any) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=self.num_tokens, logprobs=TOP, **wishes)
+
+    def constrained(self) -> list[SamplingParams]:
+        """One for each prompt: the kinds of constraints in turn, and none."""
+        kinds: list[dict[str, Any]] = [
+            {"structured_outputs": StructuredOutputsParams(json=PERSON)},
+            {"ignore_eos": True},
+            {"structured_outputs": StructuredOutputsParams(regex=r"[a-f]{4}-[0-9]{4}( [A-Z][a-z]+){3}")},
+            {"structured_outputs": StructuredOutputsParams(choice=["yes", "no", "perhaps later"])},
+            {"allowed_token_ids": list(range(300, 900)), "ignore_eos": True},
+            {"bad_words": ["the", "and", "is"], "ignore_eos": True},
+            {"logits_processors": [_even_ids], "ignore_eos": True},
+        ]
+        return [self.params(**kinds[index % len(kinds)]) for index in range(self.num_prompts)]
+
+    def decode_constrained(self, **options: Any) -> tuple[list[RequestOutput], list[list[float]]]:
+        """Outputs of a fresh LLM for `constrained`, and the embeddings of TEXTS by it."""
+        llm = self.open(**options)
+        outputs = llm.generate(self.prompts(), self.constrained(), use_tqdm=False)
+        embeddings = [output.outputs.embedding for output in llm.embed(list(TEXTS), use_tqdm=False)]
+        llm.audit()
+        stepping.close(llm)
+        del llm
+        stepping.reclaim()
+        return outputs, embeddings
 
     def decode(self, **options: Any) -> list[RequestOutput]:
         """Greedy outputs of a fresh LLM, which is gone afterwards."""
@@ -123,6 +164,32 @@ class Setup:
         return scores
 
 
+def _even_ids(output_ids: Sequence[int], logits: Any) -> Any:  # noqa: ARG001 (the contract's arguments)
+    """A logits processor: odd token ids are never drawn."""
+    logits[1::2] = float("-inf")
+    return logits
+
+
+def misshapen(params: SamplingParams, output: CompletionOutput) -> str | None:
+    """What is wrong with an output that `params` constrain, or None."""
+    shape, ids = params.structured_outputs, output.token_ids
+    if params.allowed_token_ids and not set(ids) <= set(params.allowed_token_ids):
+        return "a token that is not allowed"
+    if params.logits_processors and any(token_id % 2 for token_id in ids):
+        return "a token that the processor forbids"
+    if params.bad_words and any(word in output.text.split() for word in params.bad_words):
+        return "a bad word"
+    if shape is None or output.finish_reason != "stop":
+        return None
+    if shape.json is not None and set(json.loads(output.text)) != set(PERSON["required"]):
+        return "another object than the schema's"
+    if shape.regex is not None and not re.fullmatch(shape.regex, output.text):
+        return "a text that does not match"
+    if shape.choice is not None and output.text not in shape.choice:
+        return "a text that is none of the choices"
+    return None
+
+
 def same_tokens(name: str, base: list[RequestOutput], other: list[RequestOutput]) -> Outcome:
     """Whether two greedy runs of equal prompts agree, ties apart."""
     largest, ties, different, compared, notes = 0.0, 0, 0, 0, []
@@ -130,7 +197,7 @@ def same_tokens(name: str, base: list[RequestOutput], other: list[RequestOutput]
         a, b = left.outputs[0], right.outputs[0]
         assert a.logprobs is not None
         assert b.logprobs is not None
-        for position, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)):
+        for position, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)):
             seen = a.logprobs[position]
             if x != y:
                 gap = seen[x].logprob - seen[y].logprob if y in seen else float("inf")
@@ -142,6 +209,8 @@ def same_tokens(name: str, base: list[RequestOutput], other: list[RequestOutput]
                 break
             compared += 1
             largest = max(largest, abs(seen[x].logprob - b.logprobs[position][y].logprob))
+        else:
+            different += len(a.token_ids) != len(b.token_ids)
     summary = f"{compared} tokens equal, {different} outputs differ, {ties} ties, logprobs within {largest:.1e}"
     return Outcome(name, different == 0 and compared > 0 and largest < SAME, summary, notes)
 
@@ -190,6 +259,7 @@ class Checks:
         return {
             "cpu": self.cpu,
             "schedules": self.schedules,
+            "constrained": self.constrained,
             "eager": lambda: self.variant("eager", enforce_eager=True),
             "depth-1": lambda: self.variant("depth-1", async_scheduling=False),
             "depth-1-eager": lambda: self.variant("depth-1-eager", async_scheduling=False, enforce_eager=True),
@@ -226,6 +296,24 @@ class Checks:
         hit.passed = hit.passed and hits > 0
         hit.summary += f", {hits} cached tokens"
         return [same_tokens("repeated", self.base(), together), hit, same_tokens("alone", together, alone)]
+
+    def constrained(self) -> list[Outcome]:
+        """Constraints and embeddings beside the CPU's."""
+        cpu, cpu_embeddings = self._setup.decode_constrained(device="cpu")
+        here, embeddings = self._setup.decode_constrained()
+        wrong = [
+            f"prompt {index}: {what}"
+            for index, (params, output) in enumerate(zip(self._setup.constrained(), here, strict=True))
+            if (what := misshapen(params, output.outputs[0])) is not None
+        ]
+        ended = sum(output.outputs[0].finish_reason == "stop" for output in here)
+        shapes = Outcome("constrained shapes", not wrong and ended > 0, f"{len(wrong)} wrong, {ended} ended", wrong)
+        flat = [[value for row in rows for value in row] for rows in (cpu_embeddings, embeddings)]
+        return [
+            same_tokens("constrained tokens", cpu, here),
+            shapes,
+            close_scores("embeddings", flat[0], flat[1], SAME, SAME),
+        ]
 
     def bfloat16(self) -> list[Outcome]:
         """bfloat16 beside the CPU's float32, as far off as the CPU's bfloat16 at most, or little more."""

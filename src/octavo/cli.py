@@ -30,6 +30,7 @@ _SERVER_RANGES = (
     ("port", 0, 65535),
     ("max_waiting_requests", 0, None),
     ("max_body_bytes", 1, None),
+    ("max_request_cost", 1, None),
     ("api_server_count", 1, 64),
     ("drain_timeout", 0, None),
 )
@@ -82,7 +83,10 @@ class RunBatch:
         options = _with_model(self.engine, self.name)
         _check_engine(options)
         server = ServerOptions(
-            served_model_name=self.served_model_name, chat_template=self.chat_template, log_level=self.log_level
+            served_model_name=self.served_model_name,
+            chat_template=self.chat_template,
+            log_level=self.log_level,
+            strict=True,  # a line of the output has no header to name what was ignored
         )
         return run_batch(options, server, Path(self.input_file), Path(self.output_file))
 

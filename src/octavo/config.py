@@ -117,6 +117,13 @@ class ServerOptions:
     """Sequences that may wait beyond those that run; more are answered 429 with Retry-After."""
     max_body_bytes: int = 32 * 1024**2
     """Largest request body; a larger one is answered 413."""
+    max_request_cost: int = 4 * 1024**2
+    """Most that one request may ask for: its completions x their max_tokens x (1 + logprobs), and likewise its prompt
+    tokens x (1 + prompt_logprobs); more is answered 400. 4M: 128 completions of 32K tokens, or one of 128K with 20
+    logprobs and room to spare."""
+    strict: bool = False
+    """Refuse fields of a request body that are not known. Else they are ignored, and named in the answer's header
+    X-Octavo-Ignored-Fields."""
     api_server_count: int = 1
     """API processes that share the port, 1..64, for more than one core's worth of HTTP; one engine serves them all.
     Each takes an equal part of the places in the queue."""

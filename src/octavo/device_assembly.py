@@ -31,7 +31,7 @@ from octavo.worker.warm_up import compile_kernels
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Seconds that recording CUDA graphs may take before the engine is ready; others are recorded when idle, or needed.
+# Seconds that recording CUDA graphs may take before the engine is ready; a server goes on until all are recorded.
 _GRAPH_SECONDS = 1.0
 
 

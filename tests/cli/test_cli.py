@@ -183,7 +183,7 @@ def test_run_batch_takes_files_and_engine_flags(serving: FakeServing, capsys: py
     assert main(["run-batch", "-i", "a.jsonl", "-o", "b.jsonl", "m", "--max-num-seqs", "4"]) == 0
     assert serving.files == (Path("a.jsonl"), Path("b.jsonl"))
     assert serving.engine == EngineOptions(model="m", max_num_seqs=4)
-    assert serving.server == ServerOptions(log_level="warning")
+    assert serving.server == ServerOptions(log_level="warning", strict=True)
     assert main(["run-batch", "--input-file", "a", "--output-file", "b", "--port", "8000"]) == 2
     assert "unknown flag --port" in capsys.readouterr().err
     serving.outcome = ValueError("output_file=b has something else")

@@ -244,7 +244,7 @@ def make_context(engine: FakeEngine, **changes: Any) -> ServerContext:
         "served_model_names": ("fake", "org/alias"),
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 8,
-        "options": ServerOptions(max_waiting_requests=8, drain_timeout=5.0),
+        "options": ServerOptions(max_waiting_requests=8, drain_timeout=5.0, strict=True),
         "version": "1.2.3",
         "timeouts": Timeouts(header=0.5, body_idle=0.5, body=1.0, drain=1.0, keep_alive=5.0, write=0.5),
     }

@@ -55,6 +55,21 @@ def test_a_refusal_names_kind_and_reason_every_time(compiler: GrammarCompiler) -
             compiler.compile(S(json={"type": "array", "uniqueItems": True}))
 
 
+def test_a_choice_that_no_tokens_spell_is_refused() -> None:
+    class Poor(Source):
+        def token_bytes(self, token_id: int) -> bytes | None:
+            found = super().token_bytes(token_id)
+            return None if found is None or 0xF1 in found else found
+
+    compiler = GrammarCompiler(Poor(), len(TOKENS))
+    try:
+        with pytest.raises(ValueError, match=r"structured_outputs\.choice cannot be used: no tokens of the model"):
+            compiler.compile(S(choice=["a", "\U0006e51b"]))
+        assert compiler.compile(S(choice=["a", "\U0001f600"]))
+    finally:
+        compiler.close()
+
+
 def test_options_are_part_of_what_is_remembered(compiler: GrammarCompiler) -> None:
     loose, tight = S(json_object=True), S(json_object=True, disable_any_whitespace=True)
     assert compiler.compile(loose) != compiler.compile(tight)

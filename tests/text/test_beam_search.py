@@ -136,7 +136,7 @@ def test_requests_are_the_beams_and_distinct() -> None:
         ({"max_tokens": 0}, "max_tokens=0 is out of range"),
         ({"temperature": 0.5}, r"temperature=0.5 is refused in a beam search; allowed: 0"),
         ({"length_penalty": math.nan}, "length_penalty=nan is not a finite number"),
-        ({"early_stopping": "sometimes"}, "early_stopping='sometimes' is not known; allowed: True, False, 'never'"),
+        ({"early_stopping": "sometimes"}, "early_stopping='sometimes' is not known; allowed: true, false, never"),
         ({"early_stopping": 1}, "early_stopping=1 is not known"),
     ],
 )

@@ -139,7 +139,7 @@ class Engine:
         return self._pacer.spare(len(self._in_flight[0].plan.rows), self._clock())
 
     def warm_up(self) -> bool:
-        """Use idle time: prepare a little of what later steps need. False: nothing is left to prepare."""
+        """Prepare a little of what steps need. False: nothing is left to prepare."""
         return self._executor.warm_up()
 
     def stats(self) -> SchedulerStats:

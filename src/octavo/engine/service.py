@@ -51,24 +51,22 @@ class EngineService:
         self._running = True
 
     def run(self) -> None:
-        """Drain the inbox, step, send. With nothing to do, wait for a message."""
+        """Prepare all that makes steps faster. Then drain the inbox, step, send; with nothing to do, wait for one.
+
+        A front end is not answered before: what is left to prepare would be prepared while a request waits.
+        """
+        while self._engine.warm_up():
+            pass
         while self._running:
             if self._engine.has_work:
                 self._gather()
             else:
-                self._wait()
+                self._channel.poll(None)
             self._drain()
             if self._engine.has_work:
                 outputs = self._engine.step()
                 self._send(outputs, self._engine.num_step_tokens)
         self._engine.shutdown()
-
-    def _wait(self) -> None:
-        """Until a message is there: prepare what makes later steps faster, a little at a time, then sleep."""
-        while not self._channel.poll(0):
-            if not self._engine.warm_up():
-                self._channel.poll(None)
-                return
 
     def _gather(self) -> None:
         """Let messages come in for as long as the next step can wait for them."""

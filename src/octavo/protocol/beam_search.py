@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from octavo.protocol import checks
-from octavo.protocol.sampling import INT64_MAX, SamplingParams
+from octavo.protocol.fields import fields_of
+from octavo.protocol.sampling import SamplingParams
 
 MAX_BEAM_WIDTH = 16
+_ROWS = fields_of("SamplingParams")
 
 
 class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,11 +35,10 @@ class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         checks.integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
-        checks.integer("max_tokens", self.max_tokens, 1, INT64_MAX)
+        for name in ("max_tokens", "length_penalty", "early_stopping"):
+            _ROWS[name].range.check(name, getattr(self, name))
         if self.temperature != 0:
             raise ValueError(f"temperature={self.temperature!r} is refused in a beam search; allowed: 0")
-        checks.real("length_penalty", self.length_penalty, -10.0, 10.0)
-        checks.early_stopping(self.early_stopping)
 
 
 def beams_of(sampling: SamplingParams, max_tokens: int) -> BeamSearchParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-MAX_TOKEN_ID = 2**31 - 1
+_INFINITIES = (math.inf, -math.inf)
 
 
 def integer(name: str, value: object, low: int, high: int) -> None:
@@ -18,21 +18,21 @@ def integer(name: str, value: object, low: int, high: int) -> None:
 
 def real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     """A finite number of low..high, the ends included; open_low: without the lower one."""
-    bracket = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    bracket = interval(low, high, open_low=open_low)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in _INFINITIES:
         raise ValueError(f"{name}={value!r} is not a finite number; allowed: {bracket}")
     if not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name}={value:g} is out of range; allowed: {bracket}")
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        raise ValueError(f"{name}={shown} is out of range; allowed: {bracket}")
 
 
-def token_ids(name: str, ids: Collection[int], high: int = MAX_TOKEN_ID) -> None:
+def interval(low: float, high: float, *, open_low: bool = False) -> str:
+    """Real numbers of low..high in words: an open end has a round bracket."""
+    return f"{'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+
+
+def token_ids(name: str, ids: Collection[int], high: int) -> None:
     """Whole numbers of 0..high; there may be a vocabulary of them."""
     if ids and not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= high):
         for token_id in ids:
             integer(name, token_id, 0, high)
-
-
-def early_stopping(value: object) -> None:
-    """True, False or "never"."""
-    if value is not True and value is not False and value != "never":
-        raise ValueError(f"early_stopping={value!r} is not known; allowed: True, False, 'never'")

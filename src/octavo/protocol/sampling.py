@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from octavo.protocol.checks import early_stopping as _early_stopping
-from octavo.protocol.checks import integer as _integer
-from octavo.protocol.checks import real as _real
-from octavo.protocol.checks import token_ids as _token_ids
+from octavo.protocol import checks
+from octavo.protocol.fields import COMPLETIONS, fields_of
+from octavo.protocol.ranges import INT64_MAX
 from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
 
 _log = logging.getLogger(__name__)
-
-MAX_N = 128
-MAX_LOGPROBS = 20
-MAX_LOGPROB_TOKEN_IDS = 128
-MAX_LOGIT_BIAS = 1024
-MAX_STOP_STRINGS = 64
-MAX_STOP_TOKEN_IDS = 128
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_CHARACTERS = 128
-INT64_MAX = 2**63 - 1
 
 # Temperatures in (0, 0.01) are raised to it: dividing float32 logits by less overflows.
 MIN_TEMPERATURE = 0.01
@@ -111,108 +99,45 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if isinstance(value := getattr(self, name), bool):  # True is another spelling of 1
                 msgspec.structs.force_setattr(self, name, 1 if value else None)
         self._check_structured_outputs()
-        self._check_logprob_token_ids()
-        self._check_numbers()
-        self._check_switches()
-        self._check_stops()
-        self._check_logit_bias()
-        self._check_token_lists()
+        for name, value, default in zip(self.__struct_fields__, msgspec.structs.astuple(self), _DEFAULTS.values()):
+            if value is default or (value is None and name == "max_tokens"):
+                continue
+            if name != "logprobs" or self.logprob_token_ids is None:
+                _ROWS[name].range.check(name, value)
+        self._check_together()
         self._check_beams()
+
+    def _check_together(self) -> None:
+        """What depends on more than one field, or is of a type of its own."""
+        self._check_logprobs()
+        if not isinstance(self.repetition_detection, (RepetitionDetectionParams, type(None))):
+            wrong = self.repetition_detection
+            raise ValueError(f"repetition_detection={wrong!r} is not allowed; allowed: RepetitionDetectionParams")
+        if self.best_of is not None:
+            checks.integer("best_of", self.best_of, self.n, COMPLETIONS.high)
+        if self.max_tokens is not None:
+            checks.integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.stop and not self.detokenize:
+            raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
+        for processor in self.logits_processors or ():
+            if not callable(processor):
+                raise ValueError(f"logits_processors has {processor!r}; allowed: callables")
         if self.temperature == 0 and not self.use_beam_search:
             for name, count in (("n", self.n), ("best_of", self.best_of or 1)):
                 if count > 1:
                     raise ValueError(f"{name}={count} needs temperature > 0: greedy completions are all the same")
 
-    def _check_numbers(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
-        if self.best_of is not None:
-            _integer("best_of", self.best_of, self.n, MAX_N)
-        if self.truncate_prompt_tokens is not None:
-            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, INT64_MAX)
-            if self.truncate_prompt_tokens == 0:
-                raise ValueError("truncate_prompt_tokens=0 is out of range; allowed: -1, or >= 1")
-        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _real("temperature", self.temperature, 0.0, 2.0)
-        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, -1, INT64_MAX)
-        _real("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), INT64_MAX)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, INT64_MAX)
-        _integer("min_tokens", self.min_tokens, 0, INT64_MAX if self.max_tokens is None else self.max_tokens)
-        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if value is not None and (name != "logprobs" or self.logprob_token_ids is None):
-                _integer(name, value, 0, MAX_LOGPROBS)
-
-    def _check_logprob_token_ids(self) -> None:
+    def _check_logprobs(self) -> None:
         ids = self.logprob_token_ids
-        if ids is None:
-            return
-        if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
-            raise ValueError(f"logprob_token_ids has {len(ids)} ids; allowed: 1..{MAX_LOGPROB_TOKEN_IDS}")
-        _token_ids("logprob_token_ids", ids)
-        if len(set(ids)) != len(ids):
-            raise ValueError("logprob_token_ids has an id twice; allowed: distinct ids")
-        if self.logprobs not in (None, len(ids)):
-            raise ValueError(f"logprobs={self.logprobs!r} is refused with logprob_token_ids; allowed: {len(ids)}, None")
-        msgspec.structs.force_setattr(self, "logprobs", len(ids))
-
-    def _check_switches(self) -> None:
-        detection, skip = self.repetition_detection, self.skip_reading_prefix_cache
-        if not isinstance(detection, (RepetitionDetectionParams, type(None))):
-            raise ValueError(f"repetition_detection={detection!r} is not allowed; allowed: RepetitionDetectionParams")
-        if skip is not None and not isinstance(skip, bool):
-            raise ValueError(f"skip_reading_prefix_cache={skip!r} is not allowed; allowed: True, False, None")
-        if skip is False and self.prompt_logprobs is not None:
+        if ids is not None:
+            if len(set(ids)) != len(ids):
+                raise ValueError("logprob_token_ids has an id twice; allowed: distinct ids")
+            if self.logprobs not in (None, len(ids)):
+                allowed = f"{len(ids)}, None"
+                raise ValueError(f"logprobs={self.logprobs!r} is refused with logprob_token_ids; allowed: {allowed}")
+            msgspec.structs.force_setattr(self, "logprobs", len(ids))
+        if self.skip_reading_prefix_cache is False and self.prompt_logprobs is not None:
             raise ValueError("skip_reading_prefix_cache=False is refused with prompt_logprobs; allowed: True, None")
-
-    def _check_stops(self) -> None:
-        stops = self.stop_strings
-        if len(stops) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop has {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed")
-        for text in stops:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={text!r} is not allowed: each must be a non-empty string")
-        if stops and not self.detokenize:
-            raise ValueError("stop needs detokenize=True: stop strings are looked for in the text")
-        ids = self.stop_token_ids or ()
-        if len(ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids has {len(ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
-        for token_id in ids:
-            _integer("stop_token_ids", token_id, 0, 2**31 - 1)
-
-    def _check_logit_bias(self) -> None:
-        bias = self.logit_bias
-        if bias is None:
-            return
-        if len(bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are allowed")
-        for token_id, value in bias.items():
-            _integer("logit_bias", token_id, 0, 2**31 - 1)
-            _real(f"logit_bias[{token_id}]", value, -100.0, 100.0)
-
-    def _check_token_lists(self) -> None:
-        words = self.bad_words or ()
-        if len(words) > MAX_BAD_WORDS:
-            raise ValueError(f"bad_words has {len(words)} strings; at most {MAX_BAD_WORDS} are allowed")
-        for word in words:
-            if not isinstance(word, str) or not word.strip() or len(word) > MAX_BAD_WORD_CHARACTERS:
-                limit = f"1..{MAX_BAD_WORD_CHARACTERS} characters, not all of them spaces"
-                raise ValueError(f"bad_words has {str(word)[:64]!r}; allowed: strings of {limit}")
-        for ids in self.bad_words_token_ids or ():
-            if not ids:
-                raise ValueError("bad_words_token_ids has an empty sequence; allowed: one token id or more in each")
-            _token_ids("bad_words_token_ids", ids)
-        if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
-                raise ValueError("allowed_token_ids=[] leaves no token; allowed: one token id or more")
-            _token_ids("allowed_token_ids", self.allowed_token_ids)
-        for processor in self.logits_processors or ():
-            if not callable(processor):
-                raise ValueError(f"logits_processors has {processor!r}; allowed: callables")
 
     def _check_beams(self) -> None:
         if not self.use_beam_search:
@@ -220,8 +145,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 if (value := getattr(self, name)) != default:
                     raise ValueError(f"{name}={value!r} needs use_beam_search=True; allowed without: {default}")
             return
-        _real("length_penalty", self.length_penalty, -10.0, 10.0)
-        _early_stopping(self.early_stopping)
         if self.temperature != 0:
             raise ValueError(f"temperature={self.temperature:g} is refused with use_beam_search; allowed: 0")
         for name in self.__struct_fields__:
@@ -270,7 +193,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("logprob_token_ids", self.logprob_token_ids),
             *(("bad_words_token_ids", ids) for ids in self.bad_words_token_ids or ()),
         ):
-            _token_ids(name, ids or (), vocab_size - 1)
+            checks.token_ids(name, ids or (), vocab_size - 1)
 
     def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
         """The part of a prompt that truncate_prompt_tokens keeps: its end."""
@@ -302,6 +225,7 @@ _WITH_BEAMS = frozenset(
     | {"use_beam_search", "length_penalty", "early_stopping"}
 )
 _DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__))
+_ROWS = fields_of("SamplingParams")
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from octavo.server.openai.models import Models
 from octavo.server.openai.responses import Responses
 from octavo.server.openai.scoring import Rerank, Scores
 from octavo.server.openai.tokenize import Detokenize, Tokenize
+from octavo.server.openapi import document
 from octavo.server.statistics_log import log_statistics
 
 
@@ -56,6 +57,7 @@ def build_app(context: ServerContext) -> Starlette:
             Route("/ping", probes.health, methods=["GET"]),
             Route("/version", probes.version, methods=["GET"]),
             Route("/metrics", probes.metrics, methods=["GET"]),
+            Route("/openapi.json", probes.openapi, methods=["GET"]),
         ],
         middleware=[
             Middleware(AccessMiddleware, metrics=state.metrics),
@@ -83,6 +85,11 @@ class _Probes:
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002
         return Response(await self._state.metrics_exchange.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:  # noqa: ARG002
+        context = self._state.context
+        described = document(context.version, context.served_model_names, bool(api_keys(context.options)))
+        return Response(msgspec.json.encode(described), media_type="application/json")
 
 
 @contextlib.asynccontextmanager

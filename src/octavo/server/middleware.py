@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import MAX_HEADER_BYTES, MAX_HEADERS
 from octavo.server.metrics import MetricsRegistry
+from octavo.server.openai.decode import Ignored
 from octavo.server.openai.errors import APIError, internal
 
 logger = logging.getLogger("octavo.server")
@@ -52,7 +53,11 @@ class AccessMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                ignored: Ignored | None = scope["state"].get("ignored")
+                if ignored is not None and ignored.names:
+                    headers["X-Octavo-Ignored-Fields"] = ignored.header
             await send(message)
 
         try:

@@ -36,6 +36,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._seconds = seconds
         self._vocabulary: Vocabulary | None = None
+        self._spelled: frozenset[int] = frozenset()  # the bytes that its tokens have; written with it
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
         self._num_cached_bytes = 0
         self._lock = threading.Lock()  # of the checker
@@ -65,9 +66,14 @@ class GrammarCompiler:
 
     def _check(self, params: StructuredOutputsParams) -> Verdict:
         """Raises ValueError, and keeps nothing, where the limit of time or memory was passed."""
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary_of(self._source, self._vocab_size)
+            self._spelled = frozenset(b"".join(self._vocabulary.tokens))
+        for text in params.choice or ():
+            # Some vocabularies lack bytes that no text they were made from had: the output would come to a dead end.
+            if not self._spelled.issuperset(text.encode()):
+                return Verdict(None, f"no tokens of the model spell {text[:64]!r}")
         if self._checker is None:
-            if self._vocabulary is None:
-                self._vocabulary = vocabulary_of(self._source, self._vocab_size)
             self._checker = _Checker(self._vocabulary)
         try:
             return self._checker.ask(params, self._seconds)

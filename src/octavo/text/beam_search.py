@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import msgspec
 
 from octavo.protocol.beam_search import BeamSearchParams
+from octavo.protocol.fields import ALTERNATIVES
 from octavo.protocol.outputs import FinishReason, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
-from octavo.protocol.sampling import MAX_LOGPROBS, SamplingParams
+from octavo.protocol.sampling import SamplingParams
 from octavo.text.generation import Generation
 from octavo.text.tokenizer import Tokenizer
 
@@ -71,10 +72,10 @@ class BeamSearch:
         self._num_steps = 0
         self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self.num_candidates = params.beam_width + len(self._eos_token_ids)
-        if self.num_candidates > MAX_LOGPROBS:
+        if self.num_candidates > ALTERNATIVES.high:
             num_ends = len(self._eos_token_ids)
             raise ValueError(
-                f"beam_width={params.beam_width} is out of range; allowed: 1..{MAX_LOGPROBS - num_ends} "
+                f"beam_width={params.beam_width} is out of range; allowed: 1..{ALTERNATIVES.high - num_ends} "
                 f"for a model with {num_ends} end-of-sequence ids"
             )
         self.running = [Beam()]

@@ -1,9 +1,9 @@
 """Steps recorded as CUDA graphs: one launch in place of some three hundred.
 
 Recording a size takes tens of milliseconds, during which everybody waits. So as many as a second allows are recorded
-when the engine starts, the most useful first, and the others while it is idle, or at their first use: launched one by
-one, a step of a small model takes 16 ms of the host's time, so that to wait for a better moment costs more
-(benchmarks/results/h200-2026-11-25.md).
+when the engine starts, the most useful first; a server records the others before it answers, and `LLM` each at its
+first use: launched one by one, a step of a small model takes 16 ms of the host's time, so that to wait for a better
+moment costs more (benchmarks/results/h200-2026-11-25.md).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StepGraphs:
         self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
         # By tokens and rows. A mixed step has more tokens than rows, so it never shares its key with a decode step.
         self._graphs: dict[tuple[int, int], StepGraph] = {}
-        self._left = self._order()  # keys that idle time goes to, the last one first; `record_next` takes from it
+        self._left = self._order()  # keys yet to record, the last one first; `record_next` takes from it
         self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()

@@ -20,6 +20,16 @@ _KINDS = {
 }
 
 
+class MessagesErrorDetail(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+    param: str | None
+
+
+class MessagesErrorBody(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    error: MessagesErrorDetail
+
+
 class MessagesError(APIError):
     """An APIError as clients of the Messages API read it. `param` is ours: theirs says it in the message only."""
 
@@ -30,8 +40,7 @@ class MessagesError(APIError):
         )
 
     def body(self) -> bytes:
-        error = {"type": self.kind, "message": self.message, "param": self.param}
-        return msgspec.json.encode({"type": "error", "error": error})
+        return msgspec.json.encode(MessagesErrorBody(MessagesErrorDetail(self.kind, self.message, self.param)))
 
 
 @contextlib.contextmanager

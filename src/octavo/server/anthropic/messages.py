@@ -20,7 +20,7 @@ from octavo.server.anthropic.schema import (
 )
 from octavo.server.context import ServerState
 from octavo.server.openai.conversation import ConversationEndpoint
-from octavo.server.openai.decode import decode
+from octavo.server.openai.decode import Ignored, decode
 from octavo.server.openai.errors import APIError
 from octavo.server.openai.json_endpoint import JsonEndpoint
 from octavo.server.openai.runner import Choice, Run
@@ -41,8 +41,8 @@ class Messages(ConversationEndpoint[ChatBody]):
         with as_messages_error():
             await super().__call__(scope, receive, send)
 
-    def read(self, raw: bytes) -> ChatBody:
-        body = decode(raw, MessagesBody)
+    def read(self, raw: bytes, ignored: Ignored) -> ChatBody:
+        body = decode(raw, MessagesBody, ignored)
         shared = {name: getattr(body, name) for name in SHARED if name != "model"}
         return as_chat(body, **shared, stop=body.stop_sequences)
 

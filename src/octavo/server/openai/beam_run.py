@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,9 +42,10 @@ class BeamRun(Run):
         self._searches: list[_Search] = []
         self._num_made = body.n or 1  # what is searched beside them never was a choice
 
-    def add(self, prompt: str, token_ids: list[int], params: SamplingParams) -> None:
+    def add(self, prompt: str, token_ids: list[int], params: SamplingParams, names: Mapping[str, str]) -> None:
         """Plan a search for the n best of best_of outputs. Raises APIError 400."""
         assert params.max_tokens is not None
+        self._cost.add(len(token_ids), params, names)
         self._num_prompt_tokens += len(token_ids)
         request = Request(
             request_id=f"{self._engine_id}-{len(self._searches)}",

@@ -17,6 +17,7 @@ from octavo.server.openai.chat_messages import (
     ParsedStream,
     parsed_message,
 )
+from octavo.server.openai.decode import warn_of_old_name
 from octavo.server.openai.endpoint import GenerationEndpoint
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import ChatLogprobs, PromptToken
@@ -96,7 +97,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
-        run.add(text, ids, params)
+        run.add(text, ids, params, names)
 
     def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
         answered = run.answered
@@ -123,7 +124,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         return await self._render(body)
 
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -273,6 +274,8 @@ def _check_messages(messages: list[Message]) -> None:
 
 def _for_template(message: Message) -> dict[str, Any]:
     """The message as templates know it: fields that were not given are absent."""
+    if message.reasoning_content is not None:
+        warn_of_old_name("messages[].reasoning_content", "messages[].reasoning")
     given: dict[str, Any] = msgspec.to_builtins(message)
     given["reasoning"] = given["reasoning_content"] = message.reasoning or message.reasoning_content
     return {name: value for name, value in given.items() if value is not None or name == "content"}

@@ -73,7 +73,8 @@ class Completions(GenerationEndpoint[CompletionBody]):
             else:
                 ids = check_ids(self.state, params.truncated(prompt, limit), "prompt")
                 text = self._text_of(ids) if body.echo else ""
-            run.add(text, ids, with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names))
+            own = with_max_tokens(params, len(ids), _DEFAULT_MAX_TOKENS, self.context, names)
+            run.add(text, ids, own, names)
 
     def answer(self, body: CompletionBody, run: Run, request_id: str) -> Completion:
         usage = run.usage()

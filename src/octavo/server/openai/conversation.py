@@ -7,6 +7,7 @@ from typing import ClassVar, TypeVar
 
 from octavo.server.context import ServerState
 from octavo.server.openai.chat import ChatCompletions
+from octavo.server.openai.decode import Ignored
 from octavo.server.openai.endpoint import GenerationEndpoint
 from octavo.server.openai.errors import APIError
 from octavo.server.openai.runner import Run
@@ -27,7 +28,7 @@ class ConversationEndpoint(GenerationEndpoint[B]):
         self._chat = ChatCompletions(state)
 
     @abstractmethod
-    def read(self, raw: bytes) -> B:
+    def read(self, raw: bytes, ignored: Ignored) -> B:
         """The body of a request, translated. Raises APIError 400."""
 
     def num_prompts(self, body: B) -> int:  # noqa: ARG002 (completions have several)
@@ -37,7 +38,8 @@ class ConversationEndpoint(GenerationEndpoint[B]):
         params = sampling_params(body, self.context, self.names, run.wish, max_tokens=body.max_tokens)
         text, ids = await self.prompt_of(body)
         default = self.context.generation_defaults.get("max_tokens")
-        run.add(text, ids, with_max_tokens(params, len(ids), default, self.context, self.names))
+        params = with_max_tokens(params, len(ids), default, self.context, self.names)
+        run.add(text, ids, params, self.names)
 
     async def prompt_of(self, body: ChatBody) -> tuple[str, list[int]]:
         """Text and token ids of the prompt. Raises APIError 400 that names the dialect's own field."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
+from octavo.protocol.fields import fields_of
 from octavo.server.openai.errors import APIError, invalid, unsupported
 from octavo.server.openai.schema import UNSUPPORTED
 
+logger = logging.getLogger("octavo.server")
+
 Body = TypeVar("Body", bound=msgspec.Struct)
+
+MAX_NAMES_SHOWN = 16
+_NOT_HEADER_SAFE = re.compile(r"[^A-Za-z0-9_.\-]")
 
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -21,29 +31,75 @@ _PATH = re.compile(r" - at `\$\.?(.*)`\Z")
 _NAMED_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
 
 
-def decode(body: bytes, kind: type[Body]) -> Body:
-    """`body` as a `kind`. Raises APIError 400 for bad JSON, a wrong type, and a field that is not known or not
-    supported (`kind.UNSUPPORTED`, or that of schema.py); a repeated key counts with its last value."""
+@dataclass
+class Ignored:
+    """The names of a body's fields that no code reads, for the answer's header. Where strict, there are none: such a
+    field is refused."""
+
+    strict: bool
+    names: list[str] = field(default_factory=list)  # written by `decode` only
+
+    @property
+    def header(self) -> str:
+        """The names, as a header may carry them."""
+        shown = [_NOT_HEADER_SAFE.sub("?", name[:64]) or "?" for name in self.names[:MAX_NAMES_SHOWN]]
+        more = len(self.names) - len(shown)
+        return ", ".join([*shown, f"and {more} more"] if more else shown)
+
+
+def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:
+    """`body` as a `kind`, whose fields are in their ranges. A field that is not known goes to `ignored`; a repeated
+    key counts with its last value.
+
+    Raises APIError 400 for bad JSON, a wrong type, a value out of range, a field that is not supported
+    (`kind.UNSUPPORTED`, or that of schema.py), and, where `ignored` is strict, one that is not known.
+    """
     try:
         values = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        _check_names(values, kind)
-        return msgspec.json.decode(body, type=kind)
+        _check_names(values, kind, ignored)
+        decoded = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _bad_json(body, error) from None
     except RecursionError:
         raise invalid("the body is nested too deeply", code="invalid_json") from None
+    _check_ranges(values, decoded)
+    return decoded
 
 
-def _check_names(values: dict[str, msgspec.Raw], kind: type[Body]) -> None:
+def _check_ranges(names: Iterable[str], body: msgspec.Struct) -> None:
+    """Hold the fields that were given to their rows of the table."""
+    rows = fields_of(type(body).__name__)
+    for name in names:
+        row = rows.get(name)
+        if row is None or (value := getattr(body, name)) is None:
+            continue
+        try:
+            row.range.check(name, value)
+        except ValueError as error:
+            raise invalid(str(error), name) from None
+        if row.new_name:
+            warn_of_old_name(name, row.new_name)
+
+
+@functools.cache
+def warn_of_old_name(name: str, new_name: str) -> None:
+    """Once a process and name."""
+    logger.warning("requests use %s, which is now called %s; both work", name, new_name)
+
+
+def _check_names(values: dict[str, msgspec.Raw], kind: type[Body], ignored: Ignored) -> None:
     known = kind.__struct_fields__
     refused: dict[str, tuple[Any, ...]] = getattr(kind, "UNSUPPORTED", UNSUPPORTED)
     for name, raw in values.items():
         if name in known:
             continue
         if name not in refused:
-            raise _unknown_field(name, name, known)
+            if ignored.strict:
+                raise _unknown_field(name, name, known)
+            ignored.names.append(name)
+            continue
         value = msgspec.json.decode(raw)
         if value is not None and not any(_same(value, harmless) for harmless in refused[name]):
             raise unsupported(name)

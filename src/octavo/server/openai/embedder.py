@@ -82,9 +82,6 @@ class Embedder:
     def _check_priority(self, fields: EmbeddingFields) -> None:
         if fields.priority and self._state.context.scheduling_policy != "priority":
             raise invalid("priority needs a server that runs with --scheduling-policy priority", "priority")
-        if fields.priority is not None and not -(2**31) <= fields.priority < 2**31:
-            message = f"priority={fields.priority} is out of range; allowed: {-(2**31)}..{2**31 - 1}"
-            raise invalid(message, "priority")
 
 
 class _Wait:

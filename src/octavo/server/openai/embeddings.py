@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
+from octavo.protocol.fields import MAX_INPUTS
 from octavo.protocol.pooling import PoolingParams, floats
 from octavo.server.context import ServerState
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
@@ -14,8 +15,6 @@ from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
 from octavo.server.openai.prompts import check_ids, encode_text
 from octavo.server.openai.schema import Label
-
-MAX_INPUTS = 2048
 
 
 class EmbeddingsBody(EmbeddingFields, kw_only=True, frozen=True):

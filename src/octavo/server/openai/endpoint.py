@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.protocol.sampling import MAX_N
+from octavo.protocol.fields import COMPLETIONS
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
 from octavo.server.openai.beam_run import BeamRun
-from octavo.server.openai.decode import decode
+from octavo.server.openai.decode import Ignored, decode
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
 from octavo.server.openai.prompts import encode_text
@@ -38,9 +38,9 @@ class GenerationEndpoint(ABC, Generic[B]):
         self.context = state.context
         self.formatter = LogprobsFormatter(state.context.tokenizer)
 
-    def read(self, raw: bytes) -> B:
+    def read(self, raw: bytes, ignored: Ignored) -> B:
         """The body of a request. Raises APIError 400."""
-        return decode(raw, self.body_type)
+        return decode(raw, self.body_type, ignored)
 
     @abstractmethod
     def num_prompts(self, body: B) -> int:
@@ -63,7 +63,9 @@ class GenerationEndpoint(ABC, Generic[B]):
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
-            body = self.read(raw)
+            ignored = Ignored(self.context.options.strict)
+            scope["state"]["ignored"] = ignored  # for the answer's header
+            body = self.read(raw, ignored)
             self.state.check_model(body.model)
             self._check(body)
             self.state.check_alive()
@@ -107,10 +109,9 @@ class GenerationEndpoint(ABC, Generic[B]):
             raise invalid(
                 f"{body.model} has no language head and generates no text; it is made for {made_for}", "model"
             )
-        if body.n is not None and not 1 <= body.n <= MAX_N:
-            raise invalid(f"n={body.n} is out of range; allowed: 1..{MAX_N}", "n")
-        if body.best_of is not None and not (body.n or 1) <= body.best_of <= MAX_N:
-            raise invalid(f"best_of={body.best_of} is out of range; allowed: {body.n or 1}..{MAX_N}", "best_of")
+        if body.best_of is not None and body.best_of < (body.n or 1):
+            span = f"{body.n or 1}..{COMPLETIONS.high}"
+            raise invalid(f"best_of={body.best_of} is out of range; allowed: {span}", "best_of")
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise invalid(f"best_of={body.best_of} is not available with stream; allowed: n={body.n or 1}", "best_of")
         if body.stream and body.use_beam_search:
@@ -121,8 +122,6 @@ class GenerationEndpoint(ABC, Generic[B]):
             raise invalid("prompt_logprobs is not available with stream", "prompt_logprobs")
         if body.priority and self.context.scheduling_policy != "priority":
             raise invalid("priority needs a server that runs with --scheduling-policy priority", "priority")
-        if body.priority is not None and not -(2**31) <= body.priority < 2**31:
-            raise invalid(f"priority={body.priority} is out of range; allowed: {-(2**31)}..{2**31 - 1}", "priority")
 
     def stream_options(self, body: B) -> StreamOptions:
         return body.stream_options or StreamOptions()

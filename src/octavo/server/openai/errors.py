@@ -10,6 +10,17 @@ from starlette.responses import Response
 RETRY_AFTER_SECONDS = "1"
 
 
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
 class APIError(Exception):
     """An answer other than 200. `param` names the field at fault, as a path such as messages[0].content."""
 
@@ -33,8 +44,7 @@ class APIError(Exception):
 
     def body(self) -> bytes:
         """The error as JSON, also what an SSE error frame carries."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        return msgspec.json.encode(ErrorBody(ErrorDetail(self.message, self.kind, self.param, self.code)))
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, "application/json")

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
-from octavo.server.openai.decode import decode
+from octavo.server.openai.decode import Ignored, decode
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -41,9 +41,10 @@ class JsonEndpoint(ABC, Generic[B]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
-            body = decode(
-                await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts), self.body_type
-            )
+            raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
+            ignored = Ignored(self.context.options.strict)
+            scope["state"]["ignored"] = ignored  # for the answer's header
+            body = decode(raw, self.body_type, ignored)
             model: str | None = getattr(body, "model", None)
             if model is not None:
                 self.state.check_model(model)

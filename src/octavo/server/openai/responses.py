@@ -10,7 +10,7 @@ import msgspec
 
 from octavo.server.context import ServerState
 from octavo.server.openai.conversation import ConversationEndpoint
-from octavo.server.openai.decode import decode
+from octavo.server.openai.decode import Ignored, decode
 from octavo.server.openai.errors import APIError, invalid
 from octavo.server.openai.response_schema import (
     SHARED,
@@ -44,8 +44,8 @@ class Responses(ConversationEndpoint[ResponseRequest]):
         super().__init__(state)
         self._store = None if state.context.group.count > 1 else store or ResponseStore()
 
-    def read(self, raw: bytes) -> ResponseRequest:
-        source = decode(raw, ResponsesBody)
+    def read(self, raw: bytes, ignored: Ignored) -> ResponseRequest:
+        source = decode(raw, ResponsesBody, ignored)
         given = (
             [Message("user", source.input)]
             if isinstance(source.input, str)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -17,6 +17,7 @@ from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerState
 from octavo.server.metrics import MetricsRegistry, RequestRecord
+from octavo.server.openai.cost import RequestCost
 from octavo.server.openai.errors import APIError, internal, invalid, unavailable
 from octavo.server.openai.schema import GenerationBody
 from octavo.server.openai.structured import Wish
@@ -79,14 +80,19 @@ class Run:
         self.wish: Wish | None = None  # what constrains all completions; written by the endpoint ahead of `add`
         self.grammar: str | None = None  # the same, compiled; written likewise
         self._num_prompt_tokens = 0
+        self._cost = RequestCost(state.context.options.max_request_cost)
         self._feeds: list[_Feed] = []
         self._num_unfinished = 0
         self._consume: Consumer | None = None
         # Done with the last delta of the last choice, or with what failed the run.
         self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def add(self, prompt: str, token_ids: list[int], params: SamplingParams) -> None:
-        """Plan n completions of one prompt; params.max_tokens is resolved. Raises APIError 400."""
+    def add(self, prompt: str, token_ids: list[int], params: SamplingParams, names: Mapping[str, str]) -> None:
+        """Plan n completions of one prompt; params.max_tokens is resolved. names: see RequestCost.add.
+
+        Raises APIError 400.
+        """
+        self._cost.add(len(token_ids), params, names)
         self._num_prompt_tokens += len(token_ids)
         assert params.max_tokens is not None
         for own in params.completions(_fresh_seed):

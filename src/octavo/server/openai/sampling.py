@@ -60,7 +60,7 @@ def sampling_params(
         chosen["structured_outputs"] = wish.params
     try:
         if body.logit_bias is not None:
-            chosen["logit_bias"] = {_token_id(key): value for key, value in body.logit_bias.items()}
+            chosen["logit_bias"] = {int(key): value for key, value in body.logit_bias.items()}
         params = spell_bad_words(SamplingParams(**chosen), context.tokenizer)
         params.check_vocabulary(context.engine.ready.vocab_size)
     except ValueError as error:
@@ -104,12 +104,6 @@ def beam_search(params: SamplingParams, context: ServerContext) -> BeamSearch:
         return BeamSearch(beams_of(params, params.max_tokens), eos_token_ids)
     except ValueError as error:
         raise _named(error, {"beam_width": "n" if params.best_of is None else "best_of"}) from None
-
-
-def _token_id(key: str) -> int:
-    if not re.fullmatch(r"\d{1,10}", key):
-        raise ValueError(f"logit_bias key {key[:32]!r} is not a token id")
-    return int(key)
 
 
 def _named(error: ValueError, names: dict[str, str]) -> Exception:

@@ -13,11 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.protocol.fields import MAX_INPUTS
 from octavo.protocol.pooling import PoolingParams, floats
 from octavo.server.context import ServerState
 from octavo.server.openai.cross_scores import CrossScores
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
-from octavo.server.openai.embeddings import MAX_INPUTS
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
 from octavo.server.openai.prompts import encode_text
@@ -78,7 +78,7 @@ class RerankBody(ScoringFields, kw_only=True, frozen=True):
 
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS - 1)]
-    top_n: Annotated[int, Meta(ge=0)] | None = None
+    top_n: int | None = None
     return_documents: bool = True
 
 
