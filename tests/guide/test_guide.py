@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_snippet(snippet: Snippet, guide: list[Snippet], tmp_path: Path, server:
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     assert done.returncode == 0, f"{snippet.source}\n{done.stdout}\n{done.stderr}"
-    assert done.stdout or "print(" not in snippet.source
+    assert done.stdout or not re.search(r"^print\(", snippet.source, re.MULTILINE)
 
 
 def assert_serves(snippet: Snippet, folder: Path, port: int) -> None:
