@@ -10,7 +10,7 @@ PORT ?= 8000
 BIN := .venv/bin
 
 # Tests that start servers.
-WHOLE_MACHINE := tests/e2e tests/server tests/engine tests/examples
+WHOLE_MACHINE := tests/e2e tests/guide tests/server tests/engine tests/examples
 
 # Stamps: nothing is installed again until pyproject.toml changes.
 INSTALLED := .venv/.installed

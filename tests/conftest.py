@@ -20,6 +20,7 @@ from octavo.loading.package import pull
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--guide", metavar="FILE", help="a guide whose snippets tests/guide runs too, besides our own")
     parser.addoption("--cases", type=int, default=60, help="how many requests the schema's fuzz test makes")
     parser.addoption("--server", default="", help="the URL of a running server for it, in place of one without a model")
 

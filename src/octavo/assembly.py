@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from octavo.engine.engine import Engine
 from octavo.engine.executor import Executor
 from octavo.engine.grammars import GrammarDesk
 from octavo.kernels.cpu import library
-from octavo.loading.source import ModelSource, resolve_source
+from octavo.loading.source import ModelSource, source_of
 from octavo.loading.weights import load_model
-from octavo.models.registry import model_facts
+from octavo.models.registry import CLASSIFIER_IDS, model_facts
 from octavo.protocol.messages import Ready
 from octavo.scheduler.scheduler import Scheduler
 from octavo.structured.vocabulary import Vocabulary, vocabulary_of
@@ -72,9 +72,7 @@ class Stopwatch:
 def build_engine(options: EngineOptions) -> BuiltEngine:
     """Load the model and size its KV pool. Raises ValueError naming an option or a file, OSError for one unread."""
     watch = Stopwatch()
-    source = resolve_source(
-        options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
-    )
+    source = _with_classifier(source_of(options))
     facts = model_facts(source.config)
     device = _device(options)
     config = resolve(options, facts, device)
@@ -95,6 +93,26 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     gc.freeze()  # what is there now stays: collections need not look at it again
     ready = Ready(ledger.max_model_len, config.max_num_seqs, ledger.num_blocks, config.block_size, facts.vocab_size)
     return BuiltEngine(engine, config, source, ledger, ready)
+
+
+def _with_classifier(source: ModelSource) -> ModelSource:
+    """The model with the ids of the tokens that classifier_from_token names. Raises ValueError for one there is not."""
+    tokens = source.config.get("classifier_from_token")
+    if tokens is None:
+        return source
+    if not isinstance(tokens, list) or not 1 <= len(tokens) <= 2 or source.outputs.head != "scores":
+        raise ValueError(
+            f"config field classifier_from_token={tokens!r} is not supported; allowed: one or two tokens, of a "
+            "ForSequenceClassification architecture"
+        )
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    ids = [tokenizer.encode(str(token), add_special_tokens=False) for token in tokens]
+    for token, found in zip(tokens, ids):
+        if len(found) != 1:
+            raise ValueError(
+                f"config field classifier_from_token has {token!r}, which is {len(found)} tokens; allowed: 1"
+            )
+    return replace(source, config=source.config | {CLASSIFIER_IDS: [found[0] for found in ids]})
 
 
 def _grammar_desk(source: ModelSource, vocab_size: int) -> GrammarDesk:

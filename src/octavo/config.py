@@ -7,6 +7,7 @@ The options are the one source of truth for names, types, defaults and help: the
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,13 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 ToolParserName = Literal[
     "deepseek_v3", "hermes", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder", "qwen3_xml"
 ]
+OutputHead = Literal["tokens", "embeddings", "scores"]
+# By the end of an architecture's name.
+HEADS: dict[str, OutputHead] = {
+    "ForCausalLM": "tokens",
+    "Model": "embeddings",
+    "ForSequenceClassification": "scores",
+}
 ReasoningParserName = Literal["deepseek_r1", "granite", "mistral", "openai_gptoss", "qwen3"]
 
 DEFAULT_MODEL = "smollm2"
@@ -42,6 +50,8 @@ class EngineOptions:
     """Folder or hub id of the tokenizer, where it is not the model's own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    hf_overrides: str | None = None
+    """Fields that stand in for those of the model's config.json, as a JSON object; LLM takes a dict too."""
     load_format: LoadFormat = "auto"
     """Where weights come from; "dummy" makes random ones from the config alone."""
     dtype: Dtype = "auto"
@@ -154,6 +164,39 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputFacts:
+    """What a model's outputs are: tokens, embeddings alone, or scores alone; and how its embeddings are made.
+
+    pooling, normalize: which of the last hidden states make an embedding, and whether it is scaled to length 1.
+    prefix: text before every input that is embedded. dimensions: lengths to which embeddings may be cut: None for
+    none, () for any.
+    """
+
+    head: OutputHead = "tokens"
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+    prefix: str = ""
+    dimensions: tuple[int, ...] | None = None
+    hidden_size: int = 1
+
+    def check_dimensions(self, given: int) -> None:
+        """Raises ValueError for a length that embeddings cannot be cut to."""
+        if self.dimensions is None:
+            raise ValueError(
+                f"dimensions={given} is not supported: the model's config says of none that it may be cut to "
+                "(is_matryoshka, matryoshka_dimensions)"
+            )
+        allowed = ", ".join(map(str, self.dimensions)) or f"1..{self.hidden_size}"
+        if given not in (self.dimensions or range(1, self.hidden_size + 1)):
+            raise ValueError(f"dimensions={given} is out of range; allowed: {allowed}")
+
+
+def output_head(architecture: str) -> OutputHead:
+    """What a model of this class, as config.json names it, ends in."""
+    return next((head for suffix, head in HEADS.items() if architecture.endswith(suffix)), "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
     """What the configuration needs to know of the machine."""
 
@@ -223,7 +266,9 @@ def engine_options(values: Mapping[str, Any]) -> EngineOptions:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise TypeError(f"unknown option {name!r}{hint}")
-    return EngineOptions(**values)
+    given = values.get("hf_overrides")
+    spelled = {"hf_overrides": json.dumps(given)} if isinstance(given, dict) else {}
+    return EngineOptions(**{**values, **spelled})
 
 
 def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> EngineConfig:

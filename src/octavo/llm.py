@@ -28,7 +28,7 @@ from octavo.outputs import (
 from octavo.protocol.beam_search import BeamSearchParams, beams_of
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
-from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, floats
+from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, PoolingParams, floats
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
 from octavo.structured.compiler import GrammarCompiler
@@ -76,6 +76,7 @@ class LLM:
         self._defaults = generation_defaults(
             choose_generation_config(self._options.generation_config, built.source.generation_config)
         )
+        self._outputs = built.source.outputs
         self._vocab_size = built.ready.vocab_size
         self._max_model_len = built.ready.max_model_len
         self._eos_token_ids = built.source.eos_token_ids
@@ -127,6 +128,7 @@ class LLM:
         sampling_params: one for all, or one each. priority: one each, lower first; needs the "priority" policy.
         Raises ValueError, before anything runs, naming what is wrong with which prompt.
         """
+        self._check_head("tokens")
         batch = _as_list(prompts)
         priorities = self._one_each("priority", priority, len(batch), 0)
         if any(priorities) and self._options.scheduling_policy != "priority":
@@ -147,6 +149,7 @@ class LLM:
 
         prompts: as for `generate`. Raises ValueError, before anything runs, for what cannot be.
         """
+        self._check_head("tokens")
         searches: dict[str, tuple[BeamSearch, list[int]]] = {}
         for prompt in _as_list(prompts):
             _, token_ids, _ = self._read(prompt)
@@ -190,16 +193,31 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, pooling: Pooling = "last"
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling: Pooling | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """The embedding of each prompt, of length 1, in the order of the prompts (as in `generate`).
+        """The embedding of each prompt, in the order of the prompts (as in `generate`).
 
-        pooling: the last hidden state of the last token, or the mean over all tokens.
+        pooling: the last hidden state of the last token, or the mean over all tokens. dimensions: only so many of its
+        first numbers, of a model whose embeddings may be cut. normalize: scale it to length 1. None: as the model
+        says, which is "last", all of them, and True where it says nothing.
         Raises ValueError for what is wrong with which prompt, RuntimeError for one that the engine failed on.
         """
-        if pooling not in POOLINGS:
+        if pooling not in (*POOLINGS, None):
             raise ValueError(f"pooling={pooling!r} is unknown; allowed: {', '.join(POOLINGS)}")
-        jobs = [(self._read(prompt), str(next(self._request_ids))) for prompt in _as_list(prompts)]
+        self._check_head("tokens", "embeddings")
+        if dimensions is not None:
+            self._outputs.check_dimensions(dimensions)
+        normalizes = self._outputs.normalize if normalize is None else normalize
+        wanted = PoolingParams(pooling or self._outputs.pooling, normalizes, dimensions)
+        jobs = [
+            (self._read(prompt, self._outputs.prefix), str(next(self._request_ids))) for prompt in _as_list(prompts)
+        ]
         requests = []
         for (_, token_ids, cache_salt), request_id in jobs:
             self._room(token_ids)
@@ -211,7 +229,7 @@ class LLM:
                     max_tokens=1,
                     arrival_time=time.monotonic(),
                     cache_salt=cache_salt,
-                    pooling=pooling,
+                    pooling=wanted,
                 )
             )
         found = self._embed(requests, use_tqdm)
@@ -243,6 +261,11 @@ class LLM:
         finally:
             self._drain(names)
         return found
+
+    def _check_head(self, *allowed: str) -> None:
+        """Raises ValueError unless the model is for one of these."""
+        if self._outputs.head not in allowed:
+            raise ValueError(f"the model is made for {self._outputs.head}; this call needs one for {allowed[0]}")
 
     @staticmethod
     def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
@@ -299,8 +322,8 @@ class LLM:
             raise ValueError("structured_outputs needs a tokenizer; allowed: only without skip_tokenizer_init")
         return self._grammars.compile(sampling.structured_outputs)
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
-        """(text, token ids, cache salt) of a prompt in any of its forms."""
+    def _read(self, prompt: Prompt, prefix: str = "") -> tuple[str | None, list[int], str | None]:
+        """(text, token ids, cache salt) of a prompt in any of its forms. prefix: stands before a text."""
         fields: dict[str, Any]
         if isinstance(prompt, str):
             fields = {"prompt": prompt}
@@ -313,7 +336,7 @@ class LLM:
         text = fields.get("prompt")
         token_ids = fields.get("prompt_token_ids")
         if token_ids is None:
-            token_ids = self.get_tokenizer().encode(str(text), add_special_tokens=True)
+            token_ids = self.get_tokenizer().encode(prefix + str(text), add_special_tokens=True)
         if not token_ids:
             raise ValueError(f"prompt={text!r} has no tokens; allowed: at least one")
         for token_id in token_ids:
@@ -422,21 +445,25 @@ class LLM:
                     text=generation.text,
                     token_ids=generation.token_ids,
                     cumulative_logprob=generation.cumulative_logprob if wanted or is_ranked else None,
-                    logprobs=self._by_token(generation.logprobs or []) if wanted else None,
+                    logprobs=self._by_token(generation.logprobs or [], job.sampling) if wanted else None,
                     finish_reason=generation.finish_reason,
                     stop_reason=generation.stop_reason,
                 )
             )
         return output
 
-    def _by_token(self, positions: Iterable[TokenLogprobs]) -> list[dict[int, Logprob]]:
-        """vLLM's shape: at each position candidates by token id, the token that stands there first."""
+    def _by_token(
+        self, positions: Iterable[TokenLogprobs], sampling: SamplingParams | None = None
+    ) -> list[dict[int, Logprob]]:
+        """vLLM's shape: at each position candidates by token id, the token that stands there first. Those that
+        `sampling` chose have no rank."""
+        chosen = sampling is not None and sampling.logprob_token_ids is not None
         found: list[dict[int, Logprob]] = []
         for entry in positions:
             candidates: dict[int, Logprob] = {}
             for place, (token_id, logprob) in enumerate(zip(entry.token_ids, entry.logprobs)):
                 text = self._tokenizer.token_text(token_id) if self._tokenizer else None
-                rank = entry.rank if place == 0 else place
+                rank = entry.rank if place == 0 else None if chosen else place
                 candidates.setdefault(token_id, Logprob(logprob, rank, text))
             found.append(candidates)
         return found

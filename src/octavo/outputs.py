@@ -18,7 +18,7 @@ class Logprob:
 class CompletionOutput:
     """One completion.
 
-    finish_reason: "stop", "length", "abort" or "error".
+    finish_reason: "stop", "length", "abort", "error" or "repetition".
     stop_reason: the stop string or stop token id that ended it; None for end of sequence or another reason.
     logprobs: for each token, candidates by token id; None unless asked for.
     """

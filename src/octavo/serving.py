@@ -22,7 +22,7 @@ from octavo.engine.client import EngineDeadError
 from octavo.engine.process_client import ProcessEngineClient
 from octavo.engine.socket_client import SocketEngineClient
 from octavo.loading.generation_config import choose_generation_config
-from octavo.loading.source import ModelSource, resolve_source
+from octavo.loading.source import ModelSource, source_of
 from octavo.protocol.sampling import generation_defaults
 from octavo.server.batch import Batch, BatchFiles
 from octavo.server.batch_files import count_lines, read_finished
@@ -211,6 +211,7 @@ def _context(
         options=server,
         version=octavo.__version__,
         generation_defaults=generation_defaults(source.generation_config),
+        outputs=source.outputs,
         scheduling_policy=options.scheduling_policy,
         group=group,
     )
@@ -218,9 +219,7 @@ def _context(
 
 def _source(options: EngineOptions) -> ModelSource:
     """The model, with the generation_config that the options choose."""
-    source = resolve_source(
-        options.model, revision=options.revision, load_format=options.load_format, tokenizer=options.tokenizer
-    )
+    source = source_of(options)
     return replace(
         source, generation_config=choose_generation_config(options.generation_config, source.generation_config)
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octavo import LLM, SamplingParams
+from octavo.sampling_params import RepetitionDetectionParams
 
 PROMPT = "The capital of France is"
 
@@ -79,6 +80,52 @@ def test_logits_processors_run_in_the_process_of_the_llm(llm: LLM) -> None:
     output = llm.generate(PROMPT, params, use_tqdm=False)[0]
     assert output.outputs[0].token_ids == [token] * 3
     assert lengths == [(len(output.prompt_token_ids), count) for count in range(3)]
+
+
+def test_logprobs_of_chosen_ids_are_those_of_the_whole_distribution(llm: LLM) -> None:
+    """Also beside a request for the most likely ones; log-softmax of what a processor saw of the same steps."""
+    seen: list[torch.Tensor] = []
+
+    def look(output: list[int], logits: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+        seen.append(logits.log_softmax(-1).clone())
+        return logits
+
+    ids = [11, 49151, 0, 17]
+    chosen = SamplingParams(temperature=0, max_tokens=3, logprob_token_ids=ids, logits_processors=[look])
+    likely = SamplingParams(temperature=0, max_tokens=3, logprobs=2)
+    outputs = llm.generate([PROMPT, PROMPT], [chosen, likely], use_tqdm=False)
+    own, others = (output.outputs[0] for output in outputs)
+    assert own.token_ids == others.token_ids
+    for token, mine, theirs, wanted in zip(own.token_ids, own.logprobs or [], others.logprobs or [], seen):
+        assert list(mine) == [token, *ids]
+        assert [each.rank for each in mine.values()] == [1] + [None] * 4
+        assert mine[token].logprob == theirs[token].logprob
+        assert len(theirs) == 2
+        for token_id, entry in mine.items():
+            assert entry.logprob == pytest.approx(float(wanted[token_id]), abs=1e-4)
+
+
+def test_an_output_that_repeats_itself_ends(llm: LLM) -> None:
+    detection = RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=2, min_count=3)
+    a, b = (llm.get_tokenizer().encode(letter, add_special_tokens=False)[0] for letter in "xy")
+
+    def in_turn(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits[a if len(output) % 2 else b] = 1000.0
+        return logits
+
+    params = SamplingParams(temperature=0, max_tokens=20, repetition_detection=detection, logits_processors=[in_turn])
+    output = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("yxyxyx", "repetition", None)
+
+
+def test_a_request_may_leave_the_prefix_cache_alone(llm: LLM) -> None:
+    ids = list(range(2000, 2040))
+    greedy = SamplingParams(temperature=0, max_tokens=2)
+    plain = [llm.generate(ids, greedy, use_tqdm=False)[0] for _ in range(2)]
+    skipped = llm.generate(ids, greedy.replace(skip_reading_prefix_cache=True), use_tqdm=False)[0]
+    assert [output.num_cached_tokens for output in plain] == [0, 32]
+    assert skipped.num_cached_tokens == 0
+    assert skipped.outputs[0].token_ids == plain[0].outputs[0].token_ids
 
 
 def test_truncated_prompts_keep_their_end(llm: LLM) -> None:

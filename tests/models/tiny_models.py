@@ -26,9 +26,14 @@ SIZES: dict[str, Any] = {
 
 
 def save(config: PretrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
-    """A random model of this config, in folder as safetensors. Norms and biases are random too."""
+    """A random causal model of this config, in folder as safetensors."""
+    return save_as(AutoModelForCausalLM, config, folder, **options)
+
+
+def save_as(kind: Any, config: PretrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
+    """A random model of this config, of one of transformers' Auto classes. Norms and biases are random too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.sampling import SamplingParams, sampling_from
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -28,6 +29,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logits_processors": ["x"]}, "logits_processors has 'x'; allowed: callables"),
     ({"logprobs": -1}, r"logprobs=-1 is out of range; allowed: 0\.\.20"),
     ({"top_k": -2}, r"top_k=-2 is out of range; allowed: -1\.\."),
+    ({"logprob_token_ids": []}, r"logprob_token_ids has 0 token ids; allowed: 1\.\.128"),
+    ({"logprob_token_ids": list(range(129))}, r"logprob_token_ids has 129 token ids; allowed: 1\.\.128"),
+    ({"logprob_token_ids": [4, 4]}, "logprob_token_ids has an id twice"),
+    ({"logprob_token_ids": [-4]}, "logprob_token_ids=-4 is out of range"),
+    ({"logprob_token_ids": [4], "logprobs": 2}, "logprobs=2 is refused with logprob_token_ids; allowed: 1, None"),
+    ({"repetition_detection": {"min_count": 2}}, "repetition_detection={'min_count': 2} is not allowed; allowed: Rep"),
+    ({"skip_reading_prefix_cache": 1}, "skip_reading_prefix_cache=1 is not a boolean; allowed: true, false"),
+    ({"skip_reading_prefix_cache": False, "prompt_logprobs": 1}, "skip_reading_prefix_cache=False is refused with"),
     ({"length_penalty": 2.0}, "length_penalty=2.0 needs use_beam_search=True; allowed without: 1.0"),
     ({"early_stopping": True}, "early_stopping=True needs use_beam_search=True"),
     ({"use_beam_search": True}, "temperature=1 is refused with use_beam_search; allowed: 0"),
@@ -73,11 +82,20 @@ def test_truncation_keeps_the_end_of_a_prompt() -> None:
 
 def test_all_but_functions_crosses_the_wire() -> None:
     params = SamplingParams(
-        bad_words_token_ids=[[1, 2]], allowed_token_ids=[3], best_of=2, truncate_prompt_tokens=-1, bad_words=["x"]
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=3, min_count=2),
+        logprob_token_ids=[7, 9],
+        bad_words_token_ids=[[1, 2]],
+        allowed_token_ids=[3],
+        best_of=2,
+        truncate_prompt_tokens=-1,
+        bad_words=["x"],
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="'temprature' is not a sampling parameter; known: "):
-        sampling_from({"temprature": 1})
+@pytest.mark.parametrize("name", ["temprature", "extra_args", "flat_logprobs", "output_kind"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is not a sampling parameter; known: "):
+        sampling_from({name: 1})
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**{name: 1})

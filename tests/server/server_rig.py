@@ -172,9 +172,12 @@ class FakeEngine:
 
 
 def embedding_of(request: Request) -> bytes:
-    """Two numbers, of length 1: the angle is the first token's in degrees, or the last one's."""
+    """Two numbers, of length 1: the angle is the first token's in degrees, or the last one's. Of a score, one: a tenth
+    of the number of tokens."""
     ids = request.prompt_token_ids
-    angle = math.radians(ids[-1] if request.pooling == "last" else ids[0])
+    if request.pooling is not None and request.pooling.kind == "score":
+        return struct.pack("<f", len(ids) / 10)
+    angle = math.radians(ids[0] if request.pooling is not None and request.pooling.kind == "mean" else ids[-1])
     return struct.pack("<2f", math.cos(angle), math.sin(angle))
 
 

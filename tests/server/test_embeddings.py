@@ -10,8 +10,18 @@ import openai
 import pytest
 from server_rig import EOS, MAX_MODEL_LEN, FakeEngine, Script, running, until
 
-from octavo.config import ServerOptions
+from octavo.config import OutputFacts, ServerOptions
+from octavo.protocol.pooling import PoolingParams
 
+SCORED = PoolingParams("score", normalize=False)
+MESSAGES = {"messages": [{"role": "user", "content": "x"}]}
+GENERATION: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "x"}),
+    ("/v1/chat/completions", MESSAGES),
+    ("/v1/chat/completions", {**MESSAGES, "stream": True}),
+    ("/v1/responses", {"input": "x"}),
+    ("/v1/messages", {**MESSAGES, "max_tokens": 5}),
+]
 EMBEDDINGS, SCORE, RERANK = "/v1/embeddings", "/v1/score", "/v1/rerank"
 
 
@@ -43,11 +53,11 @@ async def test_inputs_and_fields() -> None:
             rig.engine.requests.clear()
             await rig.openai.embeddings.create(model="fake", input=given, user="me")
             assert [bytes(r.prompt_token_ids) for r in rig.engine.requests] == prompts
-            assert {r.pooling for r in rig.engine.requests} == {"last"}
+            assert {r.pooling for r in rig.engine.requests} == {PoolingParams("last")}
         extra = {"pooling": "mean", "priority": 3, "cache_salt": "s"}
         answer = await rig.openai.embeddings.create(model="fake", input="ab", extra_body=extra)
         request = rig.engine.requests[-1]
-        assert (request.pooling, request.priority, request.cache_salt) == ("mean", 3, "s")
+        assert (request.pooling, request.priority, request.cache_salt) == (PoolingParams("mean"), 3, "s")
         assert answer.data[0].embedding == pytest.approx(at("a"), abs=1e-6)
         metrics = await rig.metrics()
         assert metrics['vllm:request_success_total{finished_reason="length"}'] == 5
@@ -95,6 +105,7 @@ BAD = [
     (EMBEDDINGS, {"input": "x", "dimensions": 8}, "dimensions"),
     (EMBEDDINGS, {"input": "x", "encoding_format": "bytes"}, "encoding_format"),
     (EMBEDDINGS, {"input": "x", "pooling": "cls"}, "pooling"),
+    (EMBEDDINGS, {"input": "x", "normalize": "no"}, "normalize"),
     (EMBEDDINGS, {"input": "x", "priority": 1}, "priority"),
     (EMBEDDINGS, {"input": "x", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     (EMBEDDINGS, {"input": "x", "temperature": 1}, "temperature"),
@@ -102,6 +113,8 @@ BAD = [
     (SCORE, {"text_1": "a", "queries": "b", "text_2": "c"}, "queries"),
     (SCORE, {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
     (SCORE, {"text_1": "a", "documents": [""]}, "documents"),
+    (SCORE, {"text_1": "a", "text_2": "b", "use_activation": True}, "use_activation"),
+    (SCORE, {"text_1": "a", "text_2": "b", "softmax": True}, "softmax"),
     (RERANK, {"query": "", "documents": ["a"]}, "query"),
     (RERANK, {"query": "x" * MAX_MODEL_LEN, "documents": ["a"]}, "query"),
     (RERANK, {"query": "a", "documents": ["b", "x" * MAX_MODEL_LEN]}, "documents"),
@@ -123,6 +136,62 @@ async def test_refusals_name_the_field() -> None:
             assert (await rig.http.post(path, json=body)).json()["error"]["param"] == "model"
         assert (await rig.http.post(EMBEDDINGS, json={"model": "gpt", "input": "x"})).status_code == 404
         assert (await rig.http.post(EMBEDDINGS, json={"model": "fake", "input": "x", "normalize": True})).is_success
+
+
+async def test_a_model_says_how_its_embeddings_are_made() -> None:
+    facts = OutputFacts(
+        head="embeddings", pooling="mean", normalize=False, prefix="q: ", dimensions=(1, 2), hidden_size=2
+    )
+    async with running(outputs=facts) as rig:
+        await rig.openai.embeddings.create(model="fake", input="ab")
+        assert bytes(rig.engine.requests[-1].prompt_token_ids) == b"q: ab"
+        assert rig.engine.requests[-1].pooling == PoolingParams("mean", normalize=False)
+        await rig.openai.embeddings.create(
+            model="fake", input=[97], dimensions=1, extra_body={"normalize": True, "pooling": "last"}
+        )
+        assert rig.engine.requests[-1].prompt_token_ids == [97]
+        assert rig.engine.requests[-1].pooling == PoolingParams("last", dimensions=1)
+        answer = await rig.http.post(EMBEDDINGS, json={"model": "fake", "input": "x", "dimensions": 3})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "dimensions")
+        assert "allowed: 1, 2" in answer.json()["error"]["message"]
+        await rig.http.post(SCORE, json={"model": "fake", "text_1": "a", "text_2": "b"})
+        assert rig.engine.requests[-1].pooling == PoolingParams("mean")  # cosines are of vectors of length 1
+        rig.engine.requests.clear()
+        for path, prompt in GENERATION:
+            answer = await rig.http.post(path, json={"model": "fake", **prompt})
+            assert answer.status_code == 400, (path, answer.text)
+            assert "has no language head" in answer.text
+        assert rig.engine.requests == []
+
+
+async def test_a_model_that_scores_reads_both_texts_at_once() -> None:
+    async with running(outputs=OutputFacts(head="scores")) as rig:
+        body = {"model": "fake", "query": "ab", "documents": ["x", "xyz"]}
+        answer = (await rig.http.post(RERANK, json=body)).json()
+        assert [bytes(request.prompt_token_ids) for request in rig.engine.requests] == [b"abx", b"abxyz"]
+        assert {request.pooling for request in rig.engine.requests} == {SCORED}
+        assert [each["index"] for each in answer["results"]] == [1, 0]
+        scores = [each["relevance_score"] for each in answer["results"]]
+        assert scores == pytest.approx([1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-0.3))])
+        assert answer["usage"]["total_tokens"] == 8
+        pairs = {"model": "fake", "text_1": ["ab", "c"], "text_2": ["x", "xyz"], "use_activation": False}
+        answer = (await rig.http.post(SCORE, json=pairs)).json()
+        assert [each["score"] for each in answer["data"]] == pytest.approx([0.3, 0.4])
+        for path, fields, param in (
+            (EMBEDDINGS, {"input": "x"}, "model"),
+            (SCORE, {"text_1": "a", "text_2": "b", "pooling": "last"}, "pooling"),
+            (RERANK, {"query": "a", "documents": ["x" * MAX_MODEL_LEN]}, "documents"),
+            (SCORE, {"text_1": "", "text_2": ""}, "text_2"),
+        ):
+            answer = await rig.http.post(path, json={"model": "fake", **fields})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+async def test_a_chat_template_given_to_the_server_joins_query_and_document() -> None:
+    options = ServerOptions(chat_template="given.jinja", max_waiting_requests=8)
+    async with running(outputs=OutputFacts(head="scores"), options=options) as rig:
+        await rig.http.post(SCORE, json={"model": "fake", "text_1": "a", "text_2": "b"})
+        assert bytes(rig.engine.requests[-1].prompt_token_ids) == b"<query>a\n<document>b\n<assistant>"
 
 
 async def test_one_that_fails_ends_all() -> None:

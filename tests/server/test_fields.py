@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from request_bodies import BASE, ROUTES, STRUCTS
 from server_rig import EOS, Rig, running
 
-from octavo.config import ServerOptions
+from octavo.config import OutputFacts, ServerOptions
 from octavo.protocol.fields import FIELDS, REQUIRED, Field, fields_of
 from octavo.protocol.ranges import INT64_MAX, Biases, Flag, Integer, Items, OneOf, Real, Shape, Text, TokenIds
 from octavo.protocol.sampling import SamplingParams
@@ -28,7 +28,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "min_tokens": {"max_tokens": 400},
     "guided_decoding_backend": {},
 }
-HIGHEST = {"the model's context": 400, "max_tokens": 400}
+OUTPUTS = OutputFacts(dimensions=(), hidden_size=48)
+HIGHEST = {"the model's dimensions": 48, "the model's context": 400, "max_tokens": 400}
 CHARACTERS = string.ascii_letters + " é字"
 Case = tuple[str, Field]
 RANGED: list[Case] = [
@@ -151,7 +152,7 @@ class Server:
 def server() -> Iterator[Server]:
     with asyncio.Runner() as runner:
         options = ServerOptions(max_waiting_requests=1024, max_request_cost=2**62)
-        context = running(options=options, scheduling_policy="priority")
+        context = running(options=options, scheduling_policy="priority", outputs=OUTPUTS)
         rig = runner.run(_enter(context))
         yield Server(runner, rig)
         runner.run(context.__aexit__(None, None, None))
@@ -178,7 +179,7 @@ def test_values_in_range_are_accepted_and_others_refused_by_name(server: Server,
     @QUICK
     @given(value=inside(row))
     def accepted(value: Any) -> None:
-        needs_more = {"include_reasoning": value is False, "previous_response_id": True}
+        needs_more = {"include_reasoning": value is False, "previous_response_id": True, "use_activation": value}
         if needs_more.get(row.name) or (struct == "TokenizeBody" and row.name in ("add_generation_prompt", "prompt")):
             return
         body = {**base, row.name: value}

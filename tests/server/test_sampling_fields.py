@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from server_rig import EOS, MAX_MODEL_LEN, FakeEngine, Script, running, until
 
 from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.request import Request
 
 PLAIN = "/v1/completions"
@@ -43,6 +45,37 @@ async def test_truncated_prompts_keep_their_end_and_echo_it() -> None:
         assert (await rig.http.post(CHAT, json=chat)).status_code == 200
         assert bytes(rig.engine.requests[-1].prompt_token_ids).endswith(b"xxx\n<assistant>")
         assert len(rig.engine.requests[-1].prompt_token_ids) == 20
+
+
+async def test_repetition_detection_reaches_the_engine_and_its_reason_the_client() -> None:
+    class Repeats(FakeEngine):
+        async def _outputs(self, request: Request, script: Script) -> Any:
+            async for output in super()._outputs(request, script):
+                yield msgspec.structs.replace(output, finish_reason=output.finish_reason and "repetition")
+
+    wish = {"max_pattern_size": 4, "min_count": 3}
+    async with running(Repeats()) as rig:
+        for path, prompt in ((PLAIN, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
+            body = {"model": "fake", **prompt, "repetition_detection": wish}
+            answer = await rig.http.post(path, json=body)
+            assert answer.json()["choices"][0]["finish_reason"] == "repetition"
+            detection = rig.engine.requests[-1].sampling.repetition_detection
+            assert detection == RepetitionDetectionParams(max_pattern_size=4, min_count=3)
+        assert (await rig.metrics())['vllm:request_success_total{finished_reason="repetition"}'] == 2
+        for bad in (
+            {"max_pattern_size": 257, "min_count": 2},
+            {"max_pattern_size": 2, "min_count": 1},
+            {"max_pattern_size": 2, "min_pattern_size": 3, "min_count": 2},
+            {"max_pattern_size": "2", "min_count": 2},
+            {"max_pattern_size": 2, "min_count": 2, "more": 1},
+            [],
+        ):
+            answer = await rig.http.post(PLAIN, json={"model": "fake", "prompt": "a", "repetition_detection": bad})
+            assert answer.status_code == 400, bad
+            assert answer.json()["error"]["param"].startswith("repetition_detection"), answer.text
+        for name in ("extra_args", "vllm_xargs", "logprob_token_ids", "skip_reading_prefix_cache", "output_kind"):
+            answer = await rig.http.post(PLAIN, json={"model": "fake", "prompt": "a", name: {"x": 1}})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
 
 
 def texts(request: Request) -> Script:

@@ -9,7 +9,8 @@ from octavo.config import hub_token
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*_*/config.json")
+CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, *_SENTENCE_FILES)
 _MODEL_FILES = (*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
 _OTHER_COPIES = ("original/*", "consolidated*")  # of the same weights, under other names
 

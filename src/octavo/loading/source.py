@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from octavo.config import LoadFormat
+from octavo.config import EngineOptions, LoadFormat, OutputFacts
 from octavo.loading import hub
 from octavo.loading.gguf_config import config_of, generation_config_of
 from octavo.loading.gguf_file import read_gguf
+from octavo.loading.json_file import read_json
 from octavo.loading.package import PACKAGES, find, pull, refuse_revision
+from octavo.loading.sentence import as_embedding_model, output_facts
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,7 +25,7 @@ class ModelSource:
     """A model that was found.
 
     path: the folder or .gguf file; files: those that hold weights, none for "dummy";
-    config: as config.json says it, also for GGUF; tokenizer_path: a folder, or the .gguf file.
+    config: as config.json says it, also for GGUF; tokenizer_path: a folder, or the .gguf file; outputs: what it is for.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ModelSource:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tokenizer_path: Path
+    outputs: OutputFacts = field(default_factory=OutputFacts)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -43,12 +46,29 @@ class ModelSource:
         return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
+def source_of(options: EngineOptions) -> ModelSource:
+    """The model that options name. Raises as `resolve_source`."""
+    return resolve_source(
+        options.model,
+        revision=options.revision,
+        load_format=options.load_format,
+        tokenizer=options.tokenizer,
+        hf_overrides=options.hf_overrides,
+    )
+
+
 def resolve_source(
-    model: str, *, revision: str | None = None, load_format: LoadFormat = "auto", tokenizer: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    load_format: LoadFormat = "auto",
+    tokenizer: str | None = None,
+    hf_overrides: str | None = None,
 ) -> ModelSource:
     """Find a model, fetching what is not on this machine.
 
-    model: a folder, a .gguf file, a hub id, or a key of PACKAGES; tokenizer: a folder, a .gguf file or a hub id.
+    model: a folder, a .gguf file, a hub id, or a key of PACKAGES; tokenizer: a folder, a .gguf file or a hub id;
+    hf_overrides: JSON object of fields that stand in for those of config.json.
     Raises ValueError naming the file at fault, or the model where there is none; OSError if it cannot be had.
     """
     if load_format == "gguf" and find(model) is None and hub.is_hub_id(model):
@@ -57,16 +77,21 @@ def resolve_source(
     tokenizer_path = path if tokenizer is None else _locate(tokenizer, None, hub.TOKENIZER_FILES)
     weights = path if path.is_file() else _gguf_in(path, load_format)
     if weights is not None:
+        if hf_overrides is not None:
+            raise ValueError(f"hf_overrides={hf_overrides[:80]!r} is refused for a GGUF file, which has no config.json")
         return _gguf_source(model, weights, load_format, weights if tokenizer is None else tokenizer_path)
     generation = path / "generation_config.json"
+    files = () if load_format == "dummy" else _safetensors_in(path)
+    config = as_embedding_model(path, _overridden(read_json(path / "config.json"), hf_overrides))
     return ModelSource(
         name=model,
         format="dummy" if load_format == "dummy" else "safetensors",
         path=path,
-        files=() if load_format == "dummy" else _safetensors_in(path),
-        config=_read_json(path / "config.json"),
-        generation_config=_read_json(generation) if generation.is_file() else {},
+        files=files,
+        config=config,
+        generation_config=read_json(generation) if generation.is_file() else {},
         tokenizer_path=tokenizer_path,
+        outputs=output_facts(path, config),
     )
 
 
@@ -112,7 +137,7 @@ def _safetensors_in(folder: Path) -> tuple[Path, ...]:
     """The single file, or the shards that the index names."""
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.is_file():
-        holders = _read_json(index).get("weight_map")
+        holders = read_json(index).get("weight_map")
         if not isinstance(holders, dict) or not all(isinstance(holder, str) for holder in holders.values()):
             raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
         names = sorted(set(holders.values()))
@@ -135,13 +160,14 @@ def _refuse_pickle(path: Path) -> None:
         raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _overridden(config: dict[str, Any], hf_overrides: str | None) -> dict[str, Any]:
+    """Raises ValueError naming hf_overrides where it is no JSON object."""
+    if hf_overrides is None:
+        return config
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return value
+        values = json.loads(hf_overrides)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"hf_overrides={hf_overrides[:80]!r} is not allowed; allowed: a JSON object")
+    return config | values

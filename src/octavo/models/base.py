@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from octavo.layers.attention import AttentionContext
 from octavo.layers.linear import Linear
+from octavo.layers.score import ScoreHead
 from octavo.layers.slot import HoldsWeights, WeightSlot
 from octavo.models.config import DecoderConfig
 
@@ -21,6 +22,7 @@ class CausalLM(nn.Module, ABC):
     """A language model over a flat batch: T tokens of many sequences, with no batch dimension."""
 
     config: DecoderConfig
+    score: ScoreHead | None  # of a model that scores texts
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
@@ -28,7 +30,8 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, hidden_size]. Returns [R, vocab_size] in the model's dtype."""
+        """hidden: [R, hidden_size]. Returns [R, vocab_size] in the model's dtype; of a model without a language head,
+        whose requests' tokens mean nothing, zeros for a few."""
 
     @abstractmethod
     def finish_loading(self) -> None:
@@ -58,6 +61,8 @@ class CausalLM(nn.Module, ABC):
         unexpected: list[str] = []
         for name, tensor in weights:
             slot = slots.pop(name, None)
+            if slot is None and self.config.head == "embeddings":
+                slot = slots.pop(f"model.{name}", None)  # saved without the part that had the head
             if slot is None:
                 if not self.ignores(name):
                     unexpected.append(name)

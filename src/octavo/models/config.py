@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.config import OutputHead
 from octavo.layers.rotary import ROPE_TYPES, RopeParameters
 
 _ACTIVATIONS = ("silu",)
@@ -17,6 +18,8 @@ class DecoderConfig:
     """The facts of a decoder of the Llama kind.
 
     layer_windows: the sliding window of each layer, None for a layer that sees everything before it.
+    head: what the last hidden states become. classifier_token_ids: of a model that scores texts by its language head:
+    (no, yes), or (yes,).
     """
 
     vocab_size: int
@@ -35,6 +38,8 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    head: OutputHead = "tokens"
+    classifier_token_ids: tuple[int, ...] = ()
 
     @property
     def sliding_window(self) -> int | None:

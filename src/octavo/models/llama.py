@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,13 @@ from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear
 from octavo.layers.norm import QueryKeyNorm, RMSNorm
 from octavo.layers.rotary import RotaryEmbedding, Rotation
+from octavo.layers.score import ScoreHead
 from octavo.models.base import CausalLM
 from octavo.models.config import ConfigFields, DecoderConfig
 from octavo.quantization.scheme import Fp8Tokens, LinearScheme
 from octavo.quantization.unquantized import UNQUANTIZED
+
+_NO_TOKENS = 16  # logits of a model without a language head
 
 
 class Place(NamedTuple):
@@ -109,7 +112,10 @@ class LlamaForCausalLM(CausalLM):
         super().__init__()
         self.config = config
         self.model = Decoder(config, Place(dtype, device, scheme))
-        self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
+        self.lm_head: Linear | None = None
+        if config.head == "tokens":
+            self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
+        self.score = ScoreHead(config.hidden_size, device) if config.head == "scores" else None
 
     @staticmethod
     def read_config(values: Mapping[str, Any]) -> DecoderConfig:
@@ -122,17 +128,31 @@ class LlamaForCausalLM(CausalLM):
         return self.model(input_ids, positions, attention)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+        return self.lm_head(hidden) if self.lm_head is not None else hidden.new_zeros(hidden.shape[0], _NO_TOKENS)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load_weights(self._with_score(weights) if self.config.classifier_token_ids else weights)
+
+    def _with_score(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights with that of the score: the row of the language head for "yes", less that for "no" where both
+        are given. So its sigmoid is the probability of "yes" among the two."""
+        head = "embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        for name, tensor in weights:
+            if name.removeprefix("model.") == head:
+                *no, yes = tensor[list(self.config.classifier_token_ids)].float()
+                yield "score.weight", (yes - no[0] if no else yes)[None]
+            yield name, tensor
 
     def weight_slots(self) -> dict[str, Any]:
         slots = super().weight_slots()
         if self.config.tie_word_embeddings:
-            del slots["lm_head.weight"]
+            slots.pop("lm_head.weight", None)
         return slots
 
     def ignores(self, name: str) -> bool:
-        return super().ignores(name) or (name == "lm_head.weight" and self.config.tie_word_embeddings)
+        is_unused = self.config.tie_word_embeddings or self.lm_head is None
+        return super().ignores(name) or (name == "lm_head.weight" and is_unused)
 
     def finish_loading(self) -> None:
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None:
             self.lm_head.tie(self.model.embed_tokens.weight)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from octavo.config import ModelFacts, Quantization
+from octavo.config import HEADS, ModelFacts, OutputHead, Quantization
 from octavo.models.base import CausalLM
 from octavo.models.llama import LlamaForCausalLM
 from octavo.models.mistral import MistralForCausalLM
@@ -16,12 +17,15 @@ from octavo.models.qwen2 import Qwen2ForCausalLM
 from octavo.models.qwen3 import Qwen3ForCausalLM
 from octavo.quantization.registry import scheme_of
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": MistralForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+# The ids of config.json's classifier_from_token, which only a tokenizer knows.
+CLASSIFIER_IDS = "classifier_token_ids"
+_FAMILIES: dict[str, type[LlamaForCausalLM]] = {
+    "Llama": LlamaForCausalLM,
+    "Mistral": MistralForCausalLM,
+    "Qwen2": Qwen2ForCausalLM,
+    "Qwen3": Qwen3ForCausalLM,
 }
+ARCHITECTURES = {name + suffix: (family, head) for suffix, head in HEADS.items() for name, family in _FAMILIES.items()}
 
 
 def build_model(
@@ -33,13 +37,17 @@ def build_model(
 
     Raises ValueError naming the field that is missing, out of range or not supported.
     """
-    family = _family(config)
-    return family(family.read_config(config), dtype, device, scheme_of(quantization)).eval()
+    family, head = _family(config)
+    read = replace(family.read_config(config), head=head)
+    if head == "scores":
+        _check_num_labels(config)
+        read = replace(read, classifier_token_ids=tuple(config.get(CLASSIFIER_IDS, ())))
+    return family(read, dtype, device, scheme_of(quantization)).eval()
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:
     """What the configuration needs to know. Raises as build_model does."""
-    read = _family(config).read_config(config)
+    read = _family(config)[0].read_config(config)
     return ModelFacts(
         max_position_embeddings=read.max_position_embeddings,
         vocab_size=read.vocab_size,
@@ -54,7 +62,17 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-def _family(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:
+def _check_num_labels(config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there is one label, or two tokens that stand for yes and no."""
+    if config.get(CLASSIFIER_IDS):
+        return
+    labels = config.get("id2label")
+    num_labels = len(labels) if isinstance(labels, Mapping) else config.get("num_labels", 2)
+    if num_labels != 1:
+        raise ValueError(f"config field num_labels={num_labels!r} is not supported; allowed: 1 (a score)")
+
+
+def _family(config: Mapping[str, Any]) -> tuple[type[LlamaForCausalLM], OutputHead]:
     names = config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:

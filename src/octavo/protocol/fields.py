@@ -148,6 +148,9 @@ _ENDING = (
     Field(_DRAWN, "include_stop_str_in_output", Flag(), False, "vllm", "none",
           "Leave what ended the output in the text."),
     Field(_EVERYWHERE, "ignore_eos", Flag(), False, "vllm", "output", "Go on after the model's end of sequence."),
+    Field(_DRAWN, "repetition_detection", Shape("an object"), None, "vllm", "step",
+          "End the output once its last tokens are min_count copies of a pattern of min_pattern_size..max_pattern_size "
+          "(0..256) tokens."),
 )  # fmt: skip
 
 _PROMPTS = (
@@ -203,6 +206,10 @@ _ANSWERS = (
           "Answer with the log-probability of each token and of so many alternatives."),
     Field(_DRAWN, "prompt_logprobs", ALTERNATIVES, None, "vllm", "logprobs",
           "The same for the tokens of the prompt. Not with stream."),
+    Field(_SAMPLING, "logprob_token_ids", TokenIds(1, 128), None, "vllm", "logprobs",
+          "Give the log-probabilities of exactly these tokens, beside that of each token."),
+    Field(_SAMPLING, "skip_reading_prefix_cache", Flag(), None, "vllm", "prompt",
+          "Compute the whole prompt, whatever the prefix cache holds of it."),
     Field(_PLAIN, "echo", Flag(), False, "openai", "none", "Put the prompt in front of the output."),
     Field(_OPENAI, "return_token_ids", Flag(), False, "vllm", "none", "Answer with token ids too."),
     Field(_SAMPLING, "detokenize", Flag(), True, "vllm", "host", "Make text of the tokens."),
@@ -237,8 +244,14 @@ _EMBEDDING = (
           "What is embedded."),
     Field(_EMBED, "encoding_format", OneOf(("float", "base64")), "float", "openai", "none",
           "How a vector is written: as numbers, or as little-endian float32 in base64."),
-    Field(_POOLING, "pooling", OneOf(("last", "mean")), "last", "octavo", "none",
-          "What is embedded: the last hidden state, or the mean of all."),
+    Field(_EMBED, "dimensions", Integer(1, within="the model's dimensions"), None, "openai", "none",
+          "Only so many of an embedding's first numbers, of a model whose config says that it may be cut."),
+    Field(_EMBED, "normalize", Flag(), None, "vllm", "none",
+          "Scale an embedding to length 1. Not given: as the model's files say, which is true where they say nothing."),
+    Field(_POOLING, "pooling", OneOf(("last", "mean")), None, "octavo", "none",
+          "What is embedded: the last hidden state, or the mean of all. Not given: as the model's files say, or last."),
+    Field(_SCORE + _RERANK, "use_activation", Flag(), None, "vllm", "none",
+          "false: the numbers whose sigmoids are the probabilities, of a model that scores."),
     Field(_SCORE, "text_1", _TEXTS, None, "vllm", "prompt", "The first side: one text, or as many as the second has."),
     Field(_SCORE, "text_2", _TEXTS, None, "vllm", "prompt", "The second side."),
     Field(_SCORE, "queries", _TEXTS, None, "vllm", "prompt", "text_1 by another name."),

@@ -8,12 +8,13 @@ import msgspec
 
 from octavo.protocol.plan import TokenLogprobs
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. Exactly one output of a request has a finish_reason, its last.
 
+    finish_reason: "repetition" by sampling.repetition_detection.
     stop_reason: the stop token id that ended the output; None for an end-of-sequence id.
     error: set with finish_reason "error", in words for the client.
     num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.

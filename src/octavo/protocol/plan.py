@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from octavo.protocol.pooling import Pooling
+from octavo.protocol.pooling import PoolingParams
 from octavo.protocol.sampling import SamplingParams
 
 # Block 0 is never allocated: padding rows may point at it, and nothing reads what they write.
@@ -24,7 +24,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     block_table: list[int]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
-    pooling: Pooling | None = None
+    pooling: PoolingParams | None = None
 
 
 class PlanRow(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from octavo.protocol.pooling import Pooling
+from octavo.protocol.pooling import PoolingParams
 from octavo.protocol.sampling import SamplingParams
 
 
@@ -31,4 +31,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     grammar: str | None = None
-    pooling: Pooling | None = None
+    pooling: PoolingParams | None = None

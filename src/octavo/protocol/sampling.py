@@ -12,6 +12,7 @@ import msgspec
 from octavo.protocol import checks
 from octavo.protocol.fields import COMPLETIONS, fields_of
 from octavo.protocol.ranges import INT64_MAX
+from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.structured import GuidedDecodingParams, StructuredOutputsParams
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: ids that end the output besides the model's end-of-sequence ids.
     logprobs, prompt_logprobs: 0..20 alternatives a token, beside the token itself, from the
     raw (unprocessed) distribution; None for off.
+    logprob_token_ids: 1..128 distinct ids whose logprobs are given at each position, beside the token itself, in place
+    of the most likely ones; logprobs is then their number, or None. Of LLM only.
     logit_bias: token id -> -100..100, added to the logits.
     best_of: n..128, how many completions to make, of which the n of the highest cumulative log-probability are
     returned; None for n.
@@ -47,6 +50,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logits is float32 [V], and so is what is returned. Only in the process of the engine.
     use_beam_search: search, instead of drawing, for the n best of best_of beams, at temperature 0;
     length_penalty, early_stopping: see BeamSearchParams.
+    repetition_detection: see RepetitionDetectionParams; it looks at the output once min_tokens are there.
+    skip_reading_prefix_cache: compute the whole prompt, whatever the prefix cache holds of it; None for where
+    prompt_logprobs need that, which they always do. Of LLM only.
     structured_outputs: what shape the text must have. min_tokens and ignore_eos then count as far as that shape lets
     the text go on. guided_decoding: its old name; it becomes structured_outputs.
     Raises ValueError naming the field, the value and the allowed range.
@@ -69,6 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
@@ -82,6 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    repetition_detection: RepetitionDetectionParams | None = None
+    skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: GuidedDecodingParams | None = None
 
@@ -91,13 +100,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 msgspec.structs.force_setattr(self, name, 1 if value else None)
         self._check_structured_outputs()
         for name, value, default in zip(self.__struct_fields__, msgspec.structs.astuple(self), _DEFAULTS.values()):
-            if value is not default and not (value is None and name == "max_tokens"):
+            if value is default or (value is None and name == "max_tokens"):
+                continue
+            if name != "logprobs" or self.logprob_token_ids is None:
                 _ROWS[name].range.check(name, value)
         self._check_together()
         self._check_beams()
 
     def _check_together(self) -> None:
-        """What depends on more than one field."""
+        """What depends on more than one field, or is of a type of its own."""
+        self._check_logprobs()
+        if not isinstance(self.repetition_detection, (RepetitionDetectionParams, type(None))):
+            wrong = self.repetition_detection
+            raise ValueError(f"repetition_detection={wrong!r} is not allowed; allowed: RepetitionDetectionParams")
         if self.best_of is not None:
             checks.integer("best_of", self.best_of, self.n, COMPLETIONS.high)
         if self.max_tokens is not None:
@@ -111,6 +126,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             for name, count in (("n", self.n), ("best_of", self.best_of or 1)):
                 if count > 1:
                     raise ValueError(f"{name}={count} needs temperature > 0: greedy completions are all the same")
+
+    def _check_logprobs(self) -> None:
+        ids = self.logprob_token_ids
+        if ids is not None:
+            if len(set(ids)) != len(ids):
+                raise ValueError("logprob_token_ids has an id twice; allowed: distinct ids")
+            if self.logprobs not in (None, len(ids)):
+                allowed = f"{len(ids)}, None"
+                raise ValueError(f"logprobs={self.logprobs!r} is refused with logprob_token_ids; allowed: {allowed}")
+            msgspec.structs.force_setattr(self, "logprobs", len(ids))
+        if self.skip_reading_prefix_cache is False and self.prompt_logprobs is not None:
+            raise ValueError("skip_reading_prefix_cache=False is refused with prompt_logprobs; allowed: True, None")
 
     def _check_beams(self) -> None:
         if not self.use_beam_search:
@@ -163,6 +190,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("stop_token_ids", self.stop_token_ids),
             ("logit_bias", self.logit_bias),
             ("allowed_token_ids", self.allowed_token_ids),
+            ("logprob_token_ids", self.logprob_token_ids),
             *(("bad_words_token_ids", ids) for ids in self.bad_words_token_ids or ()),
         ):
             checks.token_ids(name, ids or (), vocab_size - 1)

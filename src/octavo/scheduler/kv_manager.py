@@ -31,9 +31,11 @@ class KVManager:
         its last token is computed again, for its logits. Takes no reference.
 
         None for a sequence that still owes prompt logprobs, or the mean of its hidden states: those need every
-        position computed.
+        position computed. None either where the request wants it so.
         """
-        needs_all = sequence.prompt_logprobs is not None or sequence.request.pooling == "mean"
+        request = sequence.request
+        is_mean = request.pooling is not None and request.pooling.kind == "mean"
+        needs_all = sequence.prompt_logprobs is not None or is_mean or request.sampling.skip_reading_prefix_cache
         if not self._caching or needs_all:
             return []
         blocks: list[int] = []

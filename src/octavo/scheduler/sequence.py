@@ -10,6 +10,7 @@ from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
 from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.prefix_cache import BlockKey
+from octavo.scheduler.repetition import RepetitionDetector
 
 
 class Status(enum.Enum):
@@ -43,6 +44,7 @@ class Sequence:
         "num_tokens",
         "prompt_logprobs",
         "rank",
+        "repetition",
         "request",
         "scheduled_time",
         "slot",
@@ -67,6 +69,9 @@ class Sequence:
         self.constraint = constraint
         ignores_eos = sampling.ignore_eos and constraint is None  # a constraint allows them where nothing else can come
         self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(() if ignores_eos else request.eos_token_ids)
+        # Told the known output tokens, and keeps them over preemption.
+        detection = sampling.repetition_detection
+        self.repetition = None if detection is None else RepetitionDetector(detection)
         self.min_num_tokens = self.num_prompt_tokens + (sampling.min_tokens if constraint is None else 0)
 
         self.slot = -1  # -1 unless RUNNING
@@ -91,8 +96,12 @@ class Sequence:
         """Add a token whose value has become known. Returns why the output ends with it, if it does."""
         self.token_ids.append(token_id)
         num_tokens = len(self.token_ids)
-        if token_id in self.stop_ids and num_tokens >= self.min_num_tokens:
+        repeats = self.repetition is not None and self.repetition.push(token_id)
+        may_end = num_tokens >= self.min_num_tokens
+        if token_id in self.stop_ids and may_end:
             return "stop"
+        if repeats and may_end:
+            return "repetition"
         return "length" if num_tokens >= self.max_num_tokens else None
 
     def stop_reason(self) -> int | None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from octavo.config import SchedulingPolicy, ServerOptions
+from octavo.config import OutputFacts, SchedulingPolicy, ServerOptions
 from octavo.engine.client import EngineClient
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.server.front_ends import FrontEndGroup
@@ -38,7 +38,7 @@ class ServerContext:
     served_model_names: at least one; answers carry the first.
     generation_defaults: SamplingParams fields by name (protocol.sampling.generation_defaults): they
     stand in where a request names none; max_tokens does so in chats only.
-    max_model_len, max_num_seqs: the engine's, in tokens and sequences.
+    outputs: what the model is for. max_model_len, max_num_seqs: the engine's, in tokens and sequences.
     group: which of the server's API processes this is; each takes an equal part of the places in the queue.
     """
 
@@ -51,6 +51,7 @@ class ServerContext:
     options: ServerOptions
     version: str
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    outputs: OutputFacts = field(default_factory=OutputFacts)
     scheduling_policy: SchedulingPolicy = "fcfs"
     timeouts: Timeouts = field(default_factory=Timeouts)
     group: FrontEndGroup = field(default_factory=FrontEndGroup)

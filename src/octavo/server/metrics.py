@@ -20,7 +20,7 @@ from octavo.server import histogram
 from octavo.server.histogram import Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_FINISHED = ("stop", "length", "abort", "error")
+_FINISHED = ("stop", "length", "abort", "error", "repetition")
 _LABELS = ("model_name", "engine")
 
 

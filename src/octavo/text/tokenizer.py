@@ -57,6 +57,16 @@ class Tokenizer:
             check_encodable(text)
             raise
 
+    def encode_pair(self, first: str, second: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of two texts as the tokenizer joins them. Raises as `encode`."""
+        try:
+            pairs = [(first, second)]
+            return self._backend.encode_batch_fast(pairs, add_special_tokens=add_special_tokens)[0].ids
+        except TypeError:
+            check_encodable(first)
+            check_encodable(second)
+            raise
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of `ids`; ids outside the vocabulary have none."""
         skipped = self.special_ids if skip_special_tokens else frozenset()

@@ -15,7 +15,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.cuda_graphs import Computed, StepGraphs
-from octavo.worker.pooler import Pooler, with_embeddings
+from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
 from octavo.worker.staging import Stage, Staging, upload
 from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, StepBuffers, StepShape
@@ -64,7 +64,7 @@ class StepInFlight:
         self.rows: list[PlanRow] = []  # those that run, in their order on the device
         self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
-        self.pooled: tuple[list[int], Tensor] | None = None  # on the host, by slot: embeddings
+        self.pooled: Pooled | None = None  # on the host
         self.more: More | None = None
         self.host: Tensor | None = None  # what is copied out, where it is more than the stage has room for
         self.timed = False  # the stage's `began` was recorded
@@ -104,7 +104,7 @@ class DeviceRunner:
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
-        self._pooler = Pooler()
+        self._pooler = Pooler(model.score)
         self._block_size = limits.block_size
         self._device = device
         self._kernels = triton.get()
@@ -223,9 +223,9 @@ class DeviceRunner:
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)
         if pooled is not None:
-            slots, embeddings = pooled
-            host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=embeddings.is_cuda)
-            step.pooled = slots, host.copy_(embeddings, non_blocking=True)
+            vectors = pooled.vectors
+            host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
+            step.pooled = pooled._replace(vectors=host.copy_(vectors, non_blocking=True))
 
     def _compute(self, shape: StepShape, rows: list[PlanRow] | None = None) -> Computed:
         """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None."""

@@ -26,7 +26,7 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
-        self._pooler = Pooler()
+        self._pooler = Pooler(model.score)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
 
     @torch.inference_mode()

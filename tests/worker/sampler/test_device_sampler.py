@@ -243,6 +243,26 @@ def test_logprobs_are_the_cpu_samplers(num):
     assert entry.logprobs == pytest.approx(other.logprobs, abs=2e-5)
 
 
+def test_logprobs_of_chosen_ids_stand_beside_those_of_the_likeliest():
+    logits = torch.stack([grid_logits(VOCAB, seed, 2.0, torch.bfloat16) for seed in range(3)])
+    wishes = [{"logprob_token_ids": [9, 0, 59]}, {"logprobs": 5}, {"logprob_token_ids": [4]}]
+    rows = [Sequence(SamplingParams(seed=1, temperature=0, **wish), [1, 2], 1) for wish in wishes]
+    rig, cpu = Rig(3), Sampler(3, VOCAB, torch.device("cpu"))
+    for slot, row in enumerate(rows):
+        rig.enter(slot, row)
+        row.set_in(cpu, slot)
+    results = rig.step(logits, [0, 1, 2], [2, 2, 2])
+    others = cpu.to_rows(cpu.sample(logits, [0, 1, 2], [2, 2, 2]))
+    for row, result, other, values in zip(rows, results, others, logits):
+        [found], [wanted] = result.logprobs or (), other.logprobs or ()
+        assert found.token_ids == wanted.token_ids
+        assert found.rank == wanted.rank
+        assert found.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)
+        assert found.logprobs == pytest.approx(values.float().log_softmax(-1)[found.token_ids].tolist(), abs=2e-5)
+        chosen = row.sampling.logprob_token_ids
+        assert chosen is None or found.token_ids[1:] == chosen
+
+
 def test_prompt_logprobs_are_the_cpu_samplers():
     logits = torch.stack([grid_logits(VOCAB, r, 1.0, torch.bfloat16) for r in range(3)])
     targets = torch.tensor([3, 1, 4])

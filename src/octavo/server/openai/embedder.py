@@ -10,7 +10,7 @@ import msgspec
 
 from octavo.engine.client import EngineDeadError
 from octavo.protocol.outputs import TokenOutput
-from octavo.protocol.pooling import SAMPLING, Pooling
+from octavo.protocol.pooling import SAMPLING, Pooling, PoolingParams
 from octavo.protocol.request import Request
 from octavo.server.context import ServerState
 from octavo.server.metrics import RequestRecord
@@ -19,7 +19,7 @@ from octavo.server.openai.schema import Salt
 
 
 class EmbeddingFields(msgspec.Struct, kw_only=True, frozen=True):
-    """What the bodies of all these routes take. pooling: of the prompt's last hidden states, by default "last"."""
+    """What the bodies of all these routes take. pooling: of the prompt's last hidden states, by default the model's."""
 
     model: str
     pooling: Pooling | None = None
@@ -47,9 +47,9 @@ class Embedder:
             raise context_too_long(f"{param} has {len(ids)} tokens; an embedding takes at most {limit - 1}", param)
         return ids
 
-    async def embed(self, prompts: list[list[int]], fields: EmbeddingFields) -> list[bytes]:
-        """The embedding of each prompt (protocol.pooling.floats), in order. Where it is cancelled, or one fails, the
-        rest is aborted.
+    async def embed(self, prompts: list[list[int]], fields: EmbeddingFields, pooling: PoolingParams) -> list[bytes]:
+        """What `pooling` asks of each prompt (protocol.pooling.floats), in order. Where it is cancelled, or one fails,
+        the rest is aborted.
 
         prompts: that are `fitting`. Raises APIError: 400 for the priority, 500 or 503 by the engine.
         """
@@ -67,7 +67,7 @@ class Embedder:
                     arrival_time=arrival,
                     priority=fields.priority or 0,
                     cache_salt=fields.cache_salt,
-                    pooling=fields.pooling or "last",
+                    pooling=pooling,
                 )
                 waits.append(_Wait(self._state, request))
                 self._engine.submit(request, waits[-1])

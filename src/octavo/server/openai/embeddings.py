@@ -1,4 +1,4 @@
-"""POST /v1/embeddings (OpenAI's shape): what a causal model's last hidden states say of a text."""
+"""POST /v1/embeddings (OpenAI's shape): what a model's last hidden states say of a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 import msgspec
 
 from octavo.protocol.fields import MAX_INPUTS
-from octavo.protocol.pooling import floats
+from octavo.protocol.pooling import PoolingParams, floats
 from octavo.server.context import ServerState
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
 from octavo.server.openai.errors import invalid
@@ -18,24 +18,26 @@ from octavo.server.openai.schema import Label
 
 
 class EmbeddingsBody(EmbeddingFields, kw_only=True, frozen=True):
-    """input: text(s), or token ids of one prompt or several."""
+    """input: text(s), or token ids of one prompt or several. dimensions: how many numbers to give, of a model whose
+    embeddings may be cut (1..hidden_size, or those that its config lists). normalize: by default as the model says.
+    """
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "dimensions": (),
         "embed_dtype": ("float32",),
         "endianness": ("little",),
         "messages": (),
-        "normalize": (True,),
         "truncate_prompt_tokens": (),
     }
 
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    normalize: bool | None = None
     user: Label | None = None
 
 
 class Embedding(msgspec.Struct, frozen=True):
-    """embedding: of length 1; as base64, little-endian float32."""
+    """embedding: as base64, little-endian float32."""
 
     index: int
     embedding: list[float] | str
@@ -62,14 +64,25 @@ class Embeddings(JsonEndpoint[EmbeddingsBody]):
         return len(_inputs(body.input)), "input"
 
     async def answer(self, body: EmbeddingsBody) -> EmbeddingList:
+        outputs = self.context.outputs
+        if outputs.head == "scores":
+            raise invalid(
+                f"{body.model} scores pairs of texts and embeds none; allowed: /v1/score, /v1/rerank", "model"
+            )
+        pooling = PoolingParams(
+            body.pooling or outputs.pooling,
+            outputs.normalize if body.normalize is None else body.normalize,
+            self._dimensions(body.dimensions),
+        )
         prompts = []
         for given in _inputs(body.input):
             if isinstance(given, str):
-                ids = await encode_text(self.state, given, body.add_special_tokens is not False, "input")
+                text = outputs.prefix + given
+                ids = await encode_text(self.state, text, body.add_special_tokens is not False, "input")
             else:
                 ids = check_ids(self.state, given, "input")
             prompts.append(self._embedder.fitting(ids, "input"))
-        vectors = await self._embedder.embed(prompts, body)
+        vectors = await self._embedder.embed(prompts, body, pooling)
         as_text = body.encoding_format == "base64"
         shown = [base64.b64encode(vector).decode() if as_text else floats(vector) for vector in vectors]
         num_tokens = sum(map(len, prompts))
@@ -78,6 +91,15 @@ class Embeddings(JsonEndpoint[EmbeddingsBody]):
             self.context.served_model_names[0],
             EmbeddingUsage(num_tokens, num_tokens),
         )
+
+    def _dimensions(self, given: int | None) -> int | None:
+        """Raises APIError 400 for a number that the model's embeddings cannot be cut to."""
+        if given is not None:
+            try:
+                self.context.outputs.check_dimensions(given)
+            except ValueError as error:
+                raise invalid(str(error), "dimensions") from None
+        return given
 
 
 def _inputs(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -104,6 +104,11 @@ class GenerationEndpoint(ABC, Generic[B]):
         return self.answer(body, run, request_id)
 
     def _check(self, body: B) -> None:
+        if self.context.outputs.head != "tokens":
+            made_for = "scores, at /v1/score and /v1/rerank" if self.context.outputs.head == "scores" else "embeddings"
+            raise invalid(
+                f"{body.model} has no language head and generates no text; it is made for {made_for}", "model"
+            )
         if body.best_of is not None and body.best_of < (body.n or 1):
             span = f"{body.n or 1}..{COMPLETIONS.high}"
             raise invalid(f"best_of={body.best_of} is out of range; allowed: {span}", "best_of")

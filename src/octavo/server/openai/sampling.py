@@ -40,6 +40,7 @@ _FIELDS = (
     "use_beam_search",
     "length_penalty",
     "early_stopping",
+    "repetition_detection",
 )
 _FIELD_AT_START = re.compile(r"[a-z_]+")
 

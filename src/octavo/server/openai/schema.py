@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.server.openai.structured import StructuredFields
 
 MAX_PROMPTS = 256
@@ -34,7 +35,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "repetition_detection": (),
     "request_id": (),  # the X-Request-Id header does this
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
@@ -86,6 +86,7 @@ class GenerationBody(StructuredFields, kw_only=True, frozen=True):
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
     logit_bias: dict[str, float] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None

@@ -1,7 +1,7 @@
-"""POST /v1/score and /v1/rerank (vLLM's, Jina's and Cohere's shape): how near the embeddings of texts are.
+"""POST /v1/score and /v1/rerank (vLLM's, Jina's and Cohere's shape): how well texts go together.
 
-A score is the cosine of the angle between two embeddings, -1..1: of one model, comparable; in themselves, no
-probabilities.
+Of a model that is made to score, a score is what it says of the two texts in one prompt, as a probability. Of any
+other it is the cosine of the angle between two embeddings, -1..1: of one model, comparable; no probability.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from octavo.protocol.fields import MAX_INPUTS
-from octavo.protocol.pooling import floats
+from octavo.protocol.pooling import PoolingParams, floats
 from octavo.server.context import ServerState
+from octavo.server.openai.cross_scores import CrossScores
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
@@ -28,16 +29,22 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "instruction": (),
     "max_tokens_per_doc": (),
     "mm_processor_kwargs": (),
-    "softmax": (False,),
+    "softmax": (),
     "truncate_prompt_tokens": (),
-    "use_activation": (False,),
 }
 
 
-class ScoreBody(EmbeddingFields, kw_only=True, frozen=True):
-    """One of the first three and one of the second three: one text against each of several, or pairs."""
+class ScoringFields(EmbeddingFields, kw_only=True, frozen=True):
+    """use_activation: of a model that scores, false for the numbers whose sigmoids are the probabilities."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = _UNSUPPORTED
+
+    use_activation: bool | None = None
+    user: Label | None = None
+
+
+class ScoreBody(ScoringFields, kw_only=True, frozen=True):
+    """One of the first three and one of the second three: one text against each of several, or pairs."""
 
     text_1: Texts | None = None
     queries: Texts | None = None
@@ -45,7 +52,6 @@ class ScoreBody(EmbeddingFields, kw_only=True, frozen=True):
     text_2: Texts | None = None
     documents: Texts | None = None
     data_2: Texts | None = None
-    user: Label | None = None
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -67,16 +73,13 @@ class Document(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     text: str
 
 
-class RerankBody(EmbeddingFields, kw_only=True, frozen=True):
+class RerankBody(ScoringFields, kw_only=True, frozen=True):
     """top_n: how many of the best, null or 0 for all."""
-
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = _UNSUPPORTED
 
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS - 1)]
     top_n: int | None = None
     return_documents: bool = True
-    user: Label | None = None
 
 
 class Ranked(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,25 +95,47 @@ class Ranking(msgspec.Struct, frozen=True):
     usage: EmbeddingUsage
 
 
-class _Near:
-    """Texts to embeddings, and their cosines."""
+class _Scorer:
+    """Two sides of texts to scores, in whichever way the model has."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._embedder = Embedder(state)
+        self._cross = CrossScores(state) if state.context.outputs.head == "scores" else None
 
-    async def vectors(
-        self, groups: dict[str, list[str]], body: EmbeddingFields
-    ) -> tuple[list[list[list[float]]], EmbeddingUsage]:
-        """The embeddings of each group of texts; its key is the body's name for it. Raises APIError."""
+    def num_sequences(self, sides: dict[str, list[str]]) -> int:
+        return max(map(len, sides.values())) if self._cross is not None else sum(map(len, sides.values()))
+
+    async def scores(self, sides: dict[str, list[str]], body: ScoringFields) -> tuple[list[float], EmbeddingUsage]:
+        """One for each pair of the two sides, by the body's names for them; one text goes with all of the others.
+        Raises APIError."""
+        left, right = sides.values()
+        if self._cross is not None:
+            pairs = list(zip(left * len(right) if len(left) == 1 else left, right, strict=True))
+            return await self._cross.scores(pairs, body, body.use_activation is not False, list(sides)[1])
+        if body.use_activation:
+            raise invalid(
+                "use_activation=true needs a model that scores; this one's scores are cosines", "use_activation"
+            )
+        vectors, usage = await self._vectors(sides, body)
+        first, second = vectors[: len(left)], vectors[len(left) :]
+        first = first * len(second) if len(first) == 1 else first
+        return [cosine(a, b) for a, b in zip(first, second, strict=True)], usage
+
+    async def _vectors(
+        self, sides: dict[str, list[str]], body: ScoringFields
+    ) -> tuple[list[list[float]], EmbeddingUsage]:
+        """The embeddings of the texts of one side after the other. Raises APIError."""
+        outputs = self._state.context.outputs
         prompts, special = [], body.add_special_tokens is not False
-        for param, texts in groups.items():
+        for param, texts in sides.items():
             for text in texts:
-                ids = await encode_text(self._state, text, special, param)
+                ids = await encode_text(self._state, outputs.prefix + text, special, param)
                 prompts.append(self._embedder.fitting(ids, param))
-        found = iter([floats(vector) for vector in await self._embedder.embed(prompts, body)])
+        pooling = PoolingParams(body.pooling or outputs.pooling)
+        found = [floats(vector) for vector in await self._embedder.embed(prompts, body, pooling)]
         num_tokens = sum(map(len, prompts))
-        return [[next(found) for _ in texts] for texts in groups.values()], EmbeddingUsage(num_tokens, num_tokens)
+        return found, EmbeddingUsage(num_tokens, num_tokens)
 
 
 class Scores(JsonEndpoint[ScoreBody]):
@@ -120,20 +145,19 @@ class Scores(JsonEndpoint[ScoreBody]):
 
     def __init__(self, state: ServerState) -> None:
         super().__init__(state)
-        self._near = _Near(state)
+        self._scorer = _Scorer(state)
 
     def places(self, body: ScoreBody) -> tuple[int, str]:
         sides = _sides(body)
-        return sum(map(len, sides.values())), list(sides)[-1]
+        return self._scorer.num_sequences(sides), list(sides)[-1]
 
     async def answer(self, body: ScoreBody) -> ScoreList:
-        (left, right), usage = await self._near.vectors(_sides(body), body)
-        left = left * len(right) if len(left) == 1 else left
+        scores, usage = await self._scorer.scores(_sides(body), body)
         return ScoreList(
             f"score-{uuid.uuid4().hex}",
             int(time.time()),
             self.context.served_model_names[0],
-            [Score(index, cosine(a, b)) for index, (a, b) in enumerate(zip(left, right, strict=True))],
+            [Score(index, score) for index, score in enumerate(scores)],
             usage,
         )
 
@@ -145,18 +169,18 @@ class Rerank(JsonEndpoint[RerankBody]):
 
     def __init__(self, state: ServerState) -> None:
         super().__init__(state)
-        self._near = _Near(state)
+        self._scorer = _Scorer(state)
 
     def places(self, body: RerankBody) -> tuple[int, str]:
-        return 1 + len(body.documents), "documents"
+        return self._scorer.num_sequences({"query": [body.query], "documents": [""] * len(body.documents)}), "documents"
 
     async def answer(self, body: RerankBody) -> Ranking:
         documents = [each if isinstance(each, Document) else Document(each) for each in body.documents]
-        groups = {"query": [body.query], "documents": [document.text for document in documents]}
-        ((query,), others), usage = await self._near.vectors(groups, body)
+        sides = {"query": [body.query], "documents": [document.text for document in documents]}
+        scores, usage = await self._scorer.scores(sides, body)
         ranked = [
-            Ranked(index, cosine(query, vector), document if body.return_documents else None)
-            for index, (document, vector) in enumerate(zip(documents, others, strict=True))
+            Ranked(index, score, document if body.return_documents else None)
+            for index, (document, score) in enumerate(zip(documents, scores, strict=True))
         ]
         ranked.sort(key=lambda each: -each.relevance_score)
         name = self.context.served_model_names[0]

@@ -291,6 +291,12 @@ class DeviceSampler:
         num = min(max(asked.values()), self._vocab_size)
         [where] = _upload([_ints(list(asked))], self._device)
         found = top_logprobs(tables.logits, where, tables.out[:, 0], num)
+        for index, row in enumerate(asked):
+            if ids := self._special[slots[row]].params.logprob_ids:
+                [chosen] = _upload([_ints(list(ids))], self._device)
+                values = tables.logits[row].float().log_softmax(-1)[chosen.long()]
+                found[index, 2 : 2 + len(ids)] = chosen
+                found[index, 3 + num : 3 + num + len(ids)] = values.view(torch.int32)
         return More(found, list(asked), list(asked.values()))
 
 

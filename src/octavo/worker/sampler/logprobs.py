@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from octavo.worker.sampler.top_k import stable_topk
 class Logprobs:
     """Of L positions, on the device; k is the most alternatives that any of them asked for.
 
-    token_ids: int64 [L, 1 + k], the position's own token, then the most likely ones in descending
-    order (equal ones by id). logprobs: float32 [L, 1 + k]. ranks: int64 [L], 1 + the number of
+    token_ids: int64 [L, 1 + k], the position's own token, then the ones that were chosen, or the most likely ones in
+    descending order (equal ones by id). logprobs: float32 [L, 1 + k]. ranks: int64 [L], 1 + the number of
     tokens that are more likely than the position's own.
     """
 
@@ -25,11 +26,19 @@ class Logprobs:
     ranks: Tensor
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> Logprobs:
-    """logits: [L, V], model dtype. token_ids: int64 [L]. num_alternatives: >= 0."""
+def gather_logprobs(
+    logits: Tensor, token_ids: Tensor, num_alternatives: int, chosen: Sequence[tuple[int, ...]] = ()
+) -> Logprobs:
+    """logits: [L, V], model dtype. token_ids: int64 [L]. num_alternatives: >= 0.
+
+    chosen: for each position the alternatives' ids, at most num_alternatives, or () for the most likely ones.
+    """
     values = logits.float()
     own = token_ids[:, None]
     alternatives = stable_topk(values, min(num_alternatives, values.shape[-1]))
+    for row, ids in enumerate(chosen):
+        if ids:
+            alternatives[row, : len(ids)] = torch.tensor(ids, device=values.device)
     ids = torch.cat([own, alternatives], dim=-1)
     logprobs = values.log_softmax(-1).gather(-1, ids)
     ranks = (values > values.gather(-1, own)).sum(-1) + 1

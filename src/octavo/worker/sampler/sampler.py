@@ -100,7 +100,8 @@ class Sampler:
             drawn.append(self._sample_some(logits[some], slots[some], params[some], positions[some], own_masks))
             if wanted := [row - begin for row in asked if begin <= row < begin + step]:
                 raw, tokens = _take((logits[some], drawn[-1][0]), wanted)
-                logprobs.append(gather_logprobs(raw, tokens, num_alternatives))
+                chosen = [params[begin + row].logprob_ids for row in wanted]
+                logprobs.append(gather_logprobs(raw, tokens, num_alternatives, chosen))
         token_ids, bad = (torch.cat(column) for column in zip(*drawn))
         return Sampled(token_ids, bad, concatenate(logprobs) if asked else None, list(asked), list(asked.values()))
 

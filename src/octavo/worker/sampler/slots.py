@@ -23,7 +23,8 @@ class SlotParams:
     random_stream: the state of the request's random numbers (see random.py).
     stop_ids: int64 ids barred until the output has min_tokens tokens.
     bias_ids, bias_values: int64 [n] and float32 [n].
-    num_logprobs: alternatives wanted beside the sampled token, or None.
+    num_logprobs: alternatives wanted beside the sampled token, or None. logprob_ids: which ones; empty for the most
+    likely ones.
     lists: what may not be drawn, or None. processors: the caller's functions of the logits.
     is_masked: each step's plan says which tokens may be drawn.
     """
@@ -43,6 +44,7 @@ class SlotParams:
     bias_values: NDArray[np.float32]
     num_logprobs: int | None
     is_masked: bool
+    logprob_ids: tuple[int, ...] = ()
     lists: TokenLists | None = None
     processors: tuple[Any, ...] = ()
 
@@ -83,6 +85,7 @@ def slot_params(
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         num_logprobs=sampling.logprobs,
         is_masked=sampling.structured_outputs is not None,
+        logprob_ids=tuple(sampling.logprob_token_ids or ()),
         lists=token_lists(sampling, vocab_size),
         processors=tuple(sampling.logits_processors or ()),
     )
