@@ -26,14 +26,8 @@ from octavo.server.openai.schema import ChatBody, Message
 from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.server.openai.structured import Wish
 from octavo.server.openai.tools import OutputFormat, ToolCalling
+from octavo.text.chat_template import RESERVED_VARIABLES
 from octavo.text.generation import Delta
-
-# Template variables that the request's own fields set, or that name the renderer's own arguments.
-_RESERVED_KWARGS = {
-    *("self", "conversation", "messages", "tools", "documents", "tokenize", "chat_template"),
-    *("add_generation_prompt", "continue_final_message", "bos_token", "eos_token"),
-}
-
 
 _PLAIN_TAIL = b'},"finish_reason":null}'  # of a ChunkChoice that has only text
 
@@ -138,7 +132,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             raise invalid("the model has no chat template; start the server with --chat-template FILE", "messages")
         kwargs = body.chat_template_kwargs or {}
         for key in kwargs:
-            if key in _RESERVED_KWARGS:
+            if key in RESERVED_VARIABLES:
                 raise invalid(f"{key!r} is reserved: the request's own fields set it", f"chat_template_kwargs.{key}")
         continues = bool(body.continue_final_message)
         opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
