@@ -76,25 +76,34 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         return 1
 
     def wish(self, body: ChatBody) -> Wish | None:
-        _check_messages(body.messages)
-        if self.context.chat_template is not None:
-            self.tool_calling.check(body)
+        self.check(body)
         return self.tool_calling.wish(body)
 
     async def prepare(self, body: ChatBody, run: Run) -> None:
         max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
         params = self._params(body, names, run.wish)
-        text = await self._render(body)
-        ids = await self.encode(text, bool(body.add_special_tokens), "messages")
+        text, ids = await self.prompt_of(body)
         ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
         run.add(text, ids, params)
 
+    async def prompt_of(self, body: ChatBody) -> tuple[str, list[int]]:
+        """Text and token ids of the prompt, for a body that `wish` or `check` has seen. Raises APIError 400."""
+        text = await self._render(body)
+        return text, await self.encode(text, bool(body.add_special_tokens), "messages")
+
+    def check(self, body: ChatBody) -> None:
+        """Refuse what cannot be rendered. Raises APIError 400."""
+        _check_messages(body.messages)
+        if self.context.chat_template is not None:
+            self.tool_calling.check(body)
+
     def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
         answered = run.answered
         first = answered[0]
+        output_format = self.tool_calling.format(body)
         prompt_logprobs = first.generation.prompt_logprobs
         return ChatCompletion(
             id=f"chatcmpl-{request_id}",
@@ -102,7 +111,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             created=int(time.time()),
             model=self.context.served_model_names[0],
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(body, choice, self.tool_calling.format(body)) for choice in answered],
+            choices=[self._choice(body, choice, output_format) for choice in answered],
             usage=run.usage(),
             prompt_logprobs=None if prompt_logprobs is None else self.formatter.prompt(prompt_logprobs),
             prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
@@ -110,11 +119,6 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
 
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
-
-    async def prompt_text(self, body: ChatBody) -> str:
-        """The conversation as the template renders it, for other routes. Raises APIError 400."""
-        _check_messages(body.messages)
-        return await self._render(body)
 
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs is not None and not body.logprobs:
