@@ -51,7 +51,7 @@ class ResponseStore:
 
         One that is larger than all the room there is, is not kept.
         """
-        size = len(msgspec.json.encode(stored))
+        size = _size(stored)
         if size > self._max_bytes:
             return
         self._entries[stored.response.id] = (stored, size)
@@ -67,3 +67,7 @@ class ResponseStore:
             return False
         self.num_bytes -= entry[1]
         return True
+
+
+def _size(stored: StoredResponse) -> int:
+    return len(msgspec.json.encode(stored))

@@ -24,7 +24,8 @@ def parameter_tags(name: str, schema: dict[str, Any]) -> dict[str, Any]:
         said = f"has {sorted(unknown)[0]!r}" if unknown else "is no object with properties"
         raise ValueError(f"the schema of {name!r} {said}, to which calls in this format cannot be held")
     shared: dict[str, Any] = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
-    required = schema.get("required", [])
+    required = schema.get("required")
+    required = required if isinstance(required, list) else []
     elements: list[dict[str, Any]] = []
     for key, wanted in properties.items():
         value = _value(wanted, shared) if isinstance(wanted, dict) and not set(key) & set("<>\n") else None
@@ -38,7 +39,7 @@ def parameter_tags(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _value(schema: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any] | None:
     """The format of one value; None where text as it stands cannot be held to the schema."""
     options = [schema]
-    if "anyOf" in schema and not set(schema) - _LABELS - {"anyOf"}:
+    if isinstance(schema.get("anyOf"), list) and not set(schema) - _LABELS - {"anyOf"}:
         options = schema["anyOf"]
     if not any(_may_be_text(option) for option in options):
         return {"type": "json_schema", "json_schema": {**schema, **shared}}
@@ -58,18 +59,21 @@ def _fits(value: Any) -> bool:
 
 def _may_be_text(schema: Any) -> bool:
     """Whether a value could be a string by a schema's own words; what it refers to is written as JSON."""
-    if not isinstance(schema, dict) or "$ref" in schema:
-        return not isinstance(schema, dict)
-    types = schema.get("type", "string")
-    return types == "string" or (isinstance(types, list) and "string" in types)
+    if not isinstance(schema, dict):
+        return True
+    types = schema.get("type")
+    return "$ref" not in schema and (types is None or "string" in _listed(types))
 
 
 def _is_plain(schema: Any) -> bool:
     """Whether any text will do, or null, which is told from it."""
     if not isinstance(schema, dict) or set(schema) - _LABELS != {"type"}:
         return False
-    types = schema["type"]
-    return set(types if isinstance(types, list) else [types]) <= {"string", "null"}
+    return all(each in ("string", "null") for each in _listed(schema["type"]))
+
+
+def _listed(types: Any) -> list[Any]:
+    return types if isinstance(types, list) else [types]
 
 
 def _constant(text: str) -> dict[str, Any]:
