@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from octavo.protocol.sampling import SamplingParams, generation_defaults, sampli
 from octavo.structured.compiler import GrammarCompiler
 from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import Beam, BeamSearch
-from octavo.text.chat_template import ChatTemplate
+from octavo.text.chat_rendering import ChatRendering, rendered_chats
 from octavo.text.generation import Generation, best_first
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -168,28 +168,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        **rendering: Unpack[ChatRendering],
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
 
-        chat_template: the Jinja source of a template to use in place of the model's own.
-        Raises ValueError for a template that refuses the conversation, or where there is none.
+        rendering: the fields of octavo.text.chat_rendering.ChatRendering, such as tools and chat_template. Calls come
+        in the output's text as the model writes them.
+        Raises TypeError for another argument, ValueError for what is not allowed, for a template that refuses the
+        conversation, or where there is none.
         """
         tokenizer = self.get_tokenizer()
-        template = ChatTemplate.of(tokenizer, chat_template)
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            text = template.render(
-                list(conversation),
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
-            )
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        texts = rendered_chats(tokenizer, conversations, rendering)
+        prompts: list[Prompt] = [
+            {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts
+        ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def embed(

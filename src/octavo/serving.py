@@ -100,6 +100,7 @@ async def _run_batch(options: EngineOptions, server: ServerOptions, files: Batch
     try:
         source = _source(options)
         text = await asyncio.to_thread(_load_text, options, server, source)
+        _say_how_tools_are_shown(server, text)
         await engine.wait_ready()
         state = ServerState(_context(options, server, source, text, engine, FrontEndGroup()))
         try:
@@ -122,6 +123,7 @@ async def _serve(options: EngineOptions, server: ServerOptions, listeners: list[
     try:
         async with _others(options, server, listeners[1:]) as others:
             text = await asyncio.to_thread(_load_text, options, server, source)
+            _say_how_tools_are_shown(server, text)
             await engine.wait_ready()
             engine.add_follower(others.tell)
             await others.wait_ready()
@@ -235,6 +237,11 @@ def _load_text(options: EngineOptions, server: ServerOptions, source: ModelSourc
     template = ChatTemplate.of(tokenizer, given) if has_template else None
     ToolCalling(server, template)  # raises what is wrong before the model is loaded
     return tokenizer, template
+
+
+def _say_how_tools_are_shown(server: ServerOptions, text: _Text) -> None:
+    if ToolCalling(server, text[1]).describes_tools:
+        _log.info("the chat template shows no tools: requests with tools get them described in a system message")
 
 
 def _settle_heap() -> None:

@@ -76,7 +76,8 @@ CASES: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(messages=[{"role": "wizard", "content": "x"}]), 400, "messages[0].role"),
     (CHAT, chat(top_logprobs=3), 400, "top_logprobs"),
     (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
-    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    (CHAT, chat(tools=[]), 400, "tools"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="some"), 400, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema"),
     (CHAT, chat(guided_regex="("), 400, "guided_regex"),
 ]

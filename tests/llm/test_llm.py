@@ -35,6 +35,11 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert one[0].outputs[0].finish_reason == "stop"  # <|im_end|>
     assert "<|im_start|>user\nWhat is" in (one[0].prompt or "")
     assert [o.outputs[0].text for o in two] == [one[0].outputs[0].text] * 2
+    tools = [{"type": "function", "function": {"name": "capital_of"}}]
+    told = llm.chat(question, SamplingParams(max_tokens=1), use_tqdm=False, tools=tools, lora_request=None)
+    assert '{"name": "capital_of"}' in (told[0].prompt or "")
+    with pytest.raises(TypeError, match="no argument 'tool'; did you mean 'tools'"):
+        llm.chat(question, use_tqdm=False, tool=tools)  # type: ignore[call-arg]
 
 
 def test_a_seed_decides_alone_and_in_any_batch(llm: LLM) -> None:

@@ -130,9 +130,9 @@ BAD = [
     ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"temperature": 3}, "temperature"),
-    ({"tools": [{"name": "f"}]}, "tools"),
+    ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
-    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
     ({"n": 2}, "n"),
     ({"stop": ["x"]}, "stop"),
 ]

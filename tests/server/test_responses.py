@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -12,7 +13,8 @@ from server_rig import FakeEngine, Rig, Script, running, until
 
 from octavo.config import ServerOptions
 from octavo.server.front_ends import FrontEndGroup
-from octavo.server.openai.response_store import ResponseStore
+from octavo.server.openai import response_store
+from octavo.server.openai.response_store import ResponseStore, StoredResponse
 from octavo.server.openai.schema import Message
 
 PATH = "/v1/responses"
@@ -140,11 +142,19 @@ async def test_fields_reach_the_engine() -> None:
         assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -1)
 
 
+FUNCTION: dict[str, Any] = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
 BAD = [
     ({"input": None}, "input", "invalid_type"),
     ({"input": []}, "input", "invalid_value"),
     ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "invalid_value"),
-    ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input[0].type", None),
+    ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+    ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input[0].output", "missing_required_parameter"),
+    ({"input": [{"type": "message", "role": "user", "content": "x", "output": "y"}]}, "input[0].output", None),
+    ({"input": [{**CALL, "arguments": "[1]"}]}, "input[0].arguments", "invalid_value"),
+    ({"input": [{**CALL, "encrypted_content": "x"}]}, "input[0].encrypted_content", None),
+    ({"input": [{"type": "reasoning", "content": "x"}]}, "input[0].content", "invalid_type"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", "invalid_value"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None, None),
     ({"input": [{"role": "user", "content": []}]}, "input[0].content", None),
     ({"input": "x" * 600}, "input", "context_length_exceeded"),
@@ -153,10 +163,23 @@ BAD = [
     ({"temperature": 3}, "temperature", "invalid_value"),
     ({"priority": 1}, "priority", "invalid_value"),
     ({"previous_response_id": "resp_x"}, "previous_response_id", "previous_response_not_found"),
-    ({"tools": [{"type": "web_search"}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
+    ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name", "invalid_value"),
+    ({"tools": [FUNCTION, FUNCTION]}, "tools[1].name", "invalid_value"),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "h"}}, "tool_choice.name", "invalid_value"),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "file_search"}}, "tool_choice.type", "unsupported_parameter"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    (
+        {"tools": [FUNCTION], "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+        "text.format",
+        None,
+    ),
+    ({"max_tool_calls": 2}, "max_tool_calls", "unsupported_parameter"),
     ({"background": True}, "background", "unsupported_parameter"),
     ({"reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
-    ({"text": {"format": {"type": "json_object"}}}, "text", "unsupported_parameter"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema", None),
+    ({"text": {"verbosity": "low"}}, "text.verbosity", "invalid_value"),
     ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
     ({"include": ["reasoning.encrypted_content"]}, "include", "unsupported_parameter"),
     ({"max_tokens": 5}, "max_tokens", "unknown_parameter"),
@@ -208,17 +231,24 @@ async def test_several_processes_have_no_store() -> None:
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(fields)))
 
 
-def test_the_store_is_bounded_in_responses_and_bytes() -> None:
+def stored(name: str, size: int = 1) -> StoredResponse:
+    response: Any = SimpleNamespace(id=name)
+    return StoredResponse(response, [Message("user", "x" * size)], [])
+
+
+def test_the_store_is_bounded_in_responses_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(response_store, "_size", lambda entry: 100 + len(str(entry.conversation[0].content)))
     store = ResponseStore(max_responses=3, max_bytes=1000)
     for name in "abc":
-        store.put(name, [Message("user", name)])
+        store.put(stored(name))
     assert store.get("a") is not None
-    store.put("d", [Message("user", "d")])
+    store.put(stored("d"))
     assert [name for name in "abcd" if store.get(name) is None] == ["b"]
-    store.put("e", [Message("user", "x" * 800)])
+    store.put(stored("e", 800))
     assert store.num_bytes <= 1000
     assert store.get("e") is not None
     assert store.get("a") is None
-    store.put("f", [Message("user", "x" * 2000)])
+    store.put(stored("f", 2000))
     assert store.get("f") is None
     assert store.get("e") is not None
+    assert (store.delete("e"), store.delete("e"), store.num_bytes) == (True, False, 0)

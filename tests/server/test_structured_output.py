@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import instructor
+import msgspec
 import pytest
 from pydantic import BaseModel
-from server_rig import FakeEngine, Script, running
+from server_rig import READY, FakeEngine, Script, running
 
 from octavo.protocol.structured import StructuredOutputsParams
 
@@ -43,6 +45,20 @@ async def test_parse_of_the_openai_client() -> None:
         assert request.sampling.structured_outputs is not None
         assert request.sampling.structured_outputs.kind == "json"
         assert '"in_stock"' in (request.grammar or "")
+
+
+async def test_instructor_in_its_json_mode() -> None:
+    """Which asks for any object and shows the schema in the prompt alone: a matter of the model, so it is scripted."""
+    value = Product(name="Nike", price=150.0, in_stock=True, tags=["shoes"])
+    engine = FakeEngine(
+        lambda _: Script(value.model_dump_json().encode()), ready=msgspec.structs.replace(READY, max_model_len=4096)
+    )
+    async with running(engine, max_model_len=4096) as rig:
+        wrapped = instructor.from_openai(rig.openai, mode=instructor.Mode.JSON)
+        messages: Any = [{"role": "user", "content": "Extract"}]
+        answer = await wrapped.chat.completions.create(model="fake", messages=messages, response_model=Product)
+        assert answer.model_dump() == value.model_dump()  # of a class that instructor derives
+        assert engine.requests[0].sampling.structured_outputs == S(json_object=True)
 
 
 async def test_every_way_to_ask_reaches_the_engine() -> None:

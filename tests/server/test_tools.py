@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
-from server_rig import FakeEngine, Rig, Script, running
+from server_rig import READY, FakeEngine, Rig, Script, running
 
 from octavo.config import ServerOptions
 from octavo.server.openai.tools import ToolCalling
@@ -210,13 +211,16 @@ async def test_chunks_keep_logprobs_and_ids_of_tokens_whose_text_waits() -> None
 
 
 NAMED = {"type": "function", "function": {"name": "f"}}
-BAD_SCHEMA = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}]
+BAD_FUNCTION = {"name": "f", "parameters": {"type": "object", "not": {}}}
+BAD_SCHEMA = [{"type": "function", "function": BAD_FUNCTION}]
+STRICT = [{"type": "function", "function": {**FUNCTION, "strict": True}}, TOOLS[1]]
 REFUSED = [
     ({"tools": []}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
     ({"tools": [*TOOLS, TOOLS[0]]}, "tools[2].function.name"),
-    ({"tools": [{"type": "function", "function": {**FUNCTION, "strict": True}}]}, "tools[0].function.strict"),
+    ({"tools": STRICT, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "function", "function": {**BAD_FUNCTION, "strict": True}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools[0].function.parameters"),
     ({"tools": [{"type": "function", "function": {"name": "f", "extra": 1}}]}, "tools[0].function.extra"),
     ({"tools": TOOLS, "tool_choice": NAMED, "response_format": {"type": "json_object"}}, "response_format"),
@@ -244,7 +248,6 @@ async def test_what_is_refused() -> None:
     ("template", "changes", "param", "words"),
     [
         (TEMPLATE.replace("<tool_call>", ""), {}, "tools", "--tool-call-parser"),
-        ("{{ messages[0].content }}<tool_call></tool_call>arguments", {}, "tools", "--chat-template"),
         (TEMPLATE, {"enable_auto_tool_choice": False}, "tool_choice", "allowed: none"),
     ],
 )
@@ -263,8 +266,80 @@ async def test_the_option_decides_over_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "words"), [("{{ tools }}", "tool_call_parser"), ("<|tool_call_start|>", "shows tools")]
+    ("template", "changes", "words"),
+    [
+        ("{{ tools }}", {"enable_auto_tool_choice": True}, "enable_auto_tool_choice=True needs a tool_call_parser"),
+        (None, {"enable_auto_tool_choice": True}, "enable_auto_tool_choice=True needs a chat_template"),
+        ("{{ messages }}", {"tool_call_parser": "mistral"}, "tool_call_parser='mistral' needs .* allowed: hermes"),
+    ],
 )
-def test_a_server_that_must_read_calls_does_not_start_where_it_cannot(template: str, words: str) -> None:
-    with pytest.raises(ValueError, match=f"^enable_auto_tool_choice=True needs.*{words}"):
-        ToolCalling(options(enable_auto_tool_choice=True), ChatTemplate(template))
+def test_a_server_that_cannot_read_calls_does_not_start(template: str | None, changes: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        ToolCalling(options(**changes), None if template is None else ChatTemplate(template))
+
+
+async def test_strict_calls_are_held_to_their_schemas_and_others_to_objects() -> None:
+    async with saying(HERMES) as rig:
+        for stream in (False, True):
+            answer = await rig.openai.chat.completions.create(model="fake", messages=USER, tools=STRICT, stream=stream)
+            if not stream:
+                assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["f", "g"]
+        wish = rig.engine.requests[0].sampling.structured_outputs
+        tags = json.loads(wish.structural_tag)["format"]["tags"]
+        assert [tag["content"]["json_schema"] for tag in tags] == [FUNCTION["parameters"], {"type": "object"}]
+        body = {"model": "fake", "messages": USER, "tools": STRICT, "tool_choice": "none"}
+        await rig.http.post("/v1/chat/completions", json=body)
+        assert rig.engine.requests[-1].sampling.structured_outputs is None
+
+
+async def test_strict_is_refused_where_a_format_cannot_be_held_to_a_schema() -> None:
+    for parser in ("pythonic", "openai"):
+        async with saying(HERMES, options=options(tool_call_parser=parser)) as rig:
+            body = {"model": "fake", "messages": USER, "tools": STRICT}
+            answer = await rig.http.post("/v1/chat/completions", json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "tools[0].function.strict")
+            assert f"format '{parser}' cannot be held" in error["message"]
+
+
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+async def test_a_template_without_tools_has_them_described_on_every_route() -> None:
+    engine = FakeEngine(lambda _: Script(HERMES, 7), ready=msgspec.structs.replace(READY, max_model_len=2048))
+    async with running(engine, chat_template=ChatTemplate(PLAIN), max_model_len=2048) as rig:
+        chat = {"model": "fake", "messages": USER, "tools": TOOLS}
+        functions = [tool["function"] for tool in TOOLS]
+        response = {"model": "fake", "input": "hi", "tools": [{"type": "function", **each} for each in functions]}
+        message: dict[str, Any] = {"model": "fake", "messages": USER, "max_tokens": 200}
+        message["tools"] = [
+            {"name": "f", "description": "What f does", "input_schema": FUNCTION["parameters"]},
+            {"name": "g", "input_schema": {"type": "object"}},
+        ]
+        answers = [
+            (await rig.http.post(path, json=body)).json()
+            for path, body in (("chat/completions", chat), ("responses", response), ("messages", message))
+            for path in [f"/v1/{path}"]
+        ]
+        prompts = [bytes(request.prompt_token_ids).decode() for request in engine.requests]
+        assert prompts[0] == prompts[1]
+        assert all(p.startswith("<system>Functions") and p.endswith("\n<user>hi\n") for p in prompts)
+        assert [json.loads(line) for line in prompts[0].splitlines()[2:4]] == functions
+        calls = [call["function"]["name"] for call in answers[0]["choices"][0]["message"]["tool_calls"]]
+        assert calls == [item["name"] for item in answers[1]["output"][1:]] == ["f", "g"]
+        assert [block["name"] for block in answers[2]["content"][1:]] == ["f", "g"]
+        tokens = await rig.http.post("/tokenize", json={"messages": USER, "tools": TOOLS})
+        assert bytes(tokens.json()["tokens"]).decode() == prompts[0]
+        del message["max_tokens"]
+        count = await rig.http.post("/v1/messages/count_tokens", json=message)
+        assert count.json()["input_tokens"] == len(prompts[2].encode())
+        # What came back is shown as text, in a turn of the user's.
+        made = answers[0]["choices"][0]["message"]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "5"} for call in made["tool_calls"]]
+        await rig.http.post("/v1/chat/completions", json={**chat, "messages": [*USER, made, *results]})
+        written = bytes(engine.requests[-1].prompt_token_ids).decode()
+        assert written.removeprefix(prompts[0]) == (
+            f'<assistant>Sure.\n<tool_call>\n{{"name": "f", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>\n'
+            "<user><tool_response>\n5\n</tool_response>\n<tool_response>\n5\n</tool_response>\n"
+        )

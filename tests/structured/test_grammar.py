@@ -73,6 +73,14 @@ def test_special_tokens_in_a_structural_tag_are_those_tokens() -> None:
     assert not accepts(wish, [BEGIN, *ids("g")])
 
 
+def test_text_may_exclude_something() -> None:
+    text = {"type": "any_text", "excludes": ["</a>", "x"]}
+    wish = tag(format={"type": "tag", "begin": "<a>", "content": text, "end": "\n</a>;"})
+    assert accepts(wish, "<a>any < word\n</a>;")
+    assert not accepts(wish, "<a>any</a>\n</a>;")
+    assert not accepts(wish, "<a>x\n</a>;")
+
+
 def _refused(wish: StructuredOutputsParams) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
         compiled_matcher(ll_tokenizer(VOCABULARY), grammar_of(wish, VOCABULARY))
@@ -115,7 +123,7 @@ def test_schemas_that_cannot_be_kept_are_refused_by_name(schema: Any, name: str)
         (S(grammar="start: <|unknown|>"), "<|unknown|>"),
         (S(structural_tag="[]"), "cannot be read"),
         (tag(format={"type": "grammar", "grammar": "x"}), "grammar"),
-        (tag(format={"type": "any_text", "excludes": ["x"]}), "excludes"),
+        (tag(format={"type": "any_text", "excludes": [""]}), "excludes"),
         (tag(structures=[{"begin": "<a>", "schema": {}, "end": ""}], triggers=["<b"]), "<a>"),
         (tag(structures=[], triggers=["<b"]), "at least one tag"),
         (tag(format={"type": "sequence", "elements": []}), "without elements"),

@@ -269,3 +269,15 @@ def test_a_template_gets_content_and_arguments_in_the_form_that_it_takes() -> No
 def test_whether_a_template_shows_tools(source: str, shows: bool) -> None:
     assert ChatTemplate(source).shows_tools is shows
     assert ChatTemplate(source).source == source
+
+
+def test_the_form_of_contents_may_be_given() -> None:
+    source = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    whole = "{{ messages[0].content }}"
+    assert ChatTemplate(source).render(parts) == ChatTemplate(source, content_format="openai").render(parts) == "<a><b>"
+    assert ChatTemplate(whole).render(parts) == "a\nb"
+    assert ChatTemplate(source, content_format="string").render(parts) == "<><><>"  # the letters have no text
+    assert ChatTemplate(whole, content_format="openai").render(parts) == str(parts[0]["content"])
+    with pytest.raises(ValueError, match="chat_template_content_format='x' is unknown; allowed: auto, string, openai"):
+        ChatTemplate(whole, content_format="x")  # type: ignore[arg-type]

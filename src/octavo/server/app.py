@@ -26,6 +26,7 @@ from octavo.server.openai.errors import APIError
 from octavo.server.openai.models import Models
 from octavo.server.openai.responses import Responses
 from octavo.server.openai.scoring import Rerank, Scores
+from octavo.server.openai.stored_responses import StoredResponses
 from octavo.server.openai.tokenize import Detokenize, Tokenize
 from octavo.server.openapi import document
 from octavo.server.statistics_log import log_statistics
@@ -39,17 +40,23 @@ def build_app(context: ServerContext) -> Starlette:
     """
     state = ServerState(context)
     models, probes = Models(state), _Probes(state)
+    chat = ChatCompletions(state)
+    messages, responses = Messages(chat), Responses(chat)
+    stored = StoredResponses(responses.store)
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", Completions(state), methods=["POST"]),
-            Route("/v1/responses", Responses(state), methods=["POST"]),
-            Route("/v1/messages", Messages(state), methods=["POST"]),
-            Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
+            Route("/v1/responses/{response_id}", stored.get, methods=["GET"]),
+            Route("/v1/responses/{response_id}", stored.delete, methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/input_items", stored.input_items, methods=["GET"]),
+            Route("/v1/messages", messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(messages), methods=["POST"]),
             Route("/v1/embeddings", Embeddings(state), methods=["POST"]),
             *(Route(path, Scores(state), methods=["POST"]) for path in ("/v1/score", "/score")),
             *(Route(path, Rerank(state), methods=["POST"]) for path in ("/v1/rerank", "/v2/rerank", "/rerank")),
-            Route("/tokenize", Tokenize(state), methods=["POST"]),
+            Route("/tokenize", Tokenize(chat), methods=["POST"]),
             Route("/detokenize", Detokenize(state), methods=["POST"]),
             Route("/v1/models", models.list_all, methods=["GET"]),
             Route("/v1/models/{model:path}", models.get, methods=["GET"]),

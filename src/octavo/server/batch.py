@@ -61,12 +61,13 @@ class Batch:
     def __init__(self, state: ServerState, given_up: asyncio.Event) -> None:
         self._state = state
         self._given_up = given_up
+        chat = ChatCompletions(state)
         self._endpoints: dict[str, ASGIApp] = {
-            "/v1/chat/completions": ChatCompletions(state),
+            "/v1/chat/completions": chat,
             "/v1/completions": Completions(state),
             "/v1/embeddings": Embeddings(state),
             "/v1/rerank": Rerank(state),
-            "/v1/responses": Responses(state),
+            "/v1/responses": Responses(chat),
             "/v1/score": Scores(state),
         }
         # Enough to keep every place of the engine taken, and few enough to hold.

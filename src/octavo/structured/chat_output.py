@@ -6,7 +6,7 @@ from octavo.structured.events import ContentText, Event, OutputParser
 from octavo.structured.harmony import HarmonyParser
 from octavo.structured.reasoning.registry import REASONING_PARSERS
 from octavo.structured.tools.base import Functions
-from octavo.structured.tools.registry import TOOL_PARSERS
+from octavo.structured.tools.registry import STRICT_PARSERS, TOOL_PARSERS
 
 
 class _Chain:
@@ -32,14 +32,15 @@ class _Chain:
 
 
 def output_parser(
-    tool_parser: str | None, reasoning_parser: str | None, functions: Functions, prompt: str
+    tool_parser: str | None, reasoning_parser: str | None, functions: Functions, prompt: str, strict: bool = False
 ) -> OutputParser | None:
     """The parser for one output that follows `prompt`; None where nothing is to be parsed.
 
     tool_parser, reasoning_parser: names in the registries; harmony is parsed once for both.
-    functions: those that may be called.
+    functions: those that may be called. strict: the output was held to `tools.strict.strict_calls_tag`.
     """
-    tools = None if tool_parser is None else TOOL_PARSERS[tool_parser](functions)
+    parsers = STRICT_PARSERS if strict else TOOL_PARSERS
+    tools = None if tool_parser is None else parsers[tool_parser](functions)
     if reasoning_parser is None or isinstance(tools, HarmonyParser):
         return tools
     reasoning = REASONING_PARSERS[reasoning_parser](prompt)

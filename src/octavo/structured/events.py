@@ -75,13 +75,25 @@ class ParsedOutput(msgspec.Struct):
     calls: list[ParsedCall]
 
 
+def settled(events: list[Event]) -> list[Event]:
+    """All events of an output as if it had been known from the start which calls break off: these are content."""
+    broken = {event.index for event in events if isinstance(event, ToolCallBroken)}
+    found: list[Event] = []
+    for event in events:
+        if isinstance(event, ToolCallBroken):
+            found.append(ContentText(event.text))
+        elif not (isinstance(event, (ToolCallBegun, ArgumentsText)) and event.index in broken):
+            found.append(event)
+    return found
+
+
 def collect(events: list[Event]) -> ParsedOutput:
     """The whole that the events are parts of."""
     content: list[str] = []
     reasoning: list[str] = []
     begun: dict[int, ToolCallBegun] = {}
     arguments: dict[int, list[str]] = {}
-    for event in events:
+    for event in settled(events):
         match event:
             case ContentText(text):
                 content.append(text)
@@ -91,8 +103,5 @@ def collect(events: list[Event]) -> ParsedOutput:
                 begun[index], arguments[index] = event, []
             case ArgumentsText(index, text):
                 arguments[index].append(text)
-            case ToolCallBroken(index, text):
-                del begun[index]
-                content.append(text)
     calls = [ParsedCall(call.id, call.name, "".join(arguments[index])) for index, call in begun.items()]
     return ParsedOutput("".join(content), "".join(reasoning), calls)

@@ -31,7 +31,9 @@ class Regex(msgspec.Struct, tag="regex", forbid_unknown_fields=True):
 
 
 class AnyText(msgspec.Struct, tag="any_text", forbid_unknown_fields=True):
-    pass
+    """excludes: what the text may not contain."""
+
+    excludes: list[str] = []
 
 
 class Sequence(msgspec.Struct, tag="sequence", forbid_unknown_fields=True):
@@ -122,7 +124,7 @@ class _Writer:
         if isinstance(wish, Regex):
             return f"/{llguidance.regex_to_lark(wish.pattern)}/"
         if isinstance(wish, AnyText):
-            return _ANY_TEXT
+            return self._text(wish)
         if isinstance(wish, (Sequence, Or)):
             if not wish.elements:
                 raise ValueError("the structural tag has a sequence or an 'or' without elements")
@@ -135,6 +137,17 @@ class _Writer:
     def _rule(self, body: str, attributes: str = "") -> str:
         name = f"r{len(self.rules)}"
         self.rules.append(f"{name}{attributes}: {body}")
+        return name
+
+    def _text(self, wish: AnyText) -> str:
+        """Free text, as a terminal where it excludes something."""
+        if not wish.excludes:
+            return _ANY_TEXT
+        if not all(wish.excludes):
+            raise ValueError("the structural tag's any_text excludes an empty string")
+        name = f"TEXT{len(self.rules)}"
+        excluded = " | ".join(json.dumps(text, ensure_ascii=False) for text in wish.excludes)
+        self.rules.append(f"{name}: {_ANY_TEXT} & ~({_ANY_TEXT} ({excluded}) {_ANY_TEXT})")
         return name
 
     def _literal(self, text: str) -> str:
@@ -152,10 +165,10 @@ class _Writer:
         if not isinstance(tag.content, AnyText):
             return f"{opening} {self._rule(self.expression(tag.content))} {self._literal(tag.end)}"
         if not tag.end or self._split.fullmatch(tag.end):
-            return f"{opening} {self._rule(_ANY_TEXT)} {self._literal(tag.end)}"
+            return f"{opening} {self._rule(self._text(tag.content))} {self._literal(tag.end)}"
         if self._split.search(tag.end):
             raise ValueError(f"the structural tag's end {tag.end!r} mixes text and special tokens after any_text")
-        return f"{opening} {self._rule(f'{_ANY_TEXT} {self._literal(tag.end)}', '[lazy]')}"
+        return f"{opening} {self._rule(f'{self._text(tag.content)} {self._literal(tag.end)}', '[lazy]')}"
 
     def _triggered(self, wish: TriggeredTags) -> str:
         if not wish.tags or not wish.triggers or not all(wish.triggers):

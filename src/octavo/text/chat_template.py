@@ -5,23 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from octavo.text.described_tools import with_described_tools
 from octavo.text.tokenizer import Tokenizer
 
 MAX_RENDERED_CHARACTERS = 2**24
 
+_PROBE = "\ue0f2"  # shows whether a message comes through the template
 # Stands at the end of the last message to find where it ends in the rendered text. Its trailing space shows
 # whether the template trims messages.
 _END_MARK = "\ue0f1OCTAVO_END_OF_FINAL_MESSAGE\ue0f1 "
 
 Message = Mapping[str, Any]
+ContentFormat = Literal["auto", "string", "openai"]
+
+# Variables of templates that callers may not set by name: arguments of `render` do, or the renderer itself has them.
+RESERVED_VARIABLES = frozenset(
+    {
+        *("self", "conversation", "messages", "tools", "documents", "tokenize", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "bos_token", "eos_token"),
+    }
+)
 
 
 def load_chat_template(path: Path | str) -> str:
@@ -37,11 +49,22 @@ def load_chat_template(path: Path | str) -> str:
 class ChatTemplate:
     """A compiled template. Rendering is safe from several threads at once.
 
-    source: its text. shows_tools: whether it does anything with the tools of a request.
+    source: its text. shows_tools: whether it does anything with the tools of a request; where it does not, they are
+    described in words (`described_tools`).
     """
 
-    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
-        """Raises ValueError with the line of a syntax error."""
+    def __init__(
+        self,
+        source: str,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        content_format: ContentFormat = "auto",
+    ) -> None:
+        """content_format: how the template takes contents: "string", "openai" for lists of parts, or "auto" for what
+        its source shows. Raises ValueError for another one, and with the line of a syntax error."""
+        if content_format not in get_args(ContentFormat):
+            allowed = ", ".join(get_args(ContentFormat))
+            raise ValueError(f"chat_template_content_format={content_format!r} is unknown; allowed: {allowed}")
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
         environment = _environment()
@@ -50,20 +73,25 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has an error in line {error.lineno}: {error.message}") from error
-        self._takes_parts = _loops_over_content(tree)
+        detected = _loops_over_content(tree)
+        self._takes_parts = detected if content_format == "auto" else content_format == "openai"
         self._takes_none = any(t.name == "none" and _is_content(t.node, {"content"}) for t in tree.find_all(nodes.Test))
         self._takes_argument_text = _adds_to_arguments(tree)
         self.source = source
         self.shows_tools = any(name.name == "tools" for name in tree.find_all(nodes.Name))
-        self._takes_strings = not self._takes_parts or any(t.name == "string" for t in tree.find_all(nodes.Test))
+        tests_for_strings = any(t.name == "string" for t in tree.find_all(nodes.Test))
+        self._takes_strings = not self._takes_parts or (content_format == "auto" and tests_for_strings)
+        self._shows_calls = _names_tool_calls(tree)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
+    def of(
+        cls, tokenizer: Tokenizer, source: str | None = None, content_format: ContentFormat = "auto"
+    ) -> ChatTemplate:
         """The tokenizer's own template, or `source` in its place. Raises ValueError when there is neither."""
         source = source if source is not None else tokenizer.chat_template
         if source is None:
             raise ValueError("the model has no chat template; give one with --chat-template FILE")
-        return cls(source, tokenizer.bos_token, tokenizer.eos_token)
+        return cls(source, tokenizer.bos_token, tokenizer.eos_token, content_format)
 
     def render(
         self,
@@ -80,6 +108,9 @@ class ChatTemplate:
         kwargs: further variables of the template. Raises ValueError in the template's words where it refuses,
         and for messages of the wrong form or a text longer than MAX_RENDERED_CHARACTERS.
         """
+        if not self.shows_tools and (tools or not self._shows_calls):
+            messages = [_object(message) for message in messages]
+            messages = with_described_tools(messages, tools, takes_system=bool(tools) and self._takes_system)
         conversation = [self._message(message) for message in messages]
         if not conversation:
             raise ValueError("messages is empty")
@@ -90,6 +121,16 @@ class ChatTemplate:
         variables = {"documents": None, **self._tokens, **kwargs, "messages": conversation, "tools": tools}
         text = self._run({**variables, "add_generation_prompt": add_generation_prompt})
         return _cut_at_mark(text) if continue_final_message else text
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template takes a system message, and leaves nothing of it out."""
+        roles = ("system", "user")
+        try:
+            text = self.render([{"role": role, "content": _PROBE + role} for role in roles])
+        except ValueError:
+            return False
+        return all(_PROBE + role in text for role in roles)
 
     def _run(self, variables: dict[str, Any]) -> str:
         pieces, size = [], 0
@@ -104,9 +145,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _message(self, message: Message) -> dict[str, Any]:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message is not an object with a role: {str(message)[:100]!r}")
-        result = dict(message)
+        result = dict(_object(message))
         if "content" in message and not (message["content"] is None and self._takes_none):
             result["content"] = self._content(message["content"])
         if message.get("tool_calls") and not self._takes_argument_text:
@@ -120,6 +159,12 @@ class ChatTemplate:
             raise ValueError("a message's content is neither a string nor a list of parts")
         parts = [{"type": "text", "text": _part_text(part)} for part in content or ()]
         return parts if self._takes_parts else "\n".join(part["text"] for part in parts)
+
+
+def _object(message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"a message is not an object with a role: {str(message)[:100]!r}")
+    return message
 
 
 def _part_text(part: object) -> str:
@@ -209,6 +254,12 @@ def _loops_over_content(tree: nodes.Template) -> bool:
         if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
             names.add(assign.target.name)
     return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _names_tool_calls(tree: nodes.Template) -> bool:
+    """Whether the template looks at the calls of a message."""
+    constants = (constant.value for constant in tree.find_all(nodes.Const))
+    return any(a.attr == "tool_calls" for a in tree.find_all(nodes.Getattr)) or "tool_calls" in constants
 
 
 def _adds_to_arguments(tree: nodes.Template) -> bool:

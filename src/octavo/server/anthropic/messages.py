@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -11,14 +12,17 @@ from octavo.server.anthropic.errors import MessagesError, as_messages_error
 from octavo.server.anthropic.schema import (
     SHARED,
     AnswerBlock,
+    AnswerText,
+    AnswerThinking,
+    AnswerToolUse,
     CountBody,
     MessageAnswer,
     MessagesBody,
     MessageUsage,
     TokenCount,
-    as_chat,
 )
-from octavo.server.context import ServerState
+from octavo.server.anthropic.translation import as_chat
+from octavo.server.openai.blocks import Block, Blocks, Change
 from octavo.server.openai.conversation import ConversationEndpoint
 from octavo.server.openai.decode import Ignored, decode
 from octavo.server.openai.errors import APIError
@@ -28,34 +32,54 @@ from octavo.server.openai.schema import ChatBody
 from octavo.server.openai.sse import Frames
 from octavo.text.generation import Delta
 
+B = TypeVar("B", bound=CountBody)
+
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+_BUILT_IN = re.compile(r"tools\[\d+\]\.type")
 
 
 class Messages(ConversationEndpoint[ChatBody]):
     """The endpoint. Raises MessagesError inside."""
 
     body_type = ChatBody
-    names: ClassVar[dict[str, str]] = {"prompt": "messages", "stop": "stop_sequences"}
+    names: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"messages.*", "messages"),
+        (r"stop", "stop_sequences"),
+        (r"response_format(\.json_schema)?", "output_config.format"),
+        (r"(tools\[\d+\])\.function", r"\1"),
+        (r"tool_choice\.function", "tool_choice"),
+    )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with as_messages_error():
             await super().__call__(scope, receive, send)
 
     def read(self, raw: bytes, ignored: Ignored) -> ChatBody:
-        body = decode(raw, MessagesBody, ignored)
-        shared = {name: getattr(body, name) for name in SHARED if name != "model"}
-        return as_chat(body, **shared, stop=body.stop_sequences)
+        body = decode_body(raw, MessagesBody, ignored)
+        shared = {name: getattr(body, name) for name in SHARED}
+        return self.as_chat(body, **shared, stop=body.stop_sequences)
 
-    def answer(self, body: ChatBody, run: Run, request_id: str) -> MessageAnswer:  # noqa: ARG002
-        return self.message(run, request_id, [AnswerBlock(run.choices[0].generation.text)])
+    def as_chat(self, body: CountBody, **fields: Any) -> ChatBody:
+        """Raises APIError 400."""
+        return as_chat(body, self.context.options.reasoning_parser is not None, **fields)
 
-    def frames(self, body: ChatBody, run: Run, request_id: str) -> MessageFrames:  # noqa: ARG002
-        return MessageFrames(self, run, request_id)
+    def answer(self, body: ChatBody, run: Run, request_id: str) -> MessageAnswer:
+        blocks = self.blocks(body, run)
+        blocks.read(run.choices[0].generation.text)
+        return self.message(run, request_id, blocks)
 
-    def message(self, run: Run, request_id: str, content: list[AnswerBlock]) -> MessageAnswer:
+    def frames(self, body: ChatBody, run: Run, request_id: str) -> MessageFrames:
+        return MessageFrames(self, self.blocks(body, run), run, request_id)
+
+    def blocks(self, body: ChatBody, run: Run) -> Blocks:
+        """What the run's output is to be read into."""
+        return Blocks(self.chat.tool_calling.format(body).parser(run.choices[0].prompt), body)
+
+    def message(self, run: Run, request_id: str, blocks: Blocks) -> MessageAnswer:
         """The message as it now stands."""
-        reason, sequence = stop_of(run.choices[0])
+        reason, sequence = stop_of(run.choices[0], blocks)
         name = self.context.served_model_names[0]
+        content = [answer_block(block) for block in blocks.row]
         return MessageAnswer(f"msg_{request_id}", name, content, reason, sequence, usage_of(run))
 
 
@@ -64,26 +88,44 @@ class CountTokens(JsonEndpoint[CountBody]):
 
     body_type = CountBody
 
-    def __init__(self, state: ServerState) -> None:
-        super().__init__(state)
-        self._messages = Messages(state)
+    def __init__(self, messages: Messages) -> None:
+        super().__init__(messages.state)
+        self._messages = messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with as_messages_error():
             await super().__call__(scope, receive, send)
 
     async def answer(self, body: CountBody) -> TokenCount:
-        _, ids = await self._messages.prompt_of(as_chat(body))
-        return TokenCount(len(ids))
+        return TokenCount(await self._messages.num_prompt_tokens(self._messages.as_chat(body)))
 
 
-def stop_of(choice: Choice) -> tuple[str | None, str | None]:
+def decode_body(raw: bytes, kind: type[B], ignored: Ignored) -> B:
+    """See `decode`."""
+    try:
+        return decode(raw, kind, ignored)
+    except APIError as error:
+        if error.param is not None and _BUILT_IN.fullmatch(error.param):
+            error.message += "; allowed: custom (the server has no tools of its own)"
+        raise
+
+
+def answer_block(block: Block) -> AnswerBlock:
+    """The block as a whole answer has it."""
+    if block.kind == "call":
+        return AnswerToolUse(block.call_id, block.name, msgspec.Raw(block.text.encode()))
+    return AnswerThinking(block.text) if block.kind == "reasoning" else AnswerText(block.text)
+
+
+def stop_of(choice: Choice, blocks: Blocks) -> tuple[str | None, str | None]:
     """stop_reason and stop_sequence; of a choice that is not finished, neither."""
     generation = choice.generation
     if generation.finish_reason is None:
         return None, None
     if isinstance(generation.stop_reason, str):
         return "stop_sequence", generation.stop_reason
+    if blocks.calls and generation.finish_reason == "stop":
+        return "tool_use", None
     return _STOP_REASONS[generation.finish_reason], None
 
 
@@ -99,8 +141,9 @@ class MessageFrames(Frames):
 
     done = b""
 
-    def __init__(self, endpoint: Messages, run: Run, request_id: str) -> None:
+    def __init__(self, endpoint: Messages, blocks: Blocks, run: Run, request_id: str) -> None:
         self._endpoint = endpoint
+        self._blocks = blocks
         self._run = run
         self._request_id = request_id
         self._opened = False
@@ -111,16 +154,11 @@ class MessageFrames(Frames):
         if not self._opened:
             self._opened = True
             events = self._opening()
-        if delta.text:
-            text = {"type": "text_delta", "text": delta.text}
-            events += _event("content_block_delta", index=0, delta=text)
-        if delta.finish_reason is not None:
-            events += _event("content_block_stop", index=0)
-        return events
+        return events + b"".join([_changed(change) for change in self._blocks.push(delta)])
 
     def last(self) -> bytes:
         """See Frames.last."""
-        reason, sequence = stop_of(self._run.choices[0])
+        reason, sequence = stop_of(self._run.choices[0], self._blocks)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         return _event("message_delta", delta=delta, usage=usage_of(self._run)) + _event("message_stop")
 
@@ -130,12 +168,31 @@ class MessageFrames(Frames):
 
     def _opening(self) -> bytes:
         """The message as it begins: nothing of it is there yet, though its first tokens may have come already."""
-        message = msgspec.structs.replace(
-            self._endpoint.message(self._run, self._request_id, []), stop_reason=None, stop_sequence=None
-        )
-        return _event("message_start", message=message) + _event(
-            "content_block_start", index=0, content_block=AnswerBlock("")
-        )
+        message = self._endpoint.message(self._run, self._request_id, self._blocks)
+        message = msgspec.structs.replace(message, content=[], stop_reason=None, stop_sequence=None)
+        return _event("message_start", message=message)
+
+
+_EMPTY_INPUT = msgspec.Raw(b"{}")
+# The delta of each kind of block: its type, and the name of its text.
+_DELTAS = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "call": ("input_json_delta", "partial_json"),
+}
+
+
+def _changed(change: Change) -> bytes:
+    block = change.block
+    if change.what == "grew":
+        kind, name = _DELTAS[block.kind]
+        return _event("content_block_delta", index=block.index, delta={"type": kind, name: change.text})
+    if change.what == "closed":
+        return _event("content_block_stop", index=block.index)
+    empty: AnswerBlock = AnswerThinking("") if block.kind == "reasoning" else AnswerText("")
+    if block.kind == "call":
+        empty = AnswerToolUse(block.call_id, block.name, _EMPTY_INPUT)
+    return _event("content_block_start", index=block.index, content_block=empty)
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -1,14 +1,13 @@
-"""Bodies and answers of POST /v1/messages and /v1/messages/count_tokens (Anthropic's Messages API), text only."""
+"""Bodies and answers of POST /v1/messages and /v1/messages/count_tokens (Anthropic's Messages API): text and tools."""
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from octavo.server.openai.schema import ChatBody, Label, Message, Salt, TextPart
+from octavo.server.openai.schema import ChatBody, FunctionName, Label, Salt
 
 
 class CacheControl(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -18,20 +17,53 @@ class CacheControl(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ttl: Literal["5m", "1h"] | None = None
 
 
-class TextBlock(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    type: Literal["text"]
+class TextBlock(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="text", tag_field="type"):
     text: str
     cache_control: CacheControl | None = None
     citations: Annotated[list[Any], Meta(max_length=0)] | None = None  # as clients send an answer's block back
 
 
-Content = str | Annotated[list[TextBlock], Meta(min_length=1)]
+class ToolUse(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="tool_use", tag_field="type"):
+    """A call that the assistant made. The null-only fields are what clients send of an answer's block."""
+
+    id: Label
+    name: FunctionName
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: None = None
+    toolset_name: None = None
+
+
+class ToolResult(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="tool_result", tag_field="type"):
+    """What the call with the id `tool_use_id` gave; null is an empty text. is_error: the model reads it behind
+    "Error: "."""
+
+    tool_use_id: Label
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+    toolset_name: None = None
+
+
+class Thinking(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="thinking", tag_field="type"):
+    """The assistant's reasoning. signature: as this server's answers have it, which is empty."""
+
+    thinking: str
+    signature: Literal[""] = ""
+
+
+SystemContent = str | Annotated[list[TextBlock], Meta(min_length=1)]
+Block = TextBlock | ToolUse | ToolResult | Thinking
+Content = str | Annotated[list[Block], Meta(min_length=1)]
+
+
+Role = Literal["user", "assistant", "system"]
 
 
 class Turn(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One message. Neighbours of one role are one turn."""
 
-    role: Literal["user", "assistant", "system"]
+    role: Role
     content: Content
 
 
@@ -41,8 +73,67 @@ class RequestMetadata(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     user_id: Label | None = None
 
 
+class MessageTool(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A function that the model may call. input_schema: the JSON schema of its input. strict: true holds calls to it.
+    eager_input_streaming: null or true; inputs always come as they are written."""
+
+    name: FunctionName
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+    eager_input_streaming: Literal[True] | None = None
+
+
+class AutoChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="auto", tag_field="type"):
+    disable_parallel_tool_use: bool = False
+
+
+class AnyChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="any", tag_field="type"):
+    """At least one call, of any tool."""
+
+    disable_parallel_tool_use: bool = False
+
+
+class ToolChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="tool", tag_field="type"):
+    """One call of the tool of that name."""
+
+    name: FunctionName
+    disable_parallel_tool_use: bool = False
+
+
+class NoChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="none", tag_field="type"):
+    """No call; the tools are shown nevertheless."""
+
+
+class ThinkingOff(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="disabled", tag_field="type"):
+    """Leaves reasoning out of the answer, on a server that can tell it from the text."""
+
+
+class ThinkingAdaptive(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="adaptive", tag_field="type"):
+    """The model thinks as it likes, and the answer has its thoughts, on a server that can tell them from the text."""
+
+    display: Literal["summarized"] | None = None
+
+
+class OutputFormat(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The text is JSON that follows `schema`."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """effort: null only."""
+
+    format: OutputFormat | None = None
+    effort: None = None
+
+
 class CountBody(msgspec.Struct, kw_only=True, frozen=True):
-    """POST /v1/messages/count_tokens."""
+    """POST /v1/messages/count_tokens. tools: at most 128; tool_choice: null is "auto". thinking: null shows what the
+    server tells from the text."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "container": (),
@@ -50,18 +141,20 @@ class CountBody(msgspec.Struct, kw_only=True, frozen=True):
         "diagnostics": (),
         "inference_geo": (),
         "mcp_servers": ([],),
-        "output_config": (),
         "output_format": (),
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
-        "thinking": ({"type": "disabled"},),
-        "tool_choice": ({"type": "auto"}, {"type": "none"}),
-        "tools": ([],),
+        "user_profile_id": (),
+        "workspace_id": (),
     }
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1)]
-    system: Content | None = None
+    system: SystemContent | None = None
+    tools: Annotated[list[MessageTool], Meta(max_length=128)] | None = None
+    tool_choice: AutoChoice | AnyChoice | ToolChoice | NoChoice | None = None
+    thinking: ThinkingOff | ThinkingAdaptive | None = None
+    output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -88,47 +181,34 @@ class MessagesBody(CountBody, kw_only=True, frozen=True):
 SHARED = tuple(
     name
     for name in MessagesBody.__struct_fields__
-    if name in ChatBody.__struct_fields__ and name not in ("messages", "metadata", "chat_template_kwargs")
+    if name in ChatBody.__struct_fields__
+    and name not in ("model", "messages", "metadata", "tools", "tool_choice", "chat_template_kwargs")
 )
-
-
-def as_chat(body: CountBody, **fields: Any) -> ChatBody:
-    """The body as a chat. A last turn of the assistant's is continued."""
-    messages = [] if body.system is None else [Message("system", _content(body.system))]
-    for role, turns in groupby(body.messages, key=lambda turn: turn.role):
-        several = list(turns)
-        if len(several) == 1:
-            messages.append(Message(role, _content(several[0].content)))
-        else:
-            messages.append(Message(role, [part for turn in several for part in _parts(turn.content)]))
-    continues = body.messages[-1].role == "assistant"
-    return ChatBody(
-        model=body.model,
-        messages=messages,
-        continue_final_message=continues,
-        add_generation_prompt=not continues,
-        chat_template_kwargs=body.chat_template_kwargs,
-        **fields,
-    )
-
-
-def _content(content: Content) -> str | list[TextPart]:
-    return content if isinstance(content, str) else _parts(content)
-
-
-def _parts(content: Content) -> list[TextPart]:
-    if isinstance(content, str):
-        return [TextPart("text", content)]
-    return [TextPart("text", block.text) for block in content]
 
 
 class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
-class AnswerBlock(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
+class AnswerText(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
     text: str
     citations: None = None
+
+
+class AnswerToolUse(msgspec.Struct, frozen=True, tag="tool_use", tag_field="type"):
+    """input: a JSON object."""
+
+    id: str
+    name: str
+    input: msgspec.Raw
+
+
+class AnswerThinking(msgspec.Struct, frozen=True, tag="thinking", tag_field="type"):
+    thinking: str
+    signature: str = ""
+
+
+AnswerBlock = AnswerText | AnswerToolUse | AnswerThinking
 
 
 class MessageUsage(msgspec.Struct, frozen=True):

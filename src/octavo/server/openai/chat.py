@@ -27,14 +27,8 @@ from octavo.server.openai.schema import ChatBody, Message
 from octavo.server.openai.sse import EventEncoder, Frames
 from octavo.server.openai.structured import Wish
 from octavo.server.openai.tools import OutputFormat, ToolCalling
+from octavo.text.chat_template import RESERVED_VARIABLES
 from octavo.text.generation import Delta
-
-# Template variables that the request's own fields set, or that name the renderer's own arguments.
-_RESERVED_KWARGS = {
-    *("self", "conversation", "messages", "tools", "documents", "tokenize", "chat_template"),
-    *("add_generation_prompt", "continue_final_message", "bos_token", "eos_token"),
-}
-
 
 _PLAIN_TAIL = b'},"finish_reason":null}'  # of a ChunkChoice that has only text
 
@@ -83,25 +77,34 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         return 1
 
     def wish(self, body: ChatBody) -> Wish | None:
-        _check_messages(body.messages)
-        if self.context.chat_template is not None:
-            self.tool_calling.check(body)
+        self.check(body)
         return self.tool_calling.wish(body)
 
     async def prepare(self, body: ChatBody, run: Run) -> None:
         max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
         params = self._params(body, names, run.wish)
-        text = await self._render(body)
-        ids = await self.encode(text, bool(body.add_special_tokens), "messages")
+        text, ids = await self.prompt_of(body)
         ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
         run.add(text, ids, params, names)
 
+    async def prompt_of(self, body: ChatBody) -> tuple[str, list[int]]:
+        """Text and token ids of the prompt, for a body that `wish` or `check` has seen. Raises APIError 400."""
+        text = await self._render(body)
+        return text, await self.encode(text, bool(body.add_special_tokens), "messages")
+
+    def check(self, body: ChatBody) -> None:
+        """Refuse what cannot be rendered. Raises APIError 400."""
+        _check_messages(body.messages)
+        if self.context.chat_template is not None:
+            self.tool_calling.check(body)
+
     def answer(self, body: ChatBody, run: Run, request_id: str) -> ChatCompletion:
         answered = run.answered
         first = answered[0]
+        output_format = self.tool_calling.format(body)
         prompt_logprobs = first.generation.prompt_logprobs
         return ChatCompletion(
             id=f"chatcmpl-{request_id}",
@@ -109,7 +112,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             created=int(time.time()),
             model=self.context.served_model_names[0],
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(body, choice, self.tool_calling.format(body)) for choice in answered],
+            choices=[self._choice(body, choice, output_format) for choice in answered],
             usage=run.usage(),
             prompt_logprobs=None if prompt_logprobs is None else self.formatter.prompt(prompt_logprobs),
             prompt_token_ids=first.request.prompt_token_ids if body.return_token_ids else None,
@@ -117,11 +120,6 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
 
     def frames(self, body: ChatBody, run: Run, request_id: str) -> ChatFrames:
         return ChatFrames(self, body, run, request_id)
-
-    async def prompt_text(self, body: ChatBody) -> str:
-        """The conversation as the template renders it, for other routes. Raises APIError 400."""
-        _check_messages(body.messages)
-        return await self._render(body)
 
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs and not body.logprobs:
@@ -139,7 +137,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             raise invalid("the model has no chat template; start the server with --chat-template FILE", "messages")
         kwargs = body.chat_template_kwargs or {}
         for key in kwargs:
-            if key in _RESERVED_KWARGS:
+            if key in RESERVED_VARIABLES:
                 raise invalid(f"{key!r} is reserved: the request's own fields set it", f"chat_template_kwargs.{key}")
         continues = bool(body.continue_final_message)
         opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt

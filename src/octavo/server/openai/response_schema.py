@@ -1,4 +1,4 @@
-"""Body and answer of POST /v1/responses (OpenAI's Responses API), text only."""
+"""Body and answers of /v1/responses (OpenAI's Responses API), text only."""
 
 from __future__ import annotations
 
@@ -7,39 +7,60 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.server.openai.schema import ChatBody, Label, Message, Metadata, Salt, TextPart
+from octavo.server.openai.response_input import InputItem
+from octavo.server.openai.schema import ChatBody, FunctionName, Label, Message, Metadata, Salt
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
-_Nothing = Annotated[list[Any], Meta(max_length=0)]
 
 
-class InputPart(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One part of a message. annotations and logprobs are what clients send back of an answer, which has none."""
+class FunctionTool(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """A function that the model may call. parameters: a JSON schema. strict: true holds calls to it; null is false."""
 
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: _Nothing | None = None
-    logprobs: _Nothing | None = None
+    type: Literal["function"]
+    name: FunctionName
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
 
 
-class InputMessage(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One item of the input. id and status are what clients send back of an answer's item."""
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """tool_choice for one function alone."""
 
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[InputPart], Meta(min_length=1)]
-    type: Literal["message"] = "message"
-    id: Label | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: None = None
+    type: Literal["function"]
+    name: FunctionName
 
-    def as_message(self) -> Message:
-        if isinstance(self.content, str):
-            return Message(self.role, self.content)
-        return Message(self.role, [TextPart("text", part.text) for part in self.content])
+
+class TextFormat(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True, frozen=True):
+    """No constraint."""
+
+
+class JsonObjectFormat(msgspec.Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True, frozen=True):
+    """Any JSON object."""
+
+
+class JsonSchemaFormat(
+    msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True, frozen=True, omit_defaults=True
+):
+    """The schema binds whatever `strict` says. name, description: labels, which change nothing."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the text must be. verbosity: medium, or null, asks for nothing."""
+
+    format: TextFormat | JsonObjectFormat | JsonSchemaFormat = TextFormat()
+    verbosity: Literal["medium"] | None = None
 
 
 class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
-    """store: null is true where the server can. The last fields are not OpenAI's: what the other routes take too."""
+    """store: null is true where the server can. tools: at most 128 functions; tool_choice: null is "auto".
+    parallel_tool_calls: false keeps the first call of an answer only. text: see TextConfig; null is plain text.
+    The last fields are not OpenAI's: what the other routes take too.
+    """
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "background": (False,),
@@ -55,15 +76,12 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
         "reasoning": (),
         "service_tier": ("auto", "default"),
         "stream_options": ({"include_obfuscation": False},),
-        "text": ({"format": {"type": "text"}},),
-        "tool_choice": ("auto", "none"),
-        "tools": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
 
     model: str
-    input: str | Annotated[list[InputMessage], Meta(min_length=1)]
+    input: str | Annotated[list[InputItem], Meta(min_length=1)]
     instructions: str | None = None
     previous_response_id: Label | None = None
     max_output_tokens: int | None = None
@@ -71,7 +89,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
     top_p: float | None = None
     store: bool | None = None
     stream: bool | None = None
-    parallel_tool_calls: bool | None = None  # says how to call tools, and there are none
+    tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
     metadata: Metadata | None = None
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -89,16 +110,22 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-# Fields that a chat has too, under the same name.
-SHARED = tuple(name for name in ResponsesBody.__struct_fields__ if name in ChatBody.__struct_fields__)
+# Fields that a chat has too, under the same name and with the same meaning.
+SHARED = tuple(
+    name
+    for name in ResponsesBody.__struct_fields__
+    if name in ChatBody.__struct_fields__ and name not in ("tools", "tool_choice")
+)
 
 
 class ResponseRequest(ChatBody, kw_only=True, frozen=True):
-    """A ResponsesBody as the chat it is, with its own `source`. conversation: what is stored, without the answer."""
+    """A ResponsesBody as the chat it is, with its own `source`. conversation: what is stored, without the answer;
+    items: what the source's input adds to it."""
 
     source: ResponsesBody
     response_id: str
     conversation: list[Message]
+    items: list[InputItem]
     stores: bool
 
 
@@ -115,12 +142,36 @@ class OutputMessage(msgspec.Struct, frozen=True, tag="message", tag_field="type"
     role: Literal["assistant"] = "assistant"
 
 
+class FunctionCallItem(msgspec.Struct, frozen=True, tag="function_call", tag_field="type"):
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
+
+
+class ReasoningPart(msgspec.Struct, frozen=True, tag="reasoning_text", tag_field="type"):
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, frozen=True, tag="reasoning", tag_field="type"):
+    id: str
+    content: list[ReasoningPart]
+    status: Status
+    summary: list[Any] = []
+
+
+OutputItem = OutputMessage | FunctionCallItem | ReasoningItem
+
+
 class InputTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    reasoning_tokens: int = 0
+    """reasoning_tokens: of the text of the reasoning, without its marks."""
+
+    reasoning_tokens: int
 
 
 class ResponseUsage(msgspec.Struct, frozen=True):
@@ -140,14 +191,6 @@ class IncompleteDetails(msgspec.Struct, frozen=True):
     reason: Literal["max_output_tokens"]
 
 
-class TextFormat(msgspec.Struct, frozen=True):
-    type: Literal["text"] = "text"
-
-
-class TextConfig(msgspec.Struct, frozen=True):
-    format: TextFormat = TextFormat()
-
-
 class Response(msgspec.Struct, frozen=True, kw_only=True):
     """The answer, and what events carry of it on the way. Times are Unix seconds."""
 
@@ -156,7 +199,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     status: Status
     model: str
-    output: list[OutputMessage] = []
+    output: list[OutputItem] = []
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
@@ -173,8 +216,24 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     usage: ResponseUsage | None = None
     background: bool = False
     service_tier: str = "default"
-    text: TextConfig = TextConfig()
-    tool_choice: str = "auto"
-    tools: list[Any] = []
+    text: TextConfig
+    tool_choice: str | NamedFunction
+    tools: list[FunctionTool]
     top_logprobs: int = 0
     truncation: str = "disabled"
+
+
+class InputItemList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of a response's input. The ids are null where there is nothing."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedResponse(msgspec.Struct, frozen=True):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True

@@ -12,20 +12,20 @@ from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.json_endpoint import JsonEndpoint
 from octavo.server.openai.prompts import encode_text
-from octavo.server.openai.schema import ChatBody, Message
+from octavo.server.openai.schema import ChatBody, Message, Tool
 from octavo.text.tokenizer import Tokenizer
 
-_OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True, frozen=True):
-    """Either prompt or messages. add_special_tokens is by default true for a prompt; messages bring their own."""
+    """Either prompt or messages. add_special_tokens is by default true for a prompt; messages bring their own.
+    tools: 1..128 functions that are shown beside the messages."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "chat_template": (),
         "media_io_kwargs": (),
         "mm_processor_kwargs": (),
-        "tools": ([],),
     }
 
     model: str | None = None
@@ -35,6 +35,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=128)] | None = None
     return_token_strs: bool | None = None
 
 
@@ -63,9 +64,9 @@ class Tokenize(JsonEndpoint[TokenizeBody]):
 
     body_type = TokenizeBody
 
-    def __init__(self, state: ServerState) -> None:
-        super().__init__(state)
-        self._chat = ChatCompletions(state)
+    def __init__(self, chat: ChatCompletions) -> None:
+        super().__init__(chat.state)
+        self._chat = chat
 
     async def answer(self, body: TokenizeBody) -> Tokens:
         tokenizer = tokenizer_of(self.state)
@@ -94,9 +95,12 @@ class Tokenize(JsonEndpoint[TokenizeBody]):
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.tools,
+            add_special_tokens=body.add_special_tokens,
         )
-        text = await self._chat.prompt_text(chat)
-        return await self._chat.encode(text, bool(body.add_special_tokens), "messages")
+        self._chat.check(chat)
+        _, ids = await self._chat.prompt_of(chat)
+        return ids
 
 
 class Detokenize(JsonEndpoint[DetokenizeBody]):

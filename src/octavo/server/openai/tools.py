@@ -10,7 +10,7 @@ import msgspec
 from octavo.config import ServerOptions
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.server.openai.errors import invalid
-from octavo.server.openai.schema import ChatBody, NamedToolChoice, Tool
+from octavo.server.openai.schema import ChatBody, NamedToolChoice
 from octavo.server.openai.structured import Wish, wish_of
 from octavo.structured.chat_output import output_parser
 from octavo.structured.events import OutputParser
@@ -19,7 +19,9 @@ from octavo.structured.tools.base import Functions
 from octavo.structured.tools.constrained import NamedCallParser, RequiredCallsParser
 from octavo.structured.tools.registry import detect_tool_parser
 from octavo.structured.tools.schema import named_call_schema, required_calls_schema
+from octavo.structured.tools.strict import strict_calls_tag
 from octavo.text.chat_template import ChatTemplate
+from octavo.text.described_tools import PARSER as DESCRIBED_PARSER
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class OutputFormat:
     """How the outputs of one request are to be parsed. functions: those that may be called.
 
     constrained: the output is held to a schema, so that it is calls and nothing else; of `named` alone, where that is
-    given.
+    given. strict: it may be anything, but calls in it are held to their schemas.
     """
 
     tool_parser: str | None
@@ -35,6 +37,7 @@ class OutputFormat:
     functions: Functions
     constrained: bool = False
     named: str | None = None
+    strict: bool = False
 
     @property
     def needs_special_tokens(self) -> bool:
@@ -47,7 +50,7 @@ class OutputFormat:
             return NamedCallParser(self.functions, self.named)
         if self.constrained:
             return RequiredCallsParser(self.functions)
-        return output_parser(self.tool_parser, self.reasoning_parser, self.functions, prompt)
+        return output_parser(self.tool_parser, self.reasoning_parser, self.functions, prompt, self.strict)
 
 
 class ToolCalling:
@@ -56,32 +59,33 @@ class ToolCalling:
     def __init__(self, options: ServerOptions, template: ChatTemplate | None) -> None:
         """Raises ValueError where tool calls are asked for and cannot be read."""
         self._options = options
-        self._template_shows_tools = template is not None and template.shows_tools
+        self.describes_tools = template is not None and not template.shows_tools
         self._parser: str | None = options.tool_call_parser
-        if self._parser is None and template is not None:
+        if self.describes_tools:
+            if self._parser not in (None, DESCRIBED_PARSER):
+                raise ValueError(
+                    f"tool_call_parser={self._parser!r} needs a chat_template that shows tools to the model; with this "
+                    f"one allowed: {DESCRIBED_PARSER}"
+                )
+            self._parser = DESCRIBED_PARSER
+        elif self._parser is None and template is not None:
             self._parser = detect_tool_parser(template.source)
+        if options.enable_auto_tool_choice and template is None:
+            raise ValueError("enable_auto_tool_choice=True needs a chat_template, and there is none")
         if options.enable_auto_tool_choice and self._parser is None:
             raise ValueError(
                 "enable_auto_tool_choice=True needs a tool_call_parser: the chat template writes calls in no known "
                 "format"
-            )
-        if options.enable_auto_tool_choice and not self._template_shows_tools:
-            raise ValueError(
-                "enable_auto_tool_choice=True needs a chat_template that shows tools to the model; this one does not"
             )
 
     def check(self, body: ChatBody) -> None:
         """Refuse what cannot be done. Raises APIError 400."""
         tools = body.tools or []
         names = [tool.function.name for tool in tools]
-        for index, tool in enumerate(tools):
-            self._check_tool(tool, f"tools[{index}].function", names[:index], _is_constrained(body))
-        if tools and not self._template_shows_tools:
-            raise invalid(
-                "the model's chat template does not show tools to the model; start the server with --chat-template "
-                "FILE for one that does",
-                "tools",
-            )
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                at = f"tools[{index}].function.name"
+                raise invalid(f"{at}={name!r} is there twice; each name may be once", at)
         self._check_choice(body, names)
         if body.include_reasoning is False and self._options.reasoning_parser is None:
             raise invalid(
@@ -99,42 +103,42 @@ class ToolCalling:
             _functions(body),
             constrained=calls and _is_constrained(body),
             named=body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None,
+            strict=_first_strict(body) is not None,
         )
 
     def wish(self, body: ChatBody) -> Wish | None:
-        """The constraint on the output: that of its calls where they are required, else the body's own.
+        """The constraint on the output: that of its calls where they are required or strict, else the body's own.
 
         For a body that has been checked. Raises APIError 400 for both at once, and for a schema that cannot be.
         """
         own = wish_of(body)
-        if not _is_constrained(body):
+        strict = _first_strict(body)
+        if strict is None and not _is_constrained(body):
             return own
+        path = "tool_choice" if strict is None else f"tools[{strict}].function.strict"
         if own is not None:
-            raise invalid(f"tool_choice and {own.path} exclude each other: a request has one constraint", own.path)
+            raise invalid(f"{path} and {own.path} exclude each other: a request has one constraint", own.path)
         functions = _functions(body)
         try:
+            if strict is not None:
+                assert self._parser is not None
+                names = {tool.function.name for tool in body.tools or () if tool.function.strict}
+                tag = strict_calls_tag(self._parser, functions, names)
+                return Wish(StructuredOutputsParams(structural_tag=tag), "tools")
             if isinstance(body.tool_choice, NamedToolChoice):
                 schema = named_call_schema(functions, body.tool_choice.function.name)
             else:
                 schema = required_calls_schema(functions, body.parallel_tool_calls is not False)
             return Wish(StructuredOutputsParams(json=schema), "tools")
         except ValueError as error:
+            if strict is not None:
+                raise invalid(f"{path}=true: {error}; allowed besides: false", path) from None
             raise invalid(str(error), "tools") from None
 
     def for_template(self, body: ChatBody) -> list[dict[str, Any]] | None:
         """The tools that the prompt is to show, as they came."""
         hidden = body.tool_choice == "none" and self._options.exclude_tools_when_tool_choice_none
         return None if hidden or not body.tools else msgspec.to_builtins(body.tools)
-
-    def _check_tool(self, tool: Tool, at: str, names_before: list[str], constrained: bool) -> None:
-        if tool.function.name in names_before:
-            raise invalid(f"{at}.name={tool.function.name!r} is there twice; each name may be once", f"{at}.name")
-        if tool.function.strict and not constrained:
-            raise invalid(
-                f"{at}.strict=true needs tool_choice required or a named function; allowed besides: false",
-                f"{at}.strict",
-                "unsupported_parameter",
-            )
 
     def _check_choice(self, body: ChatBody, names: list[str]) -> None:
         choice = body.tool_choice
@@ -162,6 +166,13 @@ class ToolCalling:
 def _is_constrained(body: ChatBody) -> bool:
     """Whether calls are required, of any function or of a named one."""
     return body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
+
+
+def _first_strict(body: ChatBody) -> int | None:
+    """The first tool whose calls, where the model chooses to make them, are to follow its schema."""
+    if _is_constrained(body) or body.tool_choice == "none":
+        return None
+    return next((index for index, tool in enumerate(body.tools or ()) if tool.function.strict), None)
 
 
 def _functions(body: ChatBody) -> Functions:

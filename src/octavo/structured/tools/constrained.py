@@ -1,9 +1,11 @@
-"""Outputs that were held to a schema of `schema.py`: required calls, and a named call's arguments."""
+"""Outputs that were held to a schema: required calls and a named call's arguments (`schema.py`), and strict calls as
+Llama 3 writes them (`strict.py`)."""
 
 from __future__ import annotations
 
-from octavo.structured.incremental import Script
+from octavo.structured.incremental import Markers, Script
 from octavo.structured.tools.base import Functions, ToolParser
+from octavo.structured.tools.strict import llama3_opening
 
 
 class RequiredCallsParser(ToolParser):
@@ -34,3 +36,17 @@ class NamedCallParser(ToolParser):
     def _parse(self) -> Script[None]:
         self._settle((yield from self._json_arguments(self._name)))
         yield from self._rest()
+
+
+class StrictLlama3Parser(ToolParser):
+    """What was held to a schema is a call; JSON that only looks like one was not, and is content."""
+
+    def _parse(self) -> Script[None]:
+        names = {llama3_opening(name): name for name in self._functions}
+        openings = Markers(*names)
+        while opening := (yield from self._content_until(openings)):
+            complete = yield from self._json_arguments(names[opening])
+            self._settle(complete and (yield from self._accept("}")))
+            if complete:
+                yield from self._skip(";")
+        self._all_is_read()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from octavo.structured.harmony import HarmonyParser
 from octavo.structured.tools.base import Functions, ToolParser
+from octavo.structured.tools.constrained import StrictLlama3Parser
 from octavo.structured.tools.deepseek_v3 import DeepSeekV3Parser
 from octavo.structured.tools.hermes import HermesParser
 from octavo.structured.tools.llama3_json import Llama3JsonParser
@@ -23,6 +24,9 @@ TOOL_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {
     "qwen3_coder": Qwen3CoderParser,
     "qwen3_xml": Qwen3CoderParser,
 }
+
+# Those for outputs that were held to `strict.strict_calls_tag`.
+STRICT_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {**TOOL_PARSERS, "llama3_json": StrictLlama3Parser}
 
 # What only templates of a format write; the first line of which all strings are there decides.
 _SIGNS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
