@@ -27,10 +27,10 @@ class Matcher:
     def __init__(self) -> None:
         self.mask = b"\xff"
         self.num_accepted = 0
+        self.error = None
 
-    def accept(self, token_ids: Iterable[int]) -> str | None:
+    def accept(self, token_ids: Iterable[int]) -> None:
         self.num_accepted += len(list(token_ids))
-        return None
 
 
 class Store:

@@ -8,7 +8,7 @@ import random
 import jsonschema
 import pytest
 from json_schemas import SCHEMAS
-from structured_rig import EOS, OTHER_EOS, TOKENS, accepts, allowed, matcher
+from structured_rig import EOS, OTHER_EOS, TOKENS, accepts, allowed, matcher, took
 
 from octavo.protocol.structured import StructuredOutputsParams
 
@@ -26,7 +26,7 @@ def walk(schema: dict[str, object], rng: random.Random) -> str:
             return text.decode()
         token_id = rng.choice(sorted(i for i in found if i < EOS))
         text += TOKENS[token_id]
-        assert state.accept([token_id]) is None
+        assert took(state, [token_id]) is None
     raise AssertionError(f"no end after {MOST_TOKENS} tokens: {text!r}")
 
 
