@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 # Statistics cost O(running) to take. While the engine works, they are taken and told to all this often.
 _STATS_SECONDS = 0.1
+_QUIET_SECONDS = 1.0
 
 
 class EngineService:
@@ -64,10 +65,13 @@ class EngineService:
         self._engine.shutdown()
 
     def _wait(self) -> None:
-        """Until a message is there: prepare what makes later steps faster, a little at a time, then sleep."""
+        """Until a message is there: prepare what makes later steps faster, a little at a time, then sleep. What
+        grammars need is read when nobody has come for a while: it takes a core for a second."""
         while not self._channel.poll(0):
             if not self._engine.warm_up():
-                self._channel.poll(None)
+                if not self._channel.poll(_QUIET_SECONDS):
+                    self._engine.open_grammars()
+                    self._channel.poll(None)
                 return
 
     def _gather(self) -> None:

@@ -55,6 +55,11 @@ class GrammarCompiler:
             raise ValueError(f"structured_outputs.{params.kind} cannot be used: {verdict.error}")
         return verdict.grammar
 
+    def start(self) -> None:
+        """Start the process now, unless it runs: the first `compile` then need not wait for it."""
+        with self._lock, contextlib.suppress(ValueError, TimeoutError, EOFError, BrokenPipeError):
+            self._started()
+
     def close(self) -> None:
         """End the process, and with it what it compiles. The next `compile` starts another."""
         checker = self._checker
@@ -65,17 +70,20 @@ class GrammarCompiler:
 
     def _check(self, params: StructuredOutputsParams) -> Verdict:
         """Raises ValueError, and keeps nothing, where the limit of time or memory was passed."""
-        if self._checker is None:
-            if self._vocabulary is None:
-                self._vocabulary = vocabulary_of(self._source, self._vocab_size)
-            self._checker = _Checker(self._vocabulary)
         try:
-            return self._checker.ask(params, self._seconds)
+            return self._started().ask(params, self._seconds)
         except (TimeoutError, EOFError, BrokenPipeError) as error:
             self._drop()
             late = isinstance(error, TimeoutError)
             reason = f"it takes more than {self._seconds:g} s to compile" if late else "it takes too much memory"
             raise ValueError(f"structured_outputs.{params.kind} cannot be used: {reason}") from None
+
+    def _started(self) -> _Checker:
+        if self._checker is None:
+            if self._vocabulary is None:
+                self._vocabulary = vocabulary_of(self._source, self._vocab_size)
+            self._checker = _Checker(self._vocabulary)
+        return self._checker
 
     def _keep(self, key: bytes, verdict: Verdict) -> None:
         self._verdicts[key] = verdict
