@@ -86,8 +86,9 @@ def main() -> None:
     for number in range(args.rounds):
         requests = batch_of_32(random.Random(100 + number))[: args.requests]
         count = sum(out for _, out in requests)
-        speeds = {w: count / run(llm, requests, w) for w in ((None, wish) if number % 2 else (wish, None))}
-        rows.append((speeds[None], speeds[wish]))
+        order = (None, wish) if number % 2 else (wish, None)
+        speeds = {w is not None: count / run(llm, requests, w) for w in order}
+        rows.append((speeds[False], speeds[True]))
         print(f"round {number + 1}: {rows[-1][0]:.1f} free, {rows[-1][1]:.1f} constrained tokens/s", flush=True)
     ratio = statistics.median(bound / free for free, bound in rows)
     page = "\n".join(

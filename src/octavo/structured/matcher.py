@@ -21,7 +21,8 @@ class MaskMaker:
     """Makes the masks of all matchers that have moved, side by side on the machine's cores, at the first that is asked
     for. One thread only uses it: the owner of the matchers."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._num_words = -(-vocab_size // 32)  # of 32 bits, in a mask
         self._executor = llguidance.LLExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
         self._moved: list[GrammarMatcher] = []
 
@@ -35,10 +36,9 @@ class MaskMaker:
         if len(moved) == 1:
             moved[0].take(moved[0].state.compute_bitmask())
             return
-        num_words = -(-8 * max(len(matcher.last_mask) for matcher in moved) // 32)
-        masks = np.zeros((len(moved), num_words), dtype=np.int32)
+        masks = np.zeros((len(moved), self._num_words), dtype=np.int32)
         rows = [(matcher.state, row) for row, matcher in enumerate(moved)]
-        self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, 4 * num_words, len(moved))
+        self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(moved))
         for matcher, mask in zip(moved, masks):
             matcher.take(mask.tobytes())
 
@@ -134,8 +134,8 @@ class Grammars:
     def __init__(self, load: Callable[[], tuple[Vocabulary, Callable[[str], list[int]]]]) -> None:
         self._load = load
         self._tokenizer: llguidance.LLTokenizer | None = None
+        self._maker = MaskMaker(0)
         self._eos_ids: list[int] = []
-        self._maker = MaskMaker()
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
     def find(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher | None:
@@ -158,6 +158,7 @@ class Grammars:
         if self._tokenizer is None:
             vocabulary, encode = self._load()
             self._eos_ids = vocabulary.eos_ids
+            self._maker = MaskMaker(len(vocabulary.tokens))
             self._tokenizer = ll_tokenizer(vocabulary, encode)
         matcher = compiled_matcher(self._tokenizer, grammar)
         made = GrammarMatcher(matcher.deep_copy(), self._eos_ids, sampling, self._maker)
