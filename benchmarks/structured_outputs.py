@@ -2,8 +2,9 @@
 
     python benchmarks/structured_outputs.py [--samples 2] [--max-tokens 64] [--only N] [--out benchmarks/results]
 
-More than 300 schemas, SmolLM2-135M on the CPU, temperature 1, batches of 64. An output whose finish_reason is "stop" must be
-valid by `jsonschema` (Draft 2020-12, with formats). Exits with 1 where one is not. Writes structured-outputs-DATE.md.
+More than 300 schemas, SmolLM2-135M on the CPU, temperature 1, batches of 64. An output whose finish_reason is "stop"
+must be valid by `jsonschema` (Draft 2020-12, with formats). Exits with 1 where one is not. Writes
+structured-outputs-DATE.md.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import jsonschema
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from compare_cpu import commit, machine  # noqa: E402
-from json_schemas_more import ALL_SCHEMAS  # noqa: E402
-from schema_formats import validate  # noqa: E402
+from compare_cpu import commit, machine
+from json_schemas_more import ALL_SCHEMAS
+from schema_formats import validate
 
-from octavo import LLM, SamplingParams, StructuredOutputsParams  # noqa: E402
+from octavo import LLM, SamplingParams, StructuredOutputsParams
 
 BATCH = 64
 
@@ -49,7 +50,9 @@ def main() -> int:
                 temperature=1.0,
                 seed=1000 * sample + index,
                 max_tokens=args.max_tokens,
-                structured_outputs=StructuredOutputsParams(json=ALL_SCHEMAS[name], disable_any_whitespace=index % 8 > 0),
+                structured_outputs=StructuredOutputsParams(
+                    json=ALL_SCHEMAS[name], disable_any_whitespace=index % 8 > 0
+                ),
             )
             for index, (name, sample) in enumerate(some, begin)
         ]

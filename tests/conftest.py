@@ -19,6 +19,16 @@ from octavo.kernels.cpu import library
 from octavo.loading.package import pull
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, default=3, help="examples of each sweep of output parsers")
+
+
+@pytest.fixture(scope="session")
+def examples(request: pytest.FixtureRequest) -> int:
+    """How many generated examples a sweep takes."""
+    return int(request.config.getoption("--examples"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real small model, fetched once into the cache."""

@@ -24,9 +24,10 @@ def _strings() -> dict[str, Schema]:
         r"^\s?x\S$", r"^[^aeiou]{3}$", r"^a.c$", r"^(ab){1,3}$", r"^$|^none$", r"^[\u00e0-\u00ff]{2}$", r"^\"q\"$",
         r"^[+-]?\d{1,3}$", r"^\\d$", r"^(?:x|y)+z$", r"^a{0}b$", r"^[\]\-^]{2}$", r"^\x41[\x30-\x32]$",
     )  # fmt: skip
+    new = [name for name in FORMATS if name == "time" or name not in SCHEMAS]
     lengths = ((0, 1), (1, 1), (2, 4), (7, 9), (12, 12))
     return {
-        **{f"format {name}": {"type": "string", "format": name} for name in FORMATS if name not in SCHEMAS or name == "time"},
+        **{f"format {name}": {"type": "string", "format": name} for name in new},
         **{f"optional {name}": object_of([], at={"type": "string", "format": name}) for name in FORMATS[2:6]},
         **{f"pattern {text}": {"type": "string", "pattern": text, "maxLength": 12} for text in patterns},
         **{f"{low} to {high} characters": {"type": "string", "minLength": low, "maxLength": high}

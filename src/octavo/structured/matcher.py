@@ -134,7 +134,7 @@ class Grammars:
     def __init__(self, load: Callable[[], tuple[Vocabulary, Callable[[str], list[int]]]]) -> None:
         self._load = load
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._maker = MaskMaker(0)
+        self._maker: MaskMaker | None = None  # made with the tokenizer
         self._eos_ids: list[int] = []
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
@@ -144,7 +144,7 @@ class Grammars:
         Matchers of one grammar share its lexer, whose states are limited: one that is used up is compiled anew.
         """
         compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
+        if compiled is None or self._maker is None:
             return None
         try:
             found = GrammarMatcher(compiled.deep_copy(), self._eos_ids, sampling, self._maker)
@@ -155,7 +155,7 @@ class Grammars:
 
     def compile(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher:
         """A fresh matcher. Raises ValueError for a grammar that is wrong, or too complex."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._maker is None:
             vocabulary, encode = self._load()
             self._eos_ids = vocabulary.eos_ids
             self._maker = MaskMaker(len(vocabulary.tokens))
