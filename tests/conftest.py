@@ -23,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--guide", metavar="FILE", help="a guide whose snippets tests/guide runs too, besides our own")
     parser.addoption("--cases", type=int, default=60, help="how many requests the schema's fuzz test makes")
     parser.addoption("--server", default="", help="the URL of a running server for it, in place of one without a model")
+    parser.addoption("--examples", type=int, default=3, help="examples of each sweep of output parsers")
+
+
+@pytest.fixture(scope="session")
+def examples(request: pytest.FixtureRequest) -> int:
+    """How many generated examples a sweep takes."""
+    return int(request.config.getoption("--examples"))
 
 
 @pytest.fixture(scope="session")

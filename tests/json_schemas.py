@@ -17,7 +17,7 @@ _TREE: Schema = {
 }
 
 
-def _object(required: list[str] | None = None, **properties: Schema) -> Schema:
+def object_of(required: list[str] | None = None, **properties: Schema) -> Schema:
     """Closed; all properties required unless said otherwise."""
     return {
         "type": "object",
@@ -27,7 +27,7 @@ def _object(required: list[str] | None = None, **properties: Schema) -> Schema:
     }
 
 
-def _array(items: Schema, low: int = 0, high: int = 3) -> Schema:
+def array_of(items: Schema, low: int = 0, high: int = 3) -> Schema:
     return {"type": "array", "items": items, "minItems": low, "maxItems": high}
 
 
@@ -56,9 +56,9 @@ SCHEMAS: dict[str, Schema] = {
     "minLength": {"type": "string", "minLength": 3, "maxLength": 5},
     "exact length": {"type": "string", "minLength": 4, "maxLength": 4},
     "empty string": {"type": "string", "maxLength": 0},
-    "minItems": _array(_DIGIT, 2, 4),
-    "exactly two items": _array({"type": "boolean"}, 2, 2),
-    "empty array": _array({"type": "string"}, 0, 0),
+    "minItems": array_of(_DIGIT, 2, 4),
+    "exactly two items": array_of({"type": "boolean"}, 2, 2),
+    "empty array": array_of({"type": "string"}, 0, 0),
     # pattern
     "pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
     "pattern alternatives": {"type": "string", "pattern": "^(cat|dog)s?$"},
@@ -70,12 +70,12 @@ SCHEMAS: dict[str, Schema] = {
     "ipv4": {"type": "string", "format": "ipv4"},
     "uuid": {"type": "string", "format": "uuid"},
     # objects
-    "object": _object(name=_WORD, age=_DIGIT),
-    "optional properties": _object(["a"], a=_DIGIT, b=_DIGIT, c=_DIGIT),
-    "all optional": _object([], a=_DIGIT, b={"type": "null"}),
-    "no properties": _object(),
-    "nested objects": _object(a=_object(b=_object(c=_DIGIT))),
-    "odd names": {**_object(), "properties": {'a "b"': _DIGIT, "é.ü": _DIGIT}, "required": ['a "b"', "é.ü"]},
+    "object": object_of(name=_WORD, age=_DIGIT),
+    "optional properties": object_of(["a"], a=_DIGIT, b=_DIGIT, c=_DIGIT),
+    "all optional": object_of([], a=_DIGIT, b={"type": "null"}),
+    "no properties": object_of(),
+    "nested objects": object_of(a=object_of(b=object_of(c=_DIGIT))),
+    "odd names": {**object_of(), "properties": {'a "b"': _DIGIT, "é.ü": _DIGIT}, "required": ['a "b"', "é.ü"]},
     "typed additional": {
         "type": "object",
         "properties": {"k": _DIGIT},
@@ -88,33 +88,33 @@ SCHEMAS: dict[str, Schema] = {
         "additionalProperties": False,
         "maxProperties": 2,
     },
-    "same schema twice": _object(start=_DIGIT, end=_DIGIT),
+    "same schema twice": object_of(start=_DIGIT, end=_DIGIT),
     # arrays
-    "array of enums": _array({"enum": ["a", "b"]}, 1, 3),
-    "nested arrays": _array(_array(_DIGIT, 1, 2), 1, 2),
-    "array of objects": _array(_object(x=_DIGIT), 1, 2),
+    "array of enums": array_of({"enum": ["a", "b"]}, 1, 3),
+    "nested arrays": array_of(array_of(_DIGIT, 1, 2), 1, 2),
+    "array of objects": array_of(object_of(x=_DIGIT), 1, 2),
     "tuple": {"type": "array", "prefixItems": [_DIGIT, _WORD], "items": False, "minItems": 2},
     "tuple and rest": {"type": "array", "prefixItems": [{"const": 1}], "items": _WORD, "minItems": 2, "maxItems": 3},
-    "array of unions": _array({"type": ["null", "boolean"]}, 1, 3),
+    "array of unions": array_of({"type": ["null", "boolean"]}, 1, 3),
     # $ref and recursion
-    "$ref": {"$defs": {"digit": _DIGIT}, **_object(a={"$ref": "#/$defs/digit"}, b={"$ref": "#/$defs/digit"})},
-    "definitions": {"definitions": {"w": _WORD}, **_object(a={"$ref": "#/definitions/w"})},
-    "$ref to the root's part": {**_object(a=_DIGIT, b={"$ref": "#/properties/a"})},
-    "$ref through $ref": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": _DIGIT}, **_object(v={"$ref": "#/$defs/a"})},
-    "tree of two floors": {"$defs": {"leaf": _object(v=_DIGIT)}, **_TREE},
+    "$ref": {"$defs": {"digit": _DIGIT}, **object_of(a={"$ref": "#/$defs/digit"}, b={"$ref": "#/$defs/digit"})},
+    "definitions": {"definitions": {"w": _WORD}, **object_of(a={"$ref": "#/definitions/w"})},
+    "$ref to the root's part": {**object_of(a=_DIGIT, b={"$ref": "#/properties/a"})},
+    "$ref through $ref": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": _DIGIT}, **object_of(v={"$ref": "#/$defs/a"})},
+    "tree of two floors": {"$defs": {"leaf": object_of(v=_DIGIT)}, **_TREE},
     "linked list": {
-        "$defs": {"node": _object(v=_DIGIT, next={"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]})},
+        "$defs": {"node": object_of(v=_DIGIT, next={"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]})},
         "$ref": "#/$defs/node",
     },
     # combinations
     "anyOf": {"anyOf": [_DIGIT, {"type": "boolean"}]},
-    "anyOf objects": {"anyOf": [_object(a=_DIGIT), _object(b=_WORD)]},
-    "optional value": _object(a={"anyOf": [_DIGIT, {"type": "null"}]}),
+    "anyOf objects": {"anyOf": [object_of(a=_DIGIT), object_of(b=_WORD)]},
+    "optional value": object_of(a={"anyOf": [_DIGIT, {"type": "null"}]}),
     "oneOf by type": {"oneOf": [_DIGIT, _WORD]},
     "oneOf by constant": {
         "oneOf": [
-            _object(kind={"const": "cat"}, lives=_DIGIT),
-            _object(kind={"const": "dog"}, good={"type": "boolean"}),
+            object_of(kind={"const": "cat"}, lives=_DIGIT),
+            object_of(kind={"const": "dog"}, good={"type": "boolean"}),
         ]
     },
     "allOf": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 7}]},
@@ -127,9 +127,11 @@ SCHEMAS: dict[str, Schema] = {
     # what applications send
     "product": {
         "title": "Product",
-        **_object(name=_WORD, price={"type": "number", "minimum": 0, "maximum": 99}, in_stock={"type": "boolean"}),
+        **object_of(name=_WORD, price={"type": "number", "minimum": 0, "maximum": 99}, in_stock={"type": "boolean"}),
     },
-    "sentiment": _object(label={"enum": ["good", "bad"]}, score={"type": "integer", "maximum": 5, "minimum": 1}),
-    "person with address": _object(name=_WORD, address=_object(city=_WORD, zip={"pattern": "^[0-9]{5}$", **_STRING})),
-    "tool call": _object(name={"const": "get_weather"}, arguments=_object(city=_WORD, unit={"enum": ["C", "F"]})),
+    "sentiment": object_of(label={"enum": ["good", "bad"]}, score={"type": "integer", "maximum": 5, "minimum": 1}),
+    "person with address": object_of(
+        name=_WORD, address=object_of(city=_WORD, zip={"pattern": "^[0-9]{5}$", **_STRING})
+    ),
+    "tool call": object_of(name={"const": "get_weather"}, arguments=object_of(city=_WORD, unit={"enum": ["C", "F"]})),
 }

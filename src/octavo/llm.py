@@ -313,6 +313,7 @@ class LLM:
             return None
         if self._grammars is None:
             raise ValueError("structured_outputs needs a tokenizer; allowed: only without skip_tokenizer_init")
+        self._engine.open_grammars()  # meanwhile
         return self._grammars.compile(sampling.structured_outputs)
 
     def _read(self, prompt: Prompt, prefix: str = "") -> tuple[str | None, list[int], str | None]:

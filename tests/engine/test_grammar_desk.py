@@ -27,10 +27,10 @@ class Matcher:
     def __init__(self) -> None:
         self.mask = b"\xff"
         self.num_accepted = 0
+        self.error = None
 
-    def accept(self, token_ids: Iterable[int]) -> str | None:
+    def accept(self, token_ids: Iterable[int]) -> None:
         self.num_accepted += len(list(token_ids))
-        return None
 
 
 class Store:
@@ -149,3 +149,26 @@ def test_refusals(rig: Any) -> None:
     bare = Engine(Scheduler(config), InProcessExecutor(FakeRunner(), threaded=False), 1)
     with pytest.raises(ValueError, match="needs a tokenizer"):
         bare.add(make("a", [1, 2], "g"))
+
+
+def test_opened_ahead_the_first_grammar_opens_nothing() -> None:
+    opened: list[int] = []
+    store = Store()
+    store.open.set()
+
+    def open_grammars() -> Any:
+        opened.append(threading.get_ident())
+        return store
+
+    desk = GrammarDesk(open_grammars)
+    try:
+        desk.open()
+        desk.open()
+        desk.take(make("a", [1, 2], "g"))
+        while not (ready := desk.ready(idle=True)):
+            pass
+        assert ready[0][0].request_id == "a"
+        assert len(opened) == 1
+        assert opened[0] != threading.get_ident()
+    finally:
+        desk.shutdown()

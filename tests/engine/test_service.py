@@ -145,3 +145,4 @@ def test_everything_is_prepared_before_anybody_is_answered() -> None:
     channel = FakeChannel([hello(b"a")])
     assert run(channel).num_unprepared == 0
     assert channel.sent[0] == (b"a", READY)
+    assert channel.polls == [1.0, 1.0, None]  # in the quiet second nobody came: grammars are made ready

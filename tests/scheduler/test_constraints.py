@@ -29,9 +29,12 @@ class Recorder:
     def num_accepted(self) -> int:
         return len(self.accepted)
 
-    def accept(self, token_ids: Iterable[int]) -> str | None:
-        self.accepted += token_ids
+    @property
+    def error(self) -> str | None:
         return "it is too complex" if len(self.accepted) >= self.fails_after else None
+
+    def accept(self, token_ids: Iterable[int]) -> None:
+        self.accepted += token_ids
 
 
 @dataclass

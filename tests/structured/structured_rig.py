@@ -34,14 +34,20 @@ def ids(text: str | bytes) -> list[int]:
     return list(text.encode() if isinstance(text, str) else text)
 
 
+def took(state: GrammarMatcher, token_ids: list[int]) -> str | None:
+    """Why the tokens cannot be taken, or be followed by any, if so."""
+    state.accept(token_ids)
+    return state.error
+
+
 def accepts(wish: StructuredOutputsParams, text: str | list[int]) -> bool:
     """Whether the whole text, byte by byte, is in the grammar. Masks and `accept` must agree on the way."""
     state = matcher(wish)
     for token_id in ids(text) if isinstance(text, str) else text:
         if token_id not in allowed(state.mask):
-            assert state.accept([token_id]) is not None
+            assert took(state, [token_id]) is not None
             return False
-        assert state.accept([token_id]) is None
+        assert took(state, [token_id]) is None
     return EOS in allowed(state.mask)
 
 

@@ -49,6 +49,19 @@ def test_a_grammar_comes_back_and_is_kept(compiler: GrammarCompiler) -> None:
         process.process.send_signal(signal.SIGCONT)
 
 
+def test_one_that_was_started_ahead_starts_nothing_at_its_first_grammar() -> None:
+    compiler = GrammarCompiler(Source(), len(TOKENS))
+    try:
+        compiler.start()
+        started = compiler._checker
+        assert started is not None
+        compiler.start()
+        assert compiler.compile(S(regex="a"))
+        assert compiler._checker is started
+    finally:
+        compiler.close()
+
+
 def test_a_refusal_names_kind_and_reason_every_time(compiler: GrammarCompiler) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=r"structured_outputs\.json cannot be used: .*uniqueItems"):

@@ -97,6 +97,27 @@ def _refused(wish: StructuredOutputsParams) -> str:
         ({"type": "object", "propertyNames": {"pattern": "a"}}, "propertyNames"),
         ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
         ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties"),
+        ({"type": "array", "unevaluatedItems": False}, "unevaluatedItems"),
+        ({"type": "array", "minContains": 1}, "minContains"),
+        ({"type": "array", "maxContains": 1}, "maxContains"),
+        ({"type": "object", "dependentSchemas": {"a": {}}}, "dependentSchemas"),
+        ({"type": "object", "dependencies": {"a": ["b"]}}, "dependencies"),
+        ({"then": {}}, "then"),
+        ({"else": {}}, "else"),
+        ({"$dynamicRef": "#a"}, "$dynamicRef"),
+        ({"$dynamicAnchor": "a", "type": "null"}, "$dynamicAnchor"),
+        ({"$recursiveRef": "#"}, "$recursiveRef"),
+        ({"$ref": "#/$defs/none"}, "/$defs/none"),
+        ({"$ref": "#", "type": "null"}, "circular references"),
+        ({"enum": []}, "Unsatisfiable"),
+        ({"type": "integer", "minimum": 3, "maximum": 1}, "minimum"),
+        ({"type": "array", "minItems": 2, "maxItems": 1, "items": {"type": "null"}}, "minItems"),
+        ({"type": "object", "patternProperties": {"^a": {"type": "null"}, "b$": {"type": "null"}}}, "not disjoint"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "minProperties": 1}, "min/maxProperties"),
+        *[
+            ({"type": "string", "format": name}, name)
+            for name in ("uri-reference", "iri", "idn-email", "uri-template", "json-pointer", "regex")
+        ],
         ({"type": "string", "format": "zip-code"}, "zip-code"),
         ({"type": "text"}, "text"),
         ({"$ref": "https://example.org/schema"}, "https://example.org/schema"),
@@ -131,6 +152,32 @@ def test_schemas_that_cannot_be_kept_are_refused_by_name(schema: Any, name: str)
 )  # fmt: skip
 def test_others_are_refused_by_what_is_wrong(wish: StructuredOutputsParams, name: str) -> None:
     assert name in _refused(wish)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad"),
+    [
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, ["0.1", "0.49", "0.00001"], ["0", "0.0", "0.5", "-0"]),
+        ({"exclusiveMinimum": 2, "maximum": 2.25}, ["2.1", "2.25"], ["2", "2.26"]),
+        ({"minimum": -1.5, "exclusiveMaximum": -1}, ["-1.5", "-1.01"], ["-1", "-1.0", "-1.6"]),
+        ({"exclusiveMinimum": 0, "maximum": 1}, ["0.1", "1"], ["0", "0.0"]),
+        ({"exclusiveMinimum": 0}, ["0.1", "1", "1000000"], ["0", "-1"]),
+    ],
+)
+def test_open_intervals_leave_out_their_ends(bounds: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    for text in good:
+        assert accepts(S(json={"type": "number", **bounds}), text), text
+    for text in bad:
+        assert not accepts(S(json={"type": "number", **bounds}), text), text
+        assert not accepts(tag(format={"type": "json_schema", "json_schema": {"type": "number", **bounds}}), text)
+
+
+def test_properties_that_are_named_like_keywords_are_properties() -> None:
+    inner = {"type": "object", "properties": {"enum": POINT, "properties": {"type": "null"}}}
+    wish = S(json=inner, disable_additional_properties=True)
+    assert accepts(wish, '{"enum":{"x":1},"properties":null}')
+    assert not accepts(wish, '{"enum":{"x":1,"y":2}}')
+    assert not accepts(wish, '{"additionalProperties":false}')
 
 
 def test_closing_leaves_constants_and_what_the_schema_says() -> None:

@@ -142,6 +142,11 @@ class Engine:
         """Prepare a little of what steps need. False: nothing is left to prepare."""
         return self._executor.warm_up()
 
+    def open_grammars(self) -> None:
+        """Make ready for grammars, beside the loop."""
+        if self._grammars is not None:
+            self._grammars.open()
+
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
 

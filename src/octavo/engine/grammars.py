@@ -18,7 +18,7 @@ class GrammarDesk:
     """Compiles on a thread of its own, so that the sequences that run go on. Its owner is the engine's thread."""
 
     def __init__(self, open_grammars: Callable[[], Grammars]) -> None:
-        """open_grammars: called on that thread at the first grammar, which is when the tokenizer is needed."""
+        """open_grammars: called on that thread once, at `open` or at the first grammar."""
         self._open = open_grammars
         self._grammars: Grammars | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
@@ -27,6 +27,10 @@ class GrammarDesk:
     @property
     def has_work(self) -> bool:
         return bool(self._pending)
+
+    def open(self) -> None:
+        """Read the tokenizer now, on that thread, unless that was done: the first grammar then need not wait for it."""
+        self._pool.submit(self._opened)
 
     def find(self, request: Request) -> GrammarMatcher | None:
         """The matcher of a request whose grammar was compiled before. Raises ValueError for one without a grammar."""
@@ -62,6 +66,9 @@ class GrammarDesk:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, request: Request) -> GrammarMatcher:
+        return self._opened().compile(request.grammar or "", request.sampling)
+
+    def _opened(self) -> Grammars:
         if self._grammars is None:
             self._grammars = self._open()
-        return self._grammars.compile(request.grammar or "", request.sampling)
+        return self._grammars

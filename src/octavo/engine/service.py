@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 # Statistics cost O(running) to take. While the engine works, they are taken and told to all this often.
 _STATS_SECONDS = 0.1
+_QUIET_SECONDS = 1.0
 
 
 class EngineService:
@@ -61,12 +62,19 @@ class EngineService:
             if self._engine.has_work:
                 self._gather()
             else:
-                self._channel.poll(None)
+                self._wait()
             self._drain()
             if self._engine.has_work:
                 outputs = self._engine.step()
                 self._send(outputs, self._engine.num_step_tokens)
         self._engine.shutdown()
+
+    def _wait(self) -> None:
+        """Until a message is there. What grammars need is read when nobody has come for a while: it takes a core for a
+        second."""
+        if not self._channel.poll(_QUIET_SECONDS):
+            self._engine.open_grammars()
+            self._channel.poll(None)
 
     def _gather(self) -> None:
         """Let messages come in for as long as the next step can wait for them."""

@@ -83,6 +83,7 @@ _MESSAGES_LIST = Shape("one message or more")
 _KWARGS = Shape("an object")
 _TEXTS = Shape(f"a text, or 1..{MAX_INPUTS} of them")
 _WISH = Shape("an object with one constraint")
+_FUNCTIONS = Shape("up to 128 functions")
 
 _DRAWING = (
     Field(_DRAWN, "n", COMPLETIONS, 1, "openai", "completions", "How many completions of each prompt."),
@@ -170,8 +171,18 @@ _PROMPTS = (
     Field(_TOKENIZE, "messages", _MESSAGES_LIST, None, "vllm", "prompt", "The conversation; either this or prompt."),
     Field(("DetokenizeBody",), "tokens", TokenIds(0), REQUIRED, "vllm", "prompt", "The token ids."),
     Field(_CHAT, "tools", Shape("1..128 functions"), None, "openai", "prompt", "Functions that the model may call."),
-    Field(_CHAT, "tool_choice", Shape("none, auto, required, or a function"), None, "openai", "step",
+    Field(_RESPONSES, "tools", _FUNCTIONS, None, "openai", "prompt", "Functions that the model may call."),
+    Field(_COUNT + _MESSAGES, "tools", _FUNCTIONS, None, "anthropic", "prompt", "Functions that the model may call."),
+    Field(_TOKENIZE, "tools", Shape("1..128 functions"), None, "vllm", "prompt",
+          "Functions that the prompt shows. Needs messages."),
+    Field(_CHAT + _RESPONSES, "tool_choice", Shape("none, auto, required, or a function"), None, "openai", "step",
           "Whether functions are called. Not given: auto where there are tools."),
+    Field(_COUNT + _MESSAGES, "tool_choice", Shape("an object of type auto, any, tool or none"), None, "anthropic",
+          "step", "Whether functions are called. Not given: auto where there are tools."),
+    Field(_COUNT + _MESSAGES, "thinking", Shape("an object of type disabled or adaptive"), None, "anthropic",
+          "prompt", "Whether the model thinks first, where its chat template can say so."),
+    Field(_COUNT + _MESSAGES, "output_config", Shape("an object"), None, "anthropic", "step",
+          "format: what the text must be, a JSON schema."),
     Field(_CHAT + _RESPONSES, "parallel_tool_calls", Flag(), True, "openai", "none",
           "false keeps the first call of an answer only."),
     Field(_CHAT, "add_generation_prompt", Flag(), True, "vllm", "prompt",
@@ -220,6 +231,8 @@ _ANSWERS = (
           "Answer with the reasoning too. false needs a server with --reasoning-parser."),
     Field(_OPENAI, "response_format", Shape("an object with a type"), None, "openai", "step",
           "What the text must be: text, json_object, json_schema or structural_tag."),
+    Field(_RESPONSES, "text", Shape("an object"), None, "openai", "step",
+          "format: what the text must be, a JSON schema, any JSON object, or free."),
     Field(_OPENAI, "guided_json", Shape("a JSON schema"), None, "vllm", "step", "The text follows this JSON schema.",
           "structured_outputs.json"),
     Field(_OPENAI, "guided_regex", Shape("a regex"), None, "vllm", "step", "The text matches this regex.",

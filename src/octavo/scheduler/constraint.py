@@ -7,11 +7,21 @@ from typing import Protocol
 
 
 class Constraint(Protocol):
-    """mask: as in PlanRow, for the token after those accepted. num_accepted: output tokens accepted so far."""
+    """num_accepted: output tokens accepted so far. mask, error: asked for when all that were sampled in a step have
+    been accepted, for masks are made together."""
 
-    mask: bytes
     num_accepted: int
 
-    def accept(self, token_ids: Iterable[int]) -> str | None:
-        """Take in tokens that did not end the output. Returns why it cannot go on, if it cannot."""
+    @property
+    def mask(self) -> bytes | None:
+        """As in PlanRow, for the token after those accepted."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why the output cannot go on, if it cannot."""
+        ...
+
+    def accept(self, token_ids: Iterable[int]) -> None:
+        """Take in tokens that did not end the output."""
         ...

@@ -152,6 +152,11 @@ class Scheduler:
                 sequence.add_prompt_logprobs(row.start, row_result.prompt_logprobs)
             if row.samples:
                 outputs.append(self._take_tokens(sequence, row, row_result))
+        for sequence in step.sequences:
+            if sequence is None or sequence.constraint is None or sequence.status is not Status.RUNNING:
+                continue
+            if sequence.constraint.error is not None:
+                outputs.append(self._end(sequence, "error", error=sequence.constraint.error))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[TokenOutput]:
@@ -365,10 +370,8 @@ class Scheduler:
                     logprobs = logprobs and logprobs[:count]
                 break
         self._num_generated_tokens += len(token_ids)
-        error: str | None = None
         if reason is None and sequence.constraint is not None:
-            error = sequence.constraint.accept(token_ids)
-            reason = None if error is None else "error"
+            sequence.constraint.accept(token_ids)
         if reason is not None:
             self._finish(sequence)
         else:
@@ -383,7 +386,7 @@ class Scheduler:
             None if sequence.prompt_logprobs is None else sequence.take_prompt_logprobs(),
             reason,
             sequence.stop_reason() if reason == "stop" else None,
-            error,
+            None,
             sequence.num_cached_tokens,
             sequence.scheduled_time,
             row_result.embedding,

@@ -31,6 +31,8 @@ from octavo.server.openai.tokenize import Detokenize, Tokenize
 from octavo.server.openapi import document
 from octavo.server.statistics_log import log_statistics
 
+_QUIET_SECONDS = 1.0  # after the start, in which the first requests may come
+
 
 def build_app(context: ServerContext) -> Starlette:
     """The application over one engine. `app.state.server` is its ServerState.
@@ -104,10 +106,12 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     state: ServerState = app.state.server
     await state.metrics_exchange.open()
     # One log line for all API processes: each hears the same of the engine.
+    quiet = asyncio.get_running_loop().call_later(_QUIET_SECONDS, state.start_compiler)
     log = asyncio.create_task(log_statistics(state.metrics)) if state.context.group.index == 0 else None
     try:
         yield
     finally:
+        quiet.cancel()
         if log is not None:
             log.cancel()
         state.metrics_exchange.close()

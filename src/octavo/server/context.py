@@ -84,6 +84,11 @@ class ServerState:
             raise ValueError(f"structured_outputs.{params.kind} needs a tokenizer, and this server has none")
         return await self._await_in(self._grammar_pool, self._grammars.compile, params)
 
+    def start_compiler(self) -> None:
+        """Make ready for grammars, beside the loop."""
+        if self._grammars is not None:
+            self._grammar_pool.submit(self._grammars.start)
+
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run text work (tokenizing, rendering) off the loop. Raises APIError 503 if it takes a minute."""
         return await self._await_in(self._pool, function, *args)

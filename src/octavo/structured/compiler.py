@@ -56,6 +56,11 @@ class GrammarCompiler:
             raise ValueError(f"structured_outputs.{params.kind} cannot be used: {verdict.error}")
         return verdict.grammar
 
+    def start(self) -> None:
+        """Start the process now, unless it runs: the first `compile` then need not wait for it."""
+        with self._lock, contextlib.suppress(ValueError, TimeoutError, EOFError, BrokenPipeError):
+            self._started()
+
     def close(self) -> None:
         """End the process, and with it what it compiles. The next `compile` starts another."""
         checker = self._checker
@@ -66,22 +71,29 @@ class GrammarCompiler:
 
     def _check(self, params: StructuredOutputsParams) -> Verdict:
         """Raises ValueError, and keeps nothing, where the limit of time or memory was passed."""
-        if self._vocabulary is None:
-            self._vocabulary = vocabulary_of(self._source, self._vocab_size)
-            self._spelled = frozenset(b"".join(self._vocabulary.tokens))
+        self._read_vocabulary()
         for text in params.choice or ():
             # Some vocabularies lack bytes that no text they were made from had: the output would come to a dead end.
             if not self._spelled.issuperset(text.encode()):
                 return Verdict(None, f"no tokens of the model spell {text[:64]!r}")
-        if self._checker is None:
-            self._checker = _Checker(self._vocabulary)
         try:
-            return self._checker.ask(params, self._seconds)
+            return self._started().ask(params, self._seconds)
         except (TimeoutError, EOFError, BrokenPipeError) as error:
             self._drop()
             late = isinstance(error, TimeoutError)
             reason = f"it takes more than {self._seconds:g} s to compile" if late else "it takes too much memory"
             raise ValueError(f"structured_outputs.{params.kind} cannot be used: {reason}") from None
+
+    def _started(self) -> _Checker:
+        if self._checker is None:
+            self._checker = _Checker(self._read_vocabulary())
+        return self._checker
+
+    def _read_vocabulary(self) -> Vocabulary:
+        if self._vocabulary is None:
+            self._vocabulary = vocabulary_of(self._source, self._vocab_size)
+            self._spelled = frozenset(b"".join(self._vocabulary.tokens))
+        return self._vocabulary
 
     def _keep(self, key: bytes, verdict: Verdict) -> None:
         self._verdicts[key] = verdict

@@ -9,6 +9,7 @@ import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
 from octavo.protocol.structured import StructuredOutputsParams
+from octavo.structured.json_schema import closed, exact_bounds
 from octavo.structured.structural_tags import structural_tag_grammar
 from octavo.structured.vocabulary import Vocabulary
 
@@ -31,8 +32,9 @@ def grammar_of(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
         return structural_tag_grammar(params.structural_tag or "", vocabulary, options)
     schema = {"type": "object"} if kind == "json_object" else _schema(params.json)
     if params.disable_additional_properties:
-        schema = _closed(schema)
-    return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, options)))
+        schema = closed(schema)
+    text = json.dumps(exact_bounds(schema))
+    return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=cast(Any, options)))
 
 
 def json_options(params: StructuredOutputsParams) -> dict[str, Any]:
@@ -67,16 +69,3 @@ def _schema(given: dict[str, Any] | str | None) -> dict[str, Any]:
     if "x-guidance" in schema:
         raise ValueError("the schema has x-guidance, which is not supported")
     return schema
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with additionalProperties false wherever it names properties and does not say."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    literal = ("const", "enum", "default", "examples")
-    closed = {key: value if key in literal else _closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed

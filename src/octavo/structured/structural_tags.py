@@ -13,6 +13,7 @@ from typing import Any
 import llguidance
 import msgspec
 
+from octavo.structured.json_schema import exact_bounds
 from octavo.structured.vocabulary import Vocabulary
 
 _ANY_TEXT = r"/(.|\n)*/"
@@ -120,7 +121,7 @@ class _Writer:
         if isinstance(wish, ConstString):
             return self._literal(wish.value)
         if isinstance(wish, JsonSchema):
-            return "%json " + json.dumps({**wish.json_schema, "x-guidance": self._json_options})
+            return "%json " + json.dumps({**exact_bounds(wish.json_schema), "x-guidance": self._json_options})
         if isinstance(wish, Regex):
             return f"/{llguidance.regex_to_lark(wish.pattern)}/"
         if isinstance(wish, AnyText):
