@@ -140,4 +140,4 @@ def test_schemathesis_finds_nothing(url: str, request: pytest.FixtureRequest) ->
             check()
     print(f"{sum(counts.values())} requests: {dict(sorted(counts.items()))}")
     assert not any(status >= 500 for status in counts)
-    assert counts.get(200, 0) > len(operations) // 2
+    assert counts.get(200, 0) > len(operations) // 4

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +19,7 @@ from octavo.server.openai.completions import Completion
 from octavo.server.openai.embeddings import EmbeddingList, EmbeddingsBody
 from octavo.server.openai.errors import ErrorBody
 from octavo.server.openai.models import ModelCard, ModelList
-from octavo.server.openai.response_schema import Response, ResponsesBody
+from octavo.server.openai.response_schema import DeletedResponse, InputItemList, Response, ResponsesBody
 from octavo.server.openai.schema import ChatBody, CompletionBody
 from octavo.server.openai.scoring import Ranking, RerankBody, ScoreBody, ScoreList
 from octavo.server.openai.tokenize import DetokenizeBody, Text, TokenizeBody, Tokens
@@ -27,6 +28,12 @@ _REF = "#/components/schemas/{name}"
 _JSON, _PLAIN, _EVENTS, _EMPTY = "application/json", "text/plain", "text/event-stream", ""
 _OF_GET = (400, 404, 431, 503)
 _OF_POST = (400, 404, 408, 413, 415, 429, 431, 500, 503)
+_IN_PATH = re.compile(r"{(\w+)}")
+_PAGE: dict[str, dict[str, Any]] = {
+    "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+    "after": {"type": "string", "description": "The id of the item before the page."},
+}
 _IGNORED = "Names of fields of the body that are not known and were ignored."
 
 
@@ -36,7 +43,8 @@ class Version(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Operation:
-    """One route. answer: the struct of its 200, or the media type of one that has no struct. streams: as events too."""
+    """One route. answer: the struct of its 200, or the media type of one that has no struct. streams: as events too.
+    query: schemas of its query's parameters."""
 
     method: str
     path: str
@@ -45,6 +53,7 @@ class Operation:
     answer: type[msgspec.Struct] | str
     streams: bool = False
     error: type[msgspec.Struct] = ErrorBody
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 OPERATIONS = (
@@ -61,6 +70,16 @@ OPERATIONS = (
     ),
     Operation("post", "/tokenize", "Token ids of a text or a chat", TokenizeBody, Tokens),
     Operation("post", "/detokenize", "The text of token ids", DetokenizeBody, Text),
+    Operation("get", "/v1/responses/{response_id}", "A stored response", None, Response),
+    Operation("delete", "/v1/responses/{response_id}", "Forget a stored response", None, DeletedResponse),
+    Operation(
+        "get",
+        "/v1/responses/{response_id}/input_items",
+        "A stored response's own input, by pages",
+        None,
+        InputItemList,
+        query=_PAGE,
+    ),
     Operation("get", "/v1/models", "The models", None, ModelList),
     Operation("get", "/v1/models/{model}", "One model", None, ModelCard),
     Operation("get", "/health", "200 while requests are taken", None, _EMPTY),
@@ -117,11 +136,17 @@ def _operation(operation: Operation, has_keys: bool) -> dict[str, Any]:
     if operation.body is not None:
         schema = {"$ref": _REF.format(name=operation.body.__name__)}
         found["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
-    if "{model}" in operation.path:
-        found["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    parameters = [_parameter("path", name, {"type": "string"}) for name in _IN_PATH.findall(operation.path)]
+    parameters += [_parameter("query", name, schema) for name, schema in operation.query.items()]
+    if parameters:
+        found["parameters"] = parameters
     if closed:
         found["security"] = [{"bearer": []}, {"key": []}]
     return found
+
+
+def _parameter(where: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}
 
 
 def _header(description: str) -> dict[str, Any]:
