@@ -103,19 +103,19 @@ def test_dense_pieces_equal_the_oracle(
 
 def test_what_pieces_leave_is_cut_into_quarters() -> None:
     shape = replace(SHAPE, max_context=4096)
-    query, cache, tables = problem([Row(0, 500, 2400)], shape)
+    query, cache, tables = problem([Row(0, 116, 600)], shape)
     dense = Dense()
-    strategy = CudnnPrefill(shape, EVERYTHING, 1024, dense)
-    assert strategy.prepare([Row(0, 500, 2400)], tables) == {0: (12, 12 + 2 * 1024 + 256)}
+    strategy = CudnnPrefill(shape, EVERYTHING, 256, dense)
+    assert strategy.prepare([Row(0, 116, 600)], tables) == {0: (12, 12 + 2 * 256 + 64)}
     out, expected = (torch.full(query.shape, torch.nan, dtype=query.dtype) for _ in range(2))
     strategy.forward(0, query, cache, out, 0.2)
-    paged_prefill(query, cache, tables, [(0, 500, 2400)], expected, 0.2)
-    torch.testing.assert_close(out[12:2316], expected[12:2316], rtol=2e-2, atol=2e-2)
+    paged_prefill(query, cache, tables, [(0, 116, 600)], expected, 0.2)
+    torch.testing.assert_close(out[12:588], expected[12:588], rtol=2e-2, atol=2e-2)
     assert out[:12].isnan().all()
-    assert out[2316:].isnan().all()
+    assert out[588:].isnan().all()
     assert set(dense.asked) <= {
-        *((n, n, True) for n in (1024, 256)),
-        *((n, keys, False) for n in (1024, 256) for keys in (256, 512, 1024, 2048)),
+        *((n, n, True) for n in (256, 64)),
+        *((n, keys, False) for n in (256, 64) for keys in (64, 128, 256, 512)),
     }
 
 

@@ -68,7 +68,6 @@ CASES: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, completion(logprobs=21), 400, "logprobs"),
     (COMPLETIONS, completion(min_tokens=5), 400, "min_tokens"),
     (COMPLETIONS, completion(stream=True, prompt_logprobs=1), 400, "prompt_logprobs"),
-    (COMPLETIONS, completion(temprature=1), 400, "temprature"),
     (COMPLETIONS, completion(suffix="x"), 400, "suffix"),
     (COMPLETIONS, completion(stream_options={"include_usage": True}), 400, "stream_options"),
     (CHAT, chat(messages=[]), 400, "messages"),

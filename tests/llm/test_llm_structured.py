@@ -29,23 +29,25 @@ def generate(llm: LLM, wish: StructuredOutputsParams, **wishes: Any) -> Any:
     return llm.generate("The answer is: ", params, use_tqdm=False)[0]
 
 
-def test_outputs_of_every_schema_are_valid(llm: LLM) -> None:
+def test_outputs_are_valid_under_their_schema(llm: LLM) -> None:
+    """Every fifth; benchmarks/structured_outputs.py takes all."""
+    schemas = list(SCHEMAS.values())[::5]
     params = [
         SamplingParams(
             temperature=1.0, seed=i, max_tokens=64, structured_outputs=S(json=schema, disable_any_whitespace=i % 8 > 0)
         )
-        for i, schema in enumerate(SCHEMAS.values())
+        for i, schema in enumerate(schemas)
     ]
     outputs = llm.generate(["JSON: "] * len(params), params, use_tqdm=False)
     ended = 0
-    for schema, output in zip(SCHEMAS.values(), outputs):
+    for schema, output in zip(schemas, outputs):
         completion = output.outputs[0]
         assert completion.finish_reason in ("stop", "length")
         if completion.finish_reason == "stop":
             ended += 1
             value = json.loads(completion.text)
             jsonschema.Draft202012Validator(schema, format_checker=FORMATS).validate(value)
-    assert ended >= len(SCHEMAS) - 3  # white space, or a list that goes on, may take all 64 tokens
+    assert ended >= len(schemas) - 3  # white space, or a list that goes on, may take all 64 tokens
 
 
 def test_a_choice_regex_and_grammar(llm: LLM) -> None:

@@ -37,10 +37,11 @@ class Counter:
         allowed = {low, low + 1} if self.num_accepted < 4 else {EOS}
         return bytes(sum(1 << i for i in range(8) if 8 * at + i in allowed) for at in range(-(-VOCAB // 8)))
 
-    def accept(self, token_ids: Iterable[int]) -> str | None:
+    error: str | None = None
+
+    def accept(self, token_ids: Iterable[int]) -> None:
         for token in token_ids:
             self.num_accepted, self.last = self.num_accepted + 1, token
-        return None
 
 
 def run(rig: Rig, wishes: list[dict[str, Any]]) -> list[list[TokenOutput]]:
