@@ -9,8 +9,8 @@ MODEL ?= smollm2
 PORT ?= 8000
 BIN := .venv/bin
 
-# Tests of servers that look at the clock.
-WHOLE_MACHINE := tests/server tests/engine tests/examples
+# Tests that start servers.
+WHOLE_MACHINE := tests/e2e tests/guide tests/server tests/engine tests/examples
 
 # Stamps: nothing is installed again until pyproject.toml changes.
 INSTALLED := .venv/.installed
@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/octavo serve $(MODEL) --port $(PORT)
 
-# Two at a time, then those that a busy machine would fail.
+# Two at a time, then those that start servers, which want every core.
 test: lint
 	$(BIN)/octavo pull smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(addprefix --ignore=,$(WHOLE_MACHINE))

@@ -42,7 +42,11 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> library.CpuKernels:
     before = library.get()
-    assert library.load(tmp_path_factory.mktemp("kernels")) == "native kernels"
+    # One folder for all workers of a run: to compile takes 12 s. Of one worker alone, the base folder is its own.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    folder.mkdir(exist_ok=True)
+    assert library.load(folder) == "native kernels"
     made = library.get()
     assert made is not None
     library._loaded = before

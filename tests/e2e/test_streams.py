@@ -1,4 +1,4 @@
-"""A hundred streams at once through the `openai` client; some of them cut. benchmarks/streams.py takes 200."""
+"""Many streams at once through the `openai` client; some of them cut. benchmarks/streams.py takes 200."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from streams import measure
 
 
 async def test_all_complete_with_the_text_of_the_sequential_run(server: ServerProcess) -> None:
-    row = await measure(server, num_streams=100, num_tokens=6, num_cut=25)
-    assert row["completed"] == 100
+    row = await measure(server, num_streams=64, num_tokens=6, num_cut=16)
+    assert row["completed"] == 64
     assert row["text_different"] == 0, row
-    assert row["text_equal"] + row["text_tie"] == 175
-    assert row["text_equal"] >= 172, row
-    assert row["cut"] == 25
+    assert row["text_equal"] + row["text_tie"] == 112
+    assert row["text_equal"] >= 110, row
+    assert row["cut"] == 16
     assert row["kv_usage_after"] == row["kv_usage_before"]
     assert row["seconds_until_free"] < 1.0
