@@ -20,8 +20,6 @@ from octavo.loading.source import INDEX_NAME, ModelSource
 from octavo.models.base import CausalLM
 from octavo.models.registry import build_model
 
-_DUMMY_STD = 0.02  # the initializer_range of most families
-
 
 def load_model(
     source: ModelSource,
@@ -49,7 +47,8 @@ def load_model(
                 model.load_weights(gguf_weights(read_gguf(source.files[0]), dtype, num_threads))
         else:
             read = safetensors_weights if device.type == "cpu" else partial(streamed_weights, device=device)
-            model.load_weights(read(source.files))
+            names = {tensor.name for file in source.files for tensor in read_header(file)}
+            model.load_weights(read(source.files), names)
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
@@ -113,11 +112,9 @@ def _require(file: Path, names: set[str], listed: dict[str, str]) -> None:
 
 
 def dummy_weights(model: CausalLM, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Random float32 weights for every tensor that the model wants, made on the device: the same for the same seed
-    on one kind of device, whatever the model's dtype."""
+    """Random weights for every tensor that the model must have, made on the device: the same for the same seed on one
+    kind of device, whatever the model's dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, slot in model.weight_slots().items():
-        if name.endswith("norm.weight"):
-            yield name, torch.ones(slot.shape, device=device)
-        else:
-            yield name, torch.empty(slot.shape, device=device).normal_(0, _DUMMY_STD, generator=generator)
+        if slot.spec.required:
+            yield name, slot.spec.make_dummy(generator)

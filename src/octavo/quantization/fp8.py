@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
 
 _FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 _SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
@@ -22,37 +24,32 @@ class Fp8Scheme:
     a token, for the FP8 tensor cores (W8A8).
     """
 
-    def create_weights(
-        self,
-        layer: LinearLayer,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        weight = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
-        scale = torch.empty(out_features, dtype=torch.float32, device=device)
+    fuses = True
+
+    def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec(shape=(num_rows, in_features))}
+
+    def create_weights(self, layer: LinearLayer) -> None:
+        rows, columns = layer.out_features, layer.in_features
+        weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=layer.device)
+        scale = torch.empty(rows, dtype=torch.float32, device=layer.device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
-        layer.bias = None
-        if bias:
-            layer.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
-        layer.packed_weight = None
-        layer.packed_bias = None
 
-    def load(self, layer: LinearLayer, name: str, row: int, tensor: Tensor, last: bool) -> None:  # noqa: ARG002
-        if name == "bias":
-            assert layer.bias is not None
-            layer.bias[row : row + len(tensor)].copy_(tensor)
-            return
+    def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:
         assert layer.weight is not None
         assert layer.weight_scale is not None
-        num_rows = max(1, _CHUNK_ELEMENTS // tensor.shape[1])
-        for begin in range(0, len(tensor), num_rows):
-            part = tensor[begin : begin + num_rows].to(layer.weight.device)
+        num_at_once = max(1, _CHUNK_ELEMENTS // layer.in_features)
+        for begin in range(0, num_rows, num_at_once):
+            part = tensors["weight"][begin : begin + num_at_once].to(layer.device)
             rows = slice(row + begin, row + begin + len(part))
             layer.weight[rows], layer.weight_scale[rows] = quantize_channels(part)
+
+    def finish(self, layer: LinearLayer) -> None:
+        """Nothing is left to do."""
+
+    def num_bytes(self, layer: LinearLayer) -> int:  # noqa: ARG002
+        return 0
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
         """Row-wise scales: cuBLAS and CUTLASS write bfloat16 and want whole blocks of 16."""

@@ -1,15 +1,15 @@
-"""Which scheme a name stands for."""
+"""Which method a name stands for."""
 
 from __future__ import annotations
 
 from octavo.config import Quantization
 from octavo.quantization.fp8 import FP8
-from octavo.quantization.scheme import LinearScheme
-from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.scheme import QuantizationMethod
+from octavo.quantization.unquantized import PLAIN, EveryLayer
 
-SCHEMES: dict[Quantization, LinearScheme] = {"fp8": FP8}
+_METHODS: dict[Quantization, QuantizationMethod] = {"fp8": EveryLayer(FP8)}
 
 
-def scheme_of(name: Quantization | None) -> LinearScheme:
+def method_of(name: Quantization | None) -> QuantizationMethod:
     """None: weights stay in the model's dtype."""
-    return UNQUANTIZED if name is None else SCHEMES[name]
+    return PLAIN if name is None else _METHODS[name]
