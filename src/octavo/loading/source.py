@@ -17,6 +17,7 @@ from octavo.loading.sentence import as_embedding_model, output_facts
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and their quant_method
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -82,7 +83,7 @@ def resolve_source(
         return _gguf_source(model, weights, load_format, weights if tokenizer is None else tokenizer_path)
     generation = path / "generation_config.json"
     files = () if load_format == "dummy" else _safetensors_in(path)
-    config = as_embedding_model(path, _overridden(read_json(path / "config.json"), hf_overrides))
+    config = as_embedding_model(path, _overridden(_with_quantization(path), hf_overrides))
     return ModelSource(
         name=model,
         format="dummy" if load_format == "dummy" else "safetensors",
@@ -158,6 +159,15 @@ def _safetensors_in(folder: Path) -> tuple[Path, ...]:
 def _refuse_pickle(path: Path) -> None:
     if any(path.match(pattern) for pattern in _PICKLES):
         raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors")
+
+
+def _with_quantization(folder: Path) -> dict[str, Any]:
+    """config.json, with the quantization_config that some packers put into a file of its own."""
+    config = read_json(folder / "config.json")
+    for name, method in _QUANTIZATION_FILES.items():
+        if not config.get("quantization_config") and (folder / name).is_file():
+            config["quantization_config"] = {"quant_method": method} | read_json(folder / name)
+    return config
 
 
 def _overridden(config: dict[str, Any], hf_overrides: str | None) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def build_model(
     if head == "scores":
         _check_num_labels(config)
         read = replace(read, classifier_token_ids=tuple(config.get(CLASSIFIER_IDS, ())))
-    return family(read, dtype, device, method_of(quantization)).eval()
+    return family(read, dtype, device, method_of(quantization, config.get("quantization_config"))).eval()
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:
