@@ -102,7 +102,7 @@ def pack(code: Tensor, bits: int, chunk: int) -> Tensor:
     if bits == 8:
         return chunks.contiguous()
     low, high = chunks.split(chunk // 2, -1)
-    return low | high << 4
+    return (low | high << 4).contiguous()
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
