@@ -10,7 +10,7 @@ def dequantize_grouped(
     packed: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight [N, K] in `dtype`. packed: uint8 [chunks, N, width], two 4-bit codes a byte (columns j and j + width
-    of a chunk) or one of 8 bits; scale: [groups, N]; shift: int8 (of the codes) or float32 (of the weights) likewise."""
+    of a chunk) or one of 8 bits; scale, shift: [groups, N]. shift: int8, of the codes, or float32, of the weights."""
     num_chunks, n, width = packed.shape
     k = scale.shape[0] * group_size
     if num_chunks * width == k:

@@ -140,9 +140,9 @@ def _bf16_bytes(raw):
 def _low_and_high(raw, shift, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """The numbers of 4-bit codes, less `shift` [BLOCK_N, 1], in DTYPE, exactly."""
     if FAST:
-        base = 136.0 if DTYPE == tl.bfloat16 else 1032.0
+        base = 136.0 if tl.bfloat16 == DTYPE else 1032.0
         zero = tl.broadcast_to((shift.to(tl.float32) + base).to(DTYPE), raw.shape)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             low, high = _bf16_numbers(raw, zero)
         else:
             low, high = _fp16_numbers(raw, zero)
@@ -175,10 +175,7 @@ def _group_of(scale_ptr, shift_ptr, group, columns, N, mask, SHIFT: tl.constexpr
     """(scale, shift) [BLOCK_N] of a group of columns; shift is 0 where there is none."""
     at = group * N + columns
     scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
-    if SHIFT == _NO_SHIFT:
-        shift = tl.zeros(scale.shape, tl.int8)
-    else:
-        shift = tl.load(shift_ptr + at, mask=mask, other=0)
+    shift = tl.zeros(scale.shape, tl.int8) if SHIFT == _NO_SHIFT else tl.load(shift_ptr + at, mask=mask, other=0)
     return scale, shift
 
 
@@ -225,7 +222,7 @@ def _grouped_kernel(
         x = tl.load(x_rows + chunk * CHUNK, mask=in_rows[:, None], other=0.0)
         scale, shift = _group_of(scale_ptr, shift_ptr, chunk * CHUNK // GROUP, n, N, in_columns, SHIFT)
         if BITS == 8:
-            w = _bf16_bytes(raw) if FAST and DTYPE == tl.bfloat16 else (raw.to(tl.int16) - 128).to(tl.float32).to(DTYPE)
+            w = _bf16_bytes(raw) if FAST and tl.bfloat16 == DTYPE else (raw.to(tl.int16) - 128).to(tl.float32).to(DTYPE)
             minimum = shift.to(tl.float32)
             if SHIFT == _ZERO:
                 minimum *= -scale.to(tl.float32)
