@@ -27,9 +27,9 @@ _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 class GroupedPlan(NamedTuple):
     """How a product is cut up.
 
-    block_m: tokens of a program, 1 or 2 for sums that the tensor cores have no part in; swap: the weight is the left operand, which fills the 64 rows that a Hopper warp group
-    multiplies at once; scale_first: numbers are scaled before they are multiplied; unroll: chunks of a step, 1 where
-    it does not divide the number of chunks.
+    block_m: tokens of a program, 1 or 2 for sums that the tensor cores have no part in; swap: the weight is the left
+    operand, which fills the 64 rows that a Hopper warp group multiplies at once; scale_first: numbers are scaled
+    before they are multiplied; unroll: chunks of a step, 1 where it does not divide the number of chunks.
     """
 
     block_m: int
