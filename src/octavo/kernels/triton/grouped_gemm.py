@@ -19,6 +19,7 @@ from octavo.kernels.triton.skinny_gemm import _reduce, _workspace
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _NUM_SMS = 132  # of an H100 or H200
+_LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
 _WORKSPACE_FLOATS = 4 << 20  # as in skinny_gemm
 _MAX_TILES = 1 << 14
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -43,19 +44,28 @@ class GroupedPlan(NamedTuple):
 
     @classmethod
     def of(cls, m: int, n: int, num_chunks: int) -> GroupedPlan:
-        """The plan for x [m, k] by a weight of n rows and num_chunks chunks."""
-        if m <= 32:
-            block_m = 16 if m <= 16 else 32
-            split = _split(triton.cdiv(n, 64), num_chunks, 3)
-            return cls(block_m, 64, split, 4, 5)
-        block_m = 64 if m <= 64 else 128
-        tiles = triton.cdiv(n, 128) * triton.cdiv(m, block_m)
-        return cls(block_m, 128, _split(tiles, num_chunks, 1), 8, 4, True, True)
+        """The plan for x [m, k] by a weight of n rows and num_chunks chunks, as measured on an H200 by
+        benchmarks/gpu/kernel_grouped.py."""
+        if m <= 16:
+            split = _split(triton.cdiv(n, 64), num_chunks, 4)
+            return cls(8 if m <= 8 else 16, 64, split, 2, 4, swap=True, unroll=2)
+        rows = triton.cdiv(n, 128)
+        if m <= 64:
+            split = _split(rows, num_chunks, 2)
+            warps = 8 if m > 32 and split == 1 else 4
+            return cls(32 if m <= 32 else 64, 128, split, warps, 4, swap=True, scale_first=m > 32)
+        large = rows * num_chunks >= _LARGE
+        if m <= 256:
+            block_m = (128 if large else 64) if m <= 128 else (256 if large else 128)
+        else:
+            block_m = 256
+        split = _split(rows * triton.cdiv(m, block_m), num_chunks, 1)
+        return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
 
 def _split(tiles: int, num_chunks: int, programs_per_sm: int) -> int:
-    """Splits of K that give every multiprocessor so many programs, each with at least four chunks."""
-    return max(1, min(programs_per_sm * _NUM_SMS // tiles, num_chunks // 4, 8))
+    """Splits of K that give every multiprocessor about so many programs, each with at least four chunks."""
+    return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // 4, 8))
 
 
 @triton.jit
