@@ -13,6 +13,7 @@ _MODULES = (
     "activation",
     "decode_attention",
     "fp8",
+    "grouped_gemm",
     "norm",
     "prefill_attention",
     "rope",
