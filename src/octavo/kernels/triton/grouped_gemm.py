@@ -54,11 +54,8 @@ class GroupedPlan(NamedTuple):
             split = _split(rows, num_chunks, 2)
             warps = 8 if m > 32 and split == 1 else 4
             return cls(32 if m <= 32 else 64, 128, split, warps, 4, swap=True, scale_first=m > 32)
-        large = rows * num_chunks >= _LARGE
-        if m <= 256:
-            block_m = (128 if large else 64) if m <= 128 else (256 if large else 128)
-        else:
-            block_m = 256
+        at_least = 64 if rows * num_chunks < _LARGE else 128
+        block_m = min(256, at_least * (1 if m <= 128 else 2 if m <= 256 else 4))
         split = _split(rows * triton.cdiv(m, block_m), num_chunks, 1)
         return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
