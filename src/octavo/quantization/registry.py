@@ -6,14 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.config import Quantization
-from octavo.quantization.fp8 import FP8
+from octavo.quantization.fp8 import FP8, FP8_PER_TENSOR
+from octavo.quantization.fp8_block import FP8_PER_BLOCK
+from octavo.quantization.fp8_config import read_fp8
 from octavo.quantization.scheme import QuantizationMethod
 from octavo.quantization.unquantized import PLAIN, EveryLayer
 
 # Of weights that are quantized while they are loaded.
-_ONLINE: dict[Quantization, QuantizationMethod] = {"fp8": EveryLayer(FP8)}
+_ONLINE: dict[Quantization, QuantizationMethod] = {
+    "fp8": EveryLayer(FP8),
+    "fp8_per_block": EveryLayer(FP8_PER_BLOCK),
+    "fp8_per_channel": EveryLayer(FP8),
+    "fp8_per_tensor": EveryLayer(FP8_PER_TENSOR),
+}
 # quant_method -> reads the config's quantization_config. Raises ValueError naming a field and its value.
-_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {}
+_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {"fp8": read_fp8}
 
 
 def method_of(option: Quantization | None, declared: Mapping[str, Any] | None) -> QuantizationMethod:
