@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
+# AutoFP8's and compressed-tensors' names, and those of transformers.
+_SCALE_NAMES = "weight_scale", "weight_scale_inv"
+_INPUT_SCALE_NAMES = "input_scale", "activation_scale"
 _CHUNK_ELEMENTS = 16 << 20  # converted at once: 64 MiB a float32 temporary
 
 
@@ -149,7 +153,8 @@ class OnlineFp8:
 
 @dataclass(frozen=True)
 class StoredFp8:
-    """A Fp8Format: the checkpoint holds FP8 weights and their scales, one for a tensor or one for every row.
+    """A Fp8Format: the checkpoint holds FP8 weights and their scales, one for a tensor or one for every row. Both may
+    go by two names.
 
     has_input_scale: and a static scale of the activations, which must make sense and is not needed: a token's own
     scale is at least as fine as one for all tokens, and is what `apply` takes.
@@ -161,21 +166,35 @@ class StoredFp8:
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         shape = num_rows, in_features
-        scales = ((1,), (num_rows,), (num_rows, 1))
+        scales = ((1,), (1, 1), (num_rows,), (num_rows, 1))
+        scale = partial(TensorSpec, shape=(), other_shapes=scales, required=False)
         return {
             "weight": TensorSpec(shape=shape, dtypes=(torch.float8_e4m3fn,), dummy=normal_fp8(*shape)),
-            "weight_scale": TensorSpec(shape=(), other_shapes=scales, dummy=full(DUMMY_STD)),
-            "input_scale": TensorSpec(
-                shape=(), other_shapes=((1,),), required=self.has_input_scale, dummy=full(DUMMY_STD)
-            ),
+            _SCALE_NAMES[0]: scale(dummy=full(DUMMY_STD)),
+            _SCALE_NAMES[1]: scale(),
+            _INPUT_SCALE_NAMES[0]: scale(other_shapes=scales[:2], dummy=full(DUMMY_STD)),
+            _INPUT_SCALE_NAMES[1]: scale(other_shapes=scales[:2]),
         }
 
     def rows(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        weight, scale = tensors["weight"], tensors["weight_scale"]
-        check_scales("weight_scale", scale)
-        if "input_scale" in tensors:
-            check_scales("input_scale", tensors["input_scale"], above=True)
+        weight, scale = tensors["weight"], _under(_SCALE_NAMES, tensors)
+        if scale is None:
+            raise ValueError(f"{_SCALE_NAMES[0]} is missing")
+        check_scales(_SCALE_NAMES[0], scale)
+        input_scale = _under(_INPUT_SCALE_NAMES, tensors)
+        if input_scale is not None:
+            check_scales(_INPUT_SCALE_NAMES[0], input_scale, above=True)
+        elif self.has_input_scale:
+            raise ValueError(f"{_INPUT_SCALE_NAMES[0]} is missing, and activation_scheme is static")
         yield weight.to(device), scale.to(device).float().flatten().expand(len(weight))
+
+
+def _under(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Raises ValueError where several of the names are there."""
+    found = [name for name in names if name in tensors]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(found)} say the same; expected one of them")
+    return tensors[found[0]] if found else None
 
 
 def pieces(weight: Tensor, multiple: int = 1) -> Iterator[slice]:

@@ -1,8 +1,8 @@
 """FP8 weights with a scale for every 128 x 128 block (DeepSeek-V3: DeepSeek-AI, 2024; also Qwen3-FP8).
 
 Many tokens are quantised as well, with a scale for every 128 features of a token; few are multiplied as they are. A
-format's wish that scales be powers of two (scale_fmt "ue8m0") binds the packer; any scale is read, and those of
-activations are as fine as float32 has them.
+format's wish that scales be powers of two (scale_fmt "ue8m0") binds the packer: any scale is read, of either dtype,
+and those of activations are as fine as float32 has them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.fp8 import FP8_MAX, SCALE_MIN, pieces
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.scheme import FLOATS, Fp8Tokens, LinearLayer, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8
 
 BLOCK = 128  # rows, and columns, that share a scale
+_SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Fp8BlockScheme:
         grid = -(-num_rows // BLOCK), -(-in_features // BLOCK)
         return {
             "weight": TensorSpec(shape=shape, dtypes=(torch.float8_e4m3fn,), dummy=normal_fp8(*shape)),
-            self.scale_name: TensorSpec(shape=grid, dummy=full(DUMMY_STD, *grid)),
+            self.scale_name: TensorSpec(shape=grid, dtypes=_SCALE_DTYPES, dummy=full(DUMMY_STD, *grid)),
         }
 
     def create_weights(self, layer: LinearLayer) -> None:
@@ -74,9 +75,7 @@ class Fp8BlockScheme:
             layer.weight_scale = nn.Parameter(torch.cat([scale for _, scale in parts]), requires_grad=False)
             return
         ends = [row for row, _ in parts[1:]] + [layer.out_features]
-        plain = [
-            dequantize_blocks(layer.weight[row:end], scale, layer.dtype) for (row, scale), end in zip(parts, ends)
-        ]
+        plain = [dequantize_blocks(layer.weight[row:end], scale, layer.dtype) for (row, scale), end in zip(parts, ends)]
         layer.weight = nn.Parameter(torch.cat(plain), requires_grad=False)
         UNQUANTIZED.finish(layer)
 

@@ -20,6 +20,7 @@ def read_fp8(values: Mapping[str, Any]) -> QuantizationMethod:
     block = fields.get("weight_block_size")
     fields.choice("fmt", "e4m3", ("e4m3",))
     fields.choice("scale_fmt", "float", ("float", "ue8m0"))
+    fields.choice("expert_dtype", "fp8", ("fp8",))
     skipped = fields.names("ignored_layers") + fields.names("modules_to_not_convert")
     check_kv_cache_scheme(fields)
     fields.finish("dequantize", "is_checkpoint_fp8_serialized")

@@ -32,6 +32,4 @@ def normal_fp8(*shape: int) -> Dummy:
 
 def integers(low: int, high: int, dtype: torch.dtype, *shape: int) -> Dummy:
     """Uniform in [low, high)."""
-    return lambda generator: torch.randint(
-        low, high, shape, generator=generator, device=generator.device, dtype=dtype
-    )
+    return lambda generator: torch.randint(low, high, shape, generator=generator, device=generator.device, dtype=dtype)
