@@ -114,7 +114,7 @@ def test_layers_that_are_not_converted(field: str, skipped: str, tmp_path: Path)
 def test_option_and_config_agree(tmp_path: Path) -> None:
     folder = write(tmp_path, encoded(per_tensor)[0], DYNAMIC)
     assert torch.equal(logits(load(folder, option="fp8")), logits(load(folder)))
-    with pytest.raises(ValueError, match="quantization='fp8_per_block' and .* do not agree"):
+    with pytest.raises(ValueError, match=r"quantization='fp8_per_block' and .* do not agree"):
         load(folder, option="fp8_per_block")
 
 

@@ -1,4 +1,4 @@
-"""FP8 products with a scale for every 128 x 128 block of the weight, in plain torch: the oracle of the fused kernels."""
+"""FP8 products with a scale for every 128 x 128 block of the weight, in plain torch: the fused kernels' oracle."""
 
 from __future__ import annotations
 
