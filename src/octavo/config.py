@@ -18,7 +18,7 @@ from typing import Any, Literal
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "triton", "flashinfer", "torch"]
-Quantization = Literal["fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor"]
+Quantization = Literal["compressed-tensors", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor"]
 KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]

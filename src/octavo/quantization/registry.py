@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.config import Quantization
+from octavo.quantization.compressed_tensors import compressed_tensors
 from octavo.quantization.fp8 import FP8, FP8_PER_TENSOR
 from octavo.quantization.fp8_block import FP8_PER_BLOCK
 from octavo.quantization.fp8_config import read_fp8
@@ -20,7 +21,10 @@ _ONLINE: dict[Quantization, QuantizationMethod] = {
     "fp8_per_tensor": EveryLayer(FP8_PER_TENSOR),
 }
 # quant_method -> reads the config's quantization_config. Raises ValueError naming a field and its value.
-_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {"fp8": read_fp8}
+_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {
+    "compressed-tensors": compressed_tensors,
+    "fp8": read_fp8,
+}
 
 
 def method_of(option: Quantization | None, declared: Mapping[str, Any] | None) -> QuantizationMethod:
