@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,15 @@ def plain_tensors() -> dict[str, Tensor]:
     return state
 
 
-def encoded(encode: Encoder, skipped: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def encoded(encode: Encoder, skipped: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a quantized checkpoint, and those of the plain one that it stands for. skipped: parts of names
     of projections that are not quantized."""
+    state, plain = _encoded(encode, skipped)
+    return dict(state), dict(plain)
+
+
+@cache
+def _encoded(encode: Encoder, skipped: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state, plain = {}, {}
     for name, tensor in plain_tensors().items():
         if name.endswith("_proj.weight") and not any(part in name for part in skipped):
@@ -69,7 +76,7 @@ def write(folder: Path, state: dict[str, Tensor], quantization: dict[str, Any] |
     folder.mkdir(parents=True, exist_ok=True)
     fields = CONFIG | config | ({} if quantization is None else {"quantization_config": quantization})
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     return folder
 
 

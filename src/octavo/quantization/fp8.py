@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
-from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8
+from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
@@ -183,7 +183,7 @@ class StoredFp8:
         check_scales(_SCALE_NAMES[0], scale)
         input_scale = _under(_INPUT_SCALE_NAMES, tensors)
         if input_scale is not None:
-            check_scales(_INPUT_SCALE_NAMES[0], input_scale, above=True)
+            check_scales(_INPUT_SCALE_NAMES[0], input_scale, TINY)
         elif self.has_input_scale:
             raise ValueError(f"{_INPUT_SCALE_NAMES[0]} is missing, and activation_scheme is static")
         yield weight.to(device), scale.to(device).float().flatten().expand(len(weight))

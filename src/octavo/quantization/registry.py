@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.config import Quantization
+from octavo.quantization.bitsandbytes import read_bitsandbytes
 from octavo.quantization.compressed_tensors import compressed_tensors
+from octavo.quantization.four_bit import NF4
 from octavo.quantization.fp8 import FP8, FP8_PER_TENSOR
 from octavo.quantization.fp8_block import FP8_PER_BLOCK
 from octavo.quantization.fp8_config import read_fp8
@@ -15,6 +17,7 @@ from octavo.quantization.unquantized import PLAIN, EveryLayer
 
 # Of weights that are quantized while they are loaded.
 _ONLINE: dict[Quantization, QuantizationMethod] = {
+    "bitsandbytes": EveryLayer(NF4),
     "fp8": EveryLayer(FP8),
     "fp8_per_block": EveryLayer(FP8_PER_BLOCK),
     "fp8_per_channel": EveryLayer(FP8),
@@ -22,6 +25,7 @@ _ONLINE: dict[Quantization, QuantizationMethod] = {
 }
 # quant_method -> reads the config's quantization_config. Raises ValueError naming a field and its value.
 _READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {
+    "bitsandbytes": read_bitsandbytes,
     "compressed-tensors": compressed_tensors,
     "fp8": read_fp8,
 }

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 Dummy = Callable[[torch.Generator], Tensor]
 
+TINY = torch.finfo(torch.float32).tiny
 DUMMY_STD = 0.02  # of dummy weights, as TensorSpec has it
 
 
-def check_scales(name: str, scale: Tensor, above: bool = False) -> None:
-    """Raises ValueError unless all scales are finite, and not negative; above: and not 0 either."""
+def check_scales(name: str, scale: Tensor, least: float = 0.0) -> None:
+    """Raises ValueError unless all scales are finite, and at least so much."""
     wide = scale.float()
-    good = wide.isfinite() & (wide > 0 if above else wide >= 0)
+    good = wide.isfinite() & (wide >= least)
     if not bool(good.all()):
-        bad = wide[~good].flatten()[0].item()
-        raise ValueError(f"{name} holds {bad}, expected finite numbers {'above 0' if above else 'of at least 0'}")
+        raise ValueError(f"{name} holds {wide[~good].flatten()[0].item()}, expected finite numbers >= {least:g}")
 
 
 def full(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Dummy:
     return lambda generator: torch.full(shape, value, dtype=dtype, device=generator.device)
+
+
+def known(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Dummy:
+    return lambda generator: torch.tensor(values, dtype=dtype, device=generator.device)
 
 
 def normal_fp8(*shape: int) -> Dummy:
