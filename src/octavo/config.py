@@ -19,7 +19,16 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "triton", "flashinfer", "torch"]
 Quantization = Literal[
-    "bitsandbytes", "compressed-tensors", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor"
+    "awq",
+    "awq_marlin",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fp8",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "fp8_per_tensor",
+    "gptq",
+    "gptq_marlin",
 ]
 KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "bitsandbytes", "dummy"]
@@ -62,9 +71,10 @@ class EngineOptions:
     device: Device = "auto"
     """Where the model runs. auto: on the GPU, if there is one."""
     quantization: Quantization | None = None
-    """Quantize the linear layers while they are loaded; for a checkpoint that is quantized, its own method or none.
-    fp8, fp8_per_channel: one scale an output channel and one a token; fp8_per_tensor: one scale a checkpoint's tensor;
-    fp8_per_block: one a 128 x 128 block; bitsandbytes: NF4 with a scale for 64 weights."""
+    """Quantize the linear layers while they are loaded. fp8, fp8_per_channel: one scale an output channel and one a
+    token; fp8_per_tensor: one scale a checkpoint's tensor; fp8_per_block: one a 128 x 128 block; bitsandbytes: NF4
+    with a scale for 64 weights. Of a quantized checkpoint, any may say what its config says already; one that
+    disagrees is refused."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
     attention_backend: AttentionBackendName = "auto"

@@ -19,7 +19,7 @@ from torch import Tensor
 from octavo.config import DeviceFacts, EngineOptions, ModelFacts, resolve
 from octavo.loading.source import resolve_source
 from octavo.quantization import four_bit as implementation
-from octavo.quantization.bitsandbytes import StoredFourBit, read_bitsandbytes
+from octavo.quantization.bitsandbytes import StoredFourBit, bitsandbytes
 from octavo.quantization.four_bit import NF4, FourBitScheme, OnlineNf4, quantize_nf4
 from octavo.quantization.scheme import LinearLayer
 from octavo.quantization.unquantized import UNQUANTIZED
@@ -240,7 +240,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 )
 def test_fields_that_are_not_supported_are_named(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_bitsandbytes(NF4_CONFIG | fields)
+        bitsandbytes(NF4_CONFIG | fields)
 
 
 @pytest.mark.parametrize("config", [NF4_CONFIG, DOUBLE_CONFIG, FP4_CONFIG, INT8_CONFIG])

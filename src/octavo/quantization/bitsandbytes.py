@@ -30,7 +30,7 @@ _INT8_STD = 255 / 12**0.5  # of integers that are spread evenly
 _BOOKKEEPING = ("bnb_4bit_compute_dtype", "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload")
 
 
-def read_bitsandbytes(values: Mapping[str, Any]) -> QuantizationMethod:
+def bitsandbytes(values: Mapping[str, Any]) -> QuantizationMethod:
     """values: the quantization_config. Raises ValueError naming a field and its value that are not supported."""
     fields = Fields(values)
     fields.choice("quant_method", ("bitsandbytes",))

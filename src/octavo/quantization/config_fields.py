@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Of AWQ and GPTQ: with what, from what and for which kernels a checkpoint was made.
+HOW_MADE = (
+    *("meta", "provider", "quantizer", "packing_format", "autoround_version", "backend", "exllama_config", "do_fuse"),
+    *("use_exllama", "use_cuda_fp16", "disable_exllama", "fuse_max_seq_len", "modules_to_fuse", "max_input_length"),
+    *("model_seqlen", "model_name_or_path", "model_file_base_name", "tokenizer", "dataset", "batch_size", "seqlen"),
+    *("nsamples", "iters", "lr", "minmax_lr", "amp", "low_gpu_mem_usage", "gradient_accumulate_steps", "pad_token_id"),
+    *("enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "supported_types", "scale_dtype"),
+    *("to_quant_block_names", "quant_block_list", "cache_block_outputs", "module_name_preceding_first_block"),
+    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "act_group_aware", "mse", "hyb_act"),
+    *("offload_to_disk", "offload_to_disk_path", "pack_impl", "uri"),
+)
+
 
 class Fields:
     """One JSON object of it. Every method raises ValueError naming the field, its value and what is allowed; a field

@@ -13,7 +13,7 @@ from octavo.quantization.scheme import LinearScheme, QuantizationMethod
 from octavo.quantization.unquantized import EveryLayer
 
 
-def read_fp8(values: Mapping[str, Any]) -> QuantizationMethod:
+def fp8(values: Mapping[str, Any]) -> QuantizationMethod:
     """values: the quantization_config. Raises ValueError naming a field and its value that are not supported."""
     fields = Fields(values)
     fields.choice("quant_method", ("fp8",))

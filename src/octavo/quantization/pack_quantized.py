@@ -55,9 +55,10 @@ class PackQuantized:
         dense = words.shape[1] == packed.num_words(self.num_bits, in_features)
         unpack = packed.unpack_bits if dense else packed.unpack_padded
         code, zero = unpack(words, self.num_bits, in_features), None
-        if not self.symmetric:
+        if self.symmetric:
+            code = packed.widened(code, self.num_bits)
+        else:
             zero = packed.unpack_bits(tensors["weight_zero_point"].t(), self.num_bits, num_rows).t()
-        code, zero = packed.widened(code, zero, self.num_bits)
         order = packed.order_of(tensors["weight_g_idx"], self.group_size) if self.is_ordered else None
         return Codes(code if order is None else code[:, order], tensors["weight_scale"], zero, order=order)
 

@@ -24,7 +24,7 @@ def num_words(bits: int, size: int) -> int:
 def unpack_bits(words: Tensor, bits: int, size: int) -> Tensor:
     """words: int32 [rows, W], each row a stream of bits in which value i begins at bit i * bits, across the ends of
     words where `bits` does not divide 32. Returns uint8 [rows, size]."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.flatten().view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return octets[:, :size]
     if 8 % bits == 0:
@@ -44,15 +44,18 @@ def unpack_padded(words: Tensor, bits: int, size: int) -> Tensor:
     return values.to(torch.uint8).view(len(words), -1)[:, :size]
 
 
-def widened(code: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Code and zero of `bits` as Codes has them in `memory_bits`: zero None where it is in the middle everywhere.
+def widened(code: Tensor, bits: int) -> Tensor:
+    """uint8 codes of `bits`, of which 2**(bits - 1) means zero, as such of `memory_bits`."""
+    return code + ((1 << memory_bits(bits) - 1) - (1 << bits - 1))
 
-    code: uint8; zero: uint8, None for 2**(bits - 1).
-    """
+
+def refuse_zeros(name: str, zero: Tensor, bits: int) -> None:
+    """zero: uint8, of a format that is symmetric. Raises ValueError, naming the tensor, unless it is in the middle of
+    the range everywhere."""
     middle = 1 << bits - 1
-    if zero is None or bool((zero == middle).all()):
-        return code + ((1 << memory_bits(bits) - 1) - middle), None
-    return code, zero
+    other = zero[zero != middle]
+    if len(other):
+        raise ValueError(f"{name} holds a zero of {int(other[0])}, and symmetric codes have {middle} everywhere")
 
 
 def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -85,6 +88,18 @@ def words_spec(*shape: int) -> TensorSpec:
         return torch.randint(
             limits.min, limits.max, shape, dtype=torch.int32, device=generator.device, generator=generator
         )
+
+    return TensorSpec(shape=shape, dtypes=(torch.int32,), dummy=dummy)
+
+
+def equal_words_spec(shape: tuple[int, ...], bits: int, value: int) -> TensorSpec:
+    """Packed values, in a dummy all the same. shape: its last dimension is that of the stream."""
+    stream = sum(value << bits * i for i in range(32))
+    words = [(stream >> 32 * i & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for i in range(bits)]  # signed
+
+    def dummy(generator: torch.Generator) -> Tensor:
+        repeated = torch.tensor(words, dtype=torch.int32, device=generator.device).repeat(-(-shape[-1] // bits))
+        return repeated[: shape[-1]].expand(shape).contiguous()
 
     return TensorSpec(shape=shape, dtypes=(torch.int32,), dummy=dummy)
 
