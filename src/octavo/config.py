@@ -18,7 +18,7 @@ from typing import Any, Literal
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "triton", "flashinfer", "torch"]
-Quantization = Literal["fp8"]
+Quantization = Literal["fp8", "gguf"]
 KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
@@ -59,7 +59,8 @@ class EngineOptions:
     device: Device = "auto"
     """Where the model runs. auto: on the GPU, if there is one."""
     quantization: Quantization | None = None
-    """Quantize the linear layers while they are loaded. fp8: one scale an output channel and one a token."""
+    """Quantize the linear layers while they are loaded. fp8: one scale an output channel and one a token. The name of
+    the checkpoint's own format (gguf) may be given too, and is checked."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
     attention_backend: AttentionBackendName = "auto"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.config import Quantization
+from octavo.quantization import gguf
 from octavo.quantization.fp8 import FP8
 from octavo.quantization.scheme import QuantizationMethod
 from octavo.quantization.unquantized import PLAIN, EveryLayer
@@ -13,7 +14,7 @@ from octavo.quantization.unquantized import PLAIN, EveryLayer
 # Of weights that are quantized while they are loaded.
 _ONLINE: dict[Quantization, QuantizationMethod] = {"fp8": EveryLayer(FP8)}
 # quant_method -> reads the config's quantization_config. Raises ValueError naming a field and its value.
-_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {}
+_READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {"gguf": gguf.read_config}
 
 
 def method_of(option: Quantization | None, declared: Mapping[str, Any] | None) -> QuantizationMethod:
