@@ -86,6 +86,10 @@ CASES: dict[str, tuple[Encoder, dict[str, Any]]] = {
         partial(pack_quantized, bits=4, group_size=64, symmetric=False),
         of_pack_quantized(4, 64, False),
     ),
+    "pack-quantized, 3 bits, asymmetric": (
+        partial(pack_quantized, bits=3, group_size=32, symmetric=False),
+        of_pack_quantized(3, 32, False),
+    ),
     "pack-quantized, 8 bits, asymmetric": (
         partial(pack_quantized, bits=8, symmetric=False),
         of_pack_quantized(8, -1, False),
