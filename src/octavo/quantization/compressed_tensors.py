@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.quantization.config_fields import Fields
 from octavo.quantization.grouped import GroupedScheme
+from octavo.quantization.kv_scales import check_kv_cache_scheme
 from octavo.quantization.pack_quantized import PackQuantized
 from octavo.quantization.scheme import LinearScheme
 from octavo.quantization.unquantized import UNQUANTIZED
@@ -96,6 +97,7 @@ def compressed_tensors(declared: Mapping[str, Any]) -> CompressedTensors:
     ignored = fields.strings("ignore")
     _check_patterns(fields, "ignore", ignored)
     _refuse_sparsity(fields)
+    check_kv_cache_scheme(fields)
     groups = fields.inner("config_groups")
     targets: dict[str, LinearScheme] = {}
     for name in groups.names():
@@ -173,8 +175,8 @@ def _check_patterns(fields: Fields, name: str, targets: tuple[str, ...]) -> None
 
 
 def _refuse_sparsity(fields: Fields) -> None:
-    """What changes the weights or the cache besides their quantization."""
-    for name in ("kv_cache_scheme", "transform_config", "sparsity_config", "moe_sparsity_config"):
+    """What changes the weights besides their quantization."""
+    for name in ("transform_config", "sparsity_config", "moe_sparsity_config"):
         value = fields.any(name)
         if value and not (name == "sparsity_config" and value == {"format": "dense"}):
             raise fields.refused(name, "null")

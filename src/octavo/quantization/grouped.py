@@ -166,12 +166,13 @@ class GroupedScheme:
 
     def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:
         """Parts may come in any order; `finish` puts them in that of their rows."""
-        codes = self.format.codes(layer.in_features, num_rows, tensors)
-        codes = Codes(*(None if tensor is None else tensor.to(layer.device) for tensor in codes))
+        # Moved before they are unpacked: fewer bytes, and the device unpacks them.
+        moved = {end: tensor.to(layer.device) for end, tensor in tensors.items()}
+        codes = self.format.codes(layer.in_features, num_rows, moved)
         group_size = self._group_size(layer)
         chunk = chunk_size(self.format.bits, group_size, layer.in_features)
         if chunk is None:
-            layer.held.append((row, _plain(codes, self.format.bits, group_size).to(layer.dtype)))
+            layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
         else:
             layer.held.append((row, weight_of(codes, self.format.bits, group_size, chunk)))
 
@@ -209,7 +210,7 @@ class GroupedScheme:
         return layer.in_features if self.format.group_size == -1 else self.format.group_size
 
 
-def _plain(codes: Codes, bits: int, group_size: int) -> Tensor:
+def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     """float32 [rows, in_features], by the definition of Codes; the last group may be short."""
     size = codes.code.shape[1]
     scale = codes.scale.float().repeat_interleave(group_size, 1)[:, :size]
