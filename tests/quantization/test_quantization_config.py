@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from integer_encoders import awq, gptq, pack_quantized
 from quantized_checkpoints import encoded, load, logits, plain_tensors, relative_error, write
 from test_integer_formats import of_awq, of_gptq, of_pack_quantized
 from torch import Tensor
+from transformers import AwqConfig, GPTQConfig
 
 from octavo.quantization.compressed_tensors import CompressedTensors
 from octavo.quantization.grouped import GroupedScheme
@@ -110,6 +112,13 @@ def test_groups_of_a_mixed_config_name_their_format() -> None:
     assert method.scheme_of(f"{MLP}.up_proj") is UNQUANTIZED
 
 
+def test_configs_as_transformers_writes_them() -> None:
+    """With all of its fields, of which AWQ inherits some that are GPTQ's."""
+    written = [AwqConfig(bits=4, group_size=32), GPTQConfig(bits=4, group_size=32, dataset="c4")]
+    read = [method_of(None, json.loads(json.dumps(config.to_dict()))) for config in written]
+    assert read == [method_of(None, of_awq(32)), method_of(None, of_gptq(4, 32, True))]
+
+
 @pytest.mark.parametrize(
     ("option", "declared"),
     [("awq", "awq"), ("awq_marlin", "awq"), ("awq", "awq_marlin"), (None, "awq_marlin"), ("awq_marlin", "awq_marlin")],
@@ -141,7 +150,8 @@ def grouped_weights(**fields: Any) -> dict[str, Any]:
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "group_size": 64}, r"group_size=64 .* allowed: 32"),
         (of_awq(32, version="gemv"), r"version='gemv' is not supported; allowed: gemm"),
         (of_awq(32, modules_to_not_convert="lm_head"), r"modules_to_not_convert='lm_head' .* a list of strings"),
-        (of_awq(32, zero_point=True, sym=True), r"sym=True is not supported; allowed: False"),
+        (of_awq(32, zero_point=1), r"zero_point=1 is not supported; allowed: true, false"),
+        (of_awq(32, desc_act=True), r"desc_act=True is not supported; allowed: False"),
         (of_awq(32, act_bits=8), r"act_bits=8 is not supported; allowed: "),
         (of_gptq(5, 32, True), r"bits=5 is not supported; allowed: 2, 3, 4, 8"),
         (of_gptq(4, 0, True), r"group_size=0 is not supported; allowed: -1, an integer >= 1"),
