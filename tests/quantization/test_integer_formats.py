@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from integer_encoders import awq, gptq, pack_quantized, padded, stream
 from quantized_checkpoints import Encoder, encoded, load, logits, relative_error, write
 from torch import Tensor
 
+from octavo.kernels.reference import grouped_gemm as reference
 from octavo.layers.linear import Linear
 from octavo.models.base import CausalLM
 from octavo.quantization.gptq import Gptq
@@ -121,6 +123,24 @@ def test_logits_are_those_of_the_dequantized_model(case: str, tmp_path: Path) ->
     got = logits(load(written(tmp_path / "packed", case)))
     expected = logits(load(write(tmp_path / "plain", plain)))
     assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are kept, and multiplied by the kernels' references."""
+    _, plain = encoded(CASES[case][0])
+    expected = logits(load(write(tmp_path / "plain", plain)))
+    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(reference))
+    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
+    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+    model = load(written(tmp_path / "packed", case))
+    assert relative_error(logits(model), expected) < 1e-5
+    packed = [
+        layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers if layer.held
+    ]
+    num_bits = max(8 * layer.held.packed.nbytes / (layer.in_features * layer.out_features) for layer in packed)
+    assert num_bits == packed[0].scheme.format.bits
+    assert model.weight_bytes > sum(layer.held.num_bytes for layer in packed) > 0
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq, desc_act", "pack-quantized, 8 bits, asymmetric"])
