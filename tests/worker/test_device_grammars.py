@@ -38,6 +38,7 @@ class Counter:
         return bytes(sum(1 << i for i in range(8) if 8 * at + i in allowed) for at in range(-(-VOCAB // 8)))
 
     error: str | None = None
+    num_free = 0
 
     def accept(self, token_ids: Iterable[int]) -> None:
         for token in token_ids:

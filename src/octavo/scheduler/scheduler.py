@@ -50,7 +50,8 @@ class Scheduler:
     Slots are reused at once, blocks only when the last step in flight that names them is committed:
     workers execute plans in order, so a NewSequence for a slot follows the last row of its former owner.
 
-    A sequence with a constraint waits for the value of its last token before its next step; the others go on.
+    A sequence with a constraint waits for the value of its last token before its next step, unless that needs no mask;
+    the others go on.
     """
 
     def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
@@ -293,7 +294,7 @@ class Scheduler:
     def _push_row(self, step: _Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
         start = sequence.num_computed_tokens
         samples = end == sequence.num_tokens
-        mask = sequence.constraint.mask if samples and sequence.constraint is not None else None
+        mask = sequence.next_mask() if samples else None
         step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, mask))
         step.sequences.append(sequence)
         step.budget -= end - start

@@ -13,6 +13,7 @@ import msgspec
 
 from octavo.engine.client import EngineClient, EngineDeadError
 from octavo.protocol.outputs import FinishReason, TokenOutput
+from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerState
@@ -79,6 +80,7 @@ class Run:
         self._num_made = body.best_of or body.n or 1  # choices of one prompt
         self.wish: Wish | None = None  # what constrains all completions; written by the endpoint ahead of `add`
         self.grammar: str | None = None  # the same, compiled; written likewise
+        self.reasoning: ReasoningMarks | None = None  # see Request; written likewise, of the one prompt of a chat
         self._num_prompt_tokens = 0
         self._cost = RequestCost(state.context.options.max_request_cost)
         self._feeds: list[_Feed] = []
@@ -107,6 +109,7 @@ class Run:
                 priority=self._body.priority or 0,
                 cache_salt=self._body.cache_salt,
                 grammar=self.grammar,
+                reasoning=self.reasoning,
             )
             try:
                 generation = Generation(self._tokenizer, own, token_ids)
