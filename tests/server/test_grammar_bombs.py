@@ -19,8 +19,7 @@ PLAIN = "/v1/completions"
 REGEX = "(a{3000}){3000}"
 BOMBS: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"regex": REGEX}}, "structured_outputs.regex"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": f"^{REGEX}$"}}}},
-     "response_format.json_schema.schema"),
+    ({"guided_json": {"type": "string", "pattern": f"^{REGEX}$"}}, "guided_json"),
     ({"guided_grammar": 'start: x{10000}\nx: y{10000}\ny: "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa"'}, "guided_grammar"),
 ]  # fmt: skip
 

@@ -116,9 +116,11 @@ class Engine:
             try:
                 self._scheduler.add(request, compiled.result())
             except Exception as error:
-                if not isinstance(error, ValueError):
+                is_refusal = isinstance(error, ValueError)
+                if not is_refusal:
                     _log.exception("the grammar of request %s could not be compiled", request.request_id)
-                refused.append(TokenOutput(request.request_id, [], finish_reason="error", error=str(error)))
+                name, words = request.request_id, str(error)
+                refused.append(TokenOutput(name, [], finish_reason="error", error=words, refused=is_refusal))
         return refused
 
     def _submit(self) -> bool:

@@ -157,7 +157,7 @@ class Scheduler:
             if sequence is None or sequence.constraint is None or sequence.status is not Status.RUNNING:
                 continue
             if sequence.constraint.error is not None:
-                outputs.append(self._end(sequence, "error", error=sequence.constraint.error))
+                outputs.append(self._end(sequence, "error", error=sequence.constraint.error, refused=True))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[TokenOutput]:
@@ -457,7 +457,9 @@ class Scheduler:
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenOutput:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, refused: bool = False
+    ) -> TokenOutput:
         """Finish it without another token."""
         self._finish(sequence)
         return TokenOutput(
@@ -467,4 +469,5 @@ class Scheduler:
             error=error,
             num_cached_tokens=sequence.num_cached_tokens,
             scheduled_time=sequence.scheduled_time,
+            refused=refused,
         )

@@ -120,6 +120,8 @@ class GrammarMatcher:
         self._is_stale = False
         if self.state.is_error():
             self._error = self._error or f"the grammar went beyond a limit: {reason(self.state)}"
+        elif mask.count(0) == len(mask):
+            self._error = self._error or "no token of the model spells what the grammar needs next"
         elif self._num_before + self.num_accepted < self._min_tokens:
             mask = without(mask, self._end_ids)
         elif self._ignores_eos:

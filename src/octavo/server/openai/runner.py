@@ -236,7 +236,7 @@ class _Feed:
         reason = output.finish_reason
         if reason in ("error", "abort"):
             self._finish(reason)
-            raise failure(output)
+            raise failure(output, self._run.wish)
         delta = self._generation.push(output)
         if delta.finish_reason is not None:
             self._finish(delta.finish_reason)
@@ -249,9 +249,12 @@ class _Feed:
         self._record.finish(reason)
 
 
-def failure(output: TokenOutput) -> APIError:
-    """What the client is told of a request that the engine gave up or failed on."""
+def failure(output: TokenOutput, wish: Wish | None = None) -> APIError:
+    """What the client is told of a request that the engine gave up, refused or failed on. wish: what constrained its
+    text, which is then at fault for a refusal."""
     if output.finish_reason == "abort":
         return unavailable("the engine gave the request up")
     logger.warning("request %s failed: %s", output.request_id, output.error)
+    if output.refused:
+        return invalid(output.error or "the engine refused this request", None if wish is None else wish.path)
     return internal(output.error or "the engine failed on this request")
