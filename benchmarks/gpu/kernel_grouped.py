@@ -31,21 +31,16 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 
 def plans(m: int, n: int, num_chunks: int) -> Iterator[GroupedPlan]:
     """What is tried for so many tokens."""
-    if m <= 2:
-        for block_n, warps, stages in ((32, 4, 6), (64, 4, 5), (64, 4, 8), (128, 4, 4), (32, 2, 6), (16, 2, 8)):
-            for split in splits(-(-n // block_n), num_chunks, 1, 2, 4):
-                yield GroupedPlan(m, block_n, split, warps, stages)
     if m <= 16:
-        shapes = [(64, 4, 5, False), (64, 4, 8, False), (128, 4, 4, False), (128, 4, 6, False), (64, 4, 5, True)]
-        shapes += [(128, 8, 6, False), (32, 4, 8, False), (64, 2, 6, False), (32, 2, 8, False)]
-        for block_n, warps, stages, swap in shapes:
-            for split in splits(-(-n // block_n), num_chunks, 1, 2, 4):
-                yield GroupedPlan(16, block_n, split, warps, stages, swap)
-                if stages <= 5 or warps == 2:
-                    yield GroupedPlan(16, block_n, split, warps, 3, swap, unroll=2)
+        block_m = 8 if m <= 8 else 16
+        shapes = [(32, 1, 8, 1), (64, 1, 6, 1), (64, 2, 6, 1), (64, 2, 4, 2), (128, 2, 4, 1), (128, 2, 6, 1)]
+        shapes += [(64, 1, 4, 2), (32, 2, 8, 1), (128, 2, 3, 2), (32, 1, 5, 2)]
+        for block_n, warps, stages, unroll in shapes:
+            for split in splits(-(-n // block_n), num_chunks, 2, 4, 8):
+                yield GroupedPlan(block_m, block_n, split, warps, stages, True, unroll=unroll)
         return
     shapes = [(64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4), (128, 128, 4, 4), (256, 128, 8, 3), (256, 64, 4, 3)]
-    shapes += [(32, 64, 4, 5), (32, 128, 4, 4)] if m <= 64 else []
+    shapes += [(32, 64, 2, 5), (32, 128, 4, 4), (32, 64, 4, 5), (32, 128, 2, 4)] if m <= 64 else []
     for block_m, block_n, warps, stages in shapes:
         if block_m > max(2 * m, 32):
             continue
@@ -67,7 +62,7 @@ def weight(n: int, k: int, bits: int, group_size: int, zeros: bool) -> GroupedWe
 
 
 def short(plan: GroupedPlan) -> str:
-    kind = "f" if plan.block_m <= 2 else ("w" if plan.swap else "x") + ("s" if plan.scale_first else "")
+    kind = ("w" if plan.swap else "x") + ("s" if plan.scale_first else "")
     size = f"{plan.block_m}x{plan.block_n}/{plan.split_k}"
     return f"{kind}{size} {plan.num_warps}w{plan.num_stages}st{plan.unroll}u"
 

@@ -27,6 +27,7 @@ Quantization = Literal[
     "fp8_per_block",
     "fp8_per_channel",
     "fp8_per_tensor",
+    "gguf",
     "gptq",
     "gptq_marlin",
 ]

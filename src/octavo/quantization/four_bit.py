@@ -6,7 +6,7 @@ Blocks follow one another in the flat matrix. The products dequantize: what is s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import pieces
 
@@ -102,6 +102,9 @@ class FourBitScheme:
             return UNQUANTIZED.num_bytes(layer)
         weight: FourBitWeight = layer.held[0]
         return weight.packed.nbytes + weight.absmax.nbytes
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:  # noqa: ARG002
+        return {}
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False

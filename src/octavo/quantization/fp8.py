@@ -6,17 +6,18 @@ their scale lie in one matrix as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.launches import skinny_launches
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8, pieces
 
@@ -91,6 +92,19 @@ class Fp8Scheme:
 
     def num_bytes(self, layer: LinearLayer) -> int:
         return UNQUANTIZED.num_bytes(layer)
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        kernels = device_kernels.get()
+
+        def multiply(x: Tensor, weight: Tensor, plan: Any) -> None:
+            scale = torch.zeros(len(weight), device=weight.device)
+            kernels.skinny_linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, plan=plan)
+
+        found = skinny_launches(shape, 1, multiply)
+        if self.quantizes_tokens and shape.dtype == torch.bfloat16:
+            tokens = torch.zeros(1, shape.in_features, dtype=shape.dtype, device=shape.device)
+            found["quantize", shape.in_features] = lambda: kernels.quantize_fp8(tokens)
+        return found
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
         """Row-wise scales: cuBLAS and CUTLASS write bfloat16 and want whole blocks of 16."""

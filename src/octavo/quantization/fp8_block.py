@@ -7,8 +7,9 @@ and those of activations are as fine as float32 has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.fp8 import FP8_MAX, SCALE_MIN
-from octavo.quantization.scheme import FLOATS, Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.scheme import FLOATS, Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8, pieces
 
@@ -81,6 +82,27 @@ class Fp8BlockScheme:
 
     def num_bytes(self, layer: LinearLayer) -> int:
         return UNQUANTIZED.num_bytes(layer)
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        kernels = device_kernels.get()
+        rows, columns = shape.out_features, shape.in_features
+        found: dict[Hashable, Callable[[], object]] = {}
+
+        def multiply(num_tokens: int) -> None:
+            grid = -(-rows // BLOCK), -(-columns // BLOCK)
+            weight = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn, device=shape.device)
+            scale = torch.zeros(grid, device=shape.device)
+            x = torch.zeros(num_tokens, columns, dtype=shape.dtype, device=shape.device)
+            if num_tokens <= kernels.SKINNY_MAX_M:
+                kernels.skinny_linear_block_fp8(x, weight, scale, None)
+            else:
+                kernels.block_fp8_linear(*kernels.quantize_fp8_groups(x), weight, scale, None, shape.dtype)
+
+        if shape.dtype.itemsize == 2:
+            for num_tokens in (1, kernels.SKINNY_MAX_M, kernels.SKINNY_MAX_M + 1, 128, 256):
+                if num_tokens <= kernels.SKINNY_MAX_M or self.quantizes_tokens:
+                    found["block", rows, columns, num_tokens] = partial(multiply, num_tokens)
+        return found
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False

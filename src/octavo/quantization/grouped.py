@@ -7,8 +7,9 @@ consecutive bytes, whatever rows and columns it is cut into.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 
 _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
@@ -166,12 +167,13 @@ class GroupedScheme:
 
     def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:
         """Parts may come in any order; `finish` puts them in that of their rows."""
-        codes = self.format.codes(layer.in_features, num_rows, tensors)
-        codes = Codes(*(None if tensor is None else tensor.to(layer.device) for tensor in codes))
+        # Moved before they are unpacked: fewer bytes, and the device unpacks them.
+        moved = {end: tensor.to(layer.device) for end, tensor in tensors.items()}
+        codes = self.format.codes(layer.in_features, num_rows, moved)
         group_size = self._group_size(layer)
         chunk = chunk_size(self.format.bits, group_size, layer.in_features)
         if chunk is None:
-            layer.held.append((row, _plain(codes, self.format.bits, group_size).to(layer.dtype)))
+            layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
         else:
             layer.held.append((row, weight_of(codes, self.format.bits, group_size, chunk)))
 
@@ -187,6 +189,33 @@ class GroupedScheme:
 
     def num_bytes(self, layer: LinearLayer) -> int:
         return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        kernels = device_kernels.get()
+        rows, columns = shape.out_features, shape.in_features
+        group_size = columns if self.format.group_size == -1 else self.format.group_size
+        chunk = chunk_size(self.format.bits, group_size, columns)
+        if chunk is None:
+            return UNQUANTIZED.launches(shape)
+        if shape.dtype.itemsize != 2:
+            return {}
+        weight = GroupedWeight(
+            torch.zeros(columns // chunk, rows, chunk * self.format.bits // 8, dtype=torch.uint8, device=shape.device),
+            torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device),
+            None,
+            group_size,
+            torch.float16,
+        )
+
+        def multiply(num_tokens: int) -> None:
+            x = torch.zeros(num_tokens, columns, dtype=shape.dtype, device=shape.device)
+            kernels.grouped_linear(x, *weight[:5])
+
+        found: dict[Hashable, Callable[[], object]] = {
+            ("grouped", rows, columns, m): partial(multiply, m) for m in (8, 16, 32, 64, 128, 256, 512)
+        }
+        found["dequantize", weight.packed.shape[2]] = lambda: kernels.dequantize_grouped(*weight[:5], shape.dtype)
+        return found
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
@@ -209,7 +238,7 @@ class GroupedScheme:
         return layer.in_features if self.format.group_size == -1 else self.format.group_size
 
 
-def _plain(codes: Codes, bits: int, group_size: int) -> Tensor:
+def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     """float32 [rows, in_features], by the definition of Codes; the last group may be short."""
     size = codes.code.shape[1]
     scale = codes.scale.float().repeat_interleave(group_size, 1)[:, :size]

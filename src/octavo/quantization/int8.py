@@ -7,7 +7,7 @@ format, so all backends do it alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.quantization.grouped import Codes
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, integers, pieces
 
 _LOWEST, _HIGHEST = -128, 127
@@ -116,6 +116,9 @@ class Int8Scheme:
     def num_bytes(self, layer: LinearLayer) -> int:
         sums: Tensor | None = layer.held[1]
         return 0 if sums is None else sums.nbytes
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:  # noqa: ARG002
+        return {}
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.config import Quantization
+from octavo.quantization import gguf
 from octavo.quantization.awq import awq
 from octavo.quantization.bitsandbytes import bitsandbytes
 from octavo.quantization.compressed_tensors import compressed_tensors
@@ -31,6 +32,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], QuantizationMethod]] = {
     "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
     "fp8": fp8,
+    "gguf": gguf.read_config,
     "gptq": gptq,
 }
 # Names that stand for a kernel and a format in other engines, where here they are the format's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +60,15 @@ class TensorSpec:
 
 def _fits(shape: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
     return len(shape) == len(allowed) and all(size in (-1, given) for given, size in zip(shape, allowed))
+
+
+class LinearShape(NamedTuple):
+    """dtype: of the activations."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class LinearLayer(nn.Module):
@@ -122,6 +131,11 @@ class LinearScheme(Protocol):
 
     def num_bytes(self, layer: LinearLayer) -> int:
         """Memory that the layer holds besides its parameters."""
+        ...
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        """The kernels that `apply` launches on a GPU for a layer of this shape, by what they are compiled for: each
+        call compiles one. What a library brings compiled is left out."""
         ...
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:

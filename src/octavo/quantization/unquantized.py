@@ -3,14 +3,15 @@ a kernel of their own where the tokens are few."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearScheme, TensorSpec
+from octavo.quantization.launches import skinny_launches
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearScheme, LinearShape, TensorSpec
 
 _CPU_DTYPES = (torch.bfloat16, torch.float32)
 _SKINNY_DTYPES = (torch.bfloat16, torch.float16)
@@ -56,6 +57,10 @@ class UnquantizedScheme:
     def num_bytes(self, layer: LinearLayer) -> int:
         packed = layer.packed_weight is not None
         return layer.out_features * layer.in_features * layer.dtype.itemsize if packed else 0
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        kernels = device_kernels.get()
+        return skinny_launches(shape, 2, lambda x, weight, plan: kernels.skinny_linear(x, weight, plan=plan))
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False

@@ -19,6 +19,7 @@ from octavo.kernels.triton.skinny_gemm import _reduce, _workspace
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _NUM_SMS = 132  # of an H100 or H200
+_LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
 _WORKSPACE_FLOATS = 4 << 20  # as in skinny_gemm
 _MAX_TILES = 1 << 14
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -27,9 +28,9 @@ _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 class GroupedPlan(NamedTuple):
     """How a product is cut up.
 
-    block_m: tokens of a program, 1 or 2 for sums that the tensor cores have no part in; swap: the weight is the left
-    operand, which fills the 64 rows that a Hopper warp group multiplies at once; scale_first: numbers are scaled
-    before they are multiplied; unroll: chunks of a step, 1 where it does not divide the number of chunks.
+    block_m: tokens of a program; swap: the weight is the left operand, so that few tokens fill the short side of a
+    tensor core's tile; scale_first: numbers are scaled before they are multiplied; unroll: chunks of a step, 1 where
+    it does not divide the number of chunks.
     """
 
     block_m: int
@@ -43,19 +44,25 @@ class GroupedPlan(NamedTuple):
 
     @classmethod
     def of(cls, m: int, n: int, num_chunks: int) -> GroupedPlan:
-        """The plan for x [m, k] by a weight of n rows and num_chunks chunks."""
-        if m <= 32:
-            block_m = 16 if m <= 16 else 32
-            split = _split(triton.cdiv(n, 64), num_chunks, 3)
-            return cls(block_m, 64, split, 4, 5)
-        block_m = 64 if m <= 64 else 128
-        tiles = triton.cdiv(n, 128) * triton.cdiv(m, block_m)
-        return cls(block_m, 128, _split(tiles, num_chunks, 1), 8, 4, True, True)
+        """The plan for x [m, k] by a weight of n rows and num_chunks chunks, as measured on an H200 by
+        benchmarks/gpu/kernel_grouped.py."""
+        if m <= 16:
+            split = _split(triton.cdiv(n, 64), num_chunks, 4)
+            return cls(8 if m <= 8 else 16, 64, split, 2, 4, swap=True, unroll=2)
+        rows = triton.cdiv(n, 128)
+        if m <= 64:
+            split = _split(rows, num_chunks, 2)
+            warps = 8 if m > 32 and split == 1 else 4
+            return cls(32 if m <= 32 else 64, 128, split, warps, 4, swap=True, scale_first=m > 32)
+        at_least = 64 if rows * num_chunks < _LARGE else 128
+        block_m = min(256, at_least * (1 if m <= 128 else 2 if m <= 256 else 4))
+        split = _split(rows * triton.cdiv(m, block_m), num_chunks, 1)
+        return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
 
 def _split(tiles: int, num_chunks: int, programs_per_sm: int) -> int:
-    """Splits of K that give every multiprocessor so many programs, each with at least four chunks."""
-    return max(1, min(programs_per_sm * _NUM_SMS // tiles, num_chunks // 4, 8))
+    """Splits of K that give every multiprocessor about so many programs, each with at least four chunks."""
+    return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // 4, 8))
 
 
 @triton.jit
@@ -290,94 +297,6 @@ def _grouped_kernel(
         tl.store(out_ptr + row.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _row_sums(sums, low, high, x_ptr, at, byte, scale, scale_high, minimum, minimum_high, BITS: tl.constexpr):
-    """sums [BLOCK_N, WIDTH] plus one chunk's products with one token, element by element."""
-    x = tl.load(x_ptr + at + byte).to(tl.float32)[None, :]
-    sums += (low * x) * scale[:, None] + x * minimum[:, None]
-    if BITS == 4:
-        x = tl.load(x_ptr + at + byte.shape[0] + byte).to(tl.float32)[None, :]
-        sums += (high * x) * scale_high[:, None] + x * minimum_high[:, None]
-    return sums
-
-
-@triton.jit
-def _grouped_fma_kernel(
-    x_ptr,  # as in _grouped_kernel
-    packed_ptr,
-    scale_ptr,
-    minimum_ptr,
-    bias_ptr,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
-    N,
-    num_chunks,
-    stride_x,
-    M: tl.constexpr,  # 1 or 2
-    BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Program (tile, split): a float32 sum for every byte of the tile, added up along K at the end."""
-    tile, split = tl.program_id(0), tl.program_id(1)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    CHUNK: tl.constexpr = WIDTH * 8 // BITS
-    share = tl.cdiv(num_chunks, SPLIT_K)
-    first, last = split * share, tl.minimum(num_chunks, (split + 1) * share)
-    n, byte = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
-    in_columns = n < N
-    w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
-    sums = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    sums1 = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    for chunk in tl.range(first, last, num_stages=STAGES):
-        at = chunk * CHUNK
-        raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
-        scale, zero, minimum = _group_of(
-            scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
-        )
-        scale_high, minimum_high = scale, minimum
-        if BITS == 8:
-            if FAST and tl.bfloat16 == DTYPE:
-                low = _bf16_bytes(raw).to(tl.float32)
-            else:
-                low = (raw.to(tl.int32) - 128).to(tl.float32)
-            high = low
-        else:
-            low, high = _low_and_high(raw, zero, DTYPE, FAST)
-            if GROUP % CHUNK:
-                scale_high, zero_high, minimum_high = _group_of(
-                    scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
-                )
-                _, high = _low_and_high(raw, zero_high, DTYPE, FAST)
-            low, high = low.to(tl.float32), high.to(tl.float32)
-        groups = scale, scale_high, minimum, minimum_high
-        sums = _row_sums(sums, low, high, x_ptr, at, byte, groups[0], groups[1], groups[2], groups[3], BITS)
-        if M == 2:
-            sums1 = _row_sums(
-                sums1, low, high, x_ptr + stride_x, at, byte, groups[0], groups[1], groups[2], groups[3], BITS
-            )
-    row, columns = tl.arange(0, M)[:, None], n[None, :]
-    mask = (row < M) & (columns < N)
-    acc = tl.sum(sums, 1)[None, :]
-    if M == 2:
-        acc = tl.where(row == 0, acc, tl.sum(sums1, 1)[None, :])
-    complete = True
-    if SPLIT_K > 1:
-        complete, acc = _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
-    if complete:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def grouped_linear(
     x: Tensor,
     packed: Tensor,
@@ -429,12 +348,6 @@ def grouped_linear(
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
-    if plan.block_m <= 2:
-        if m > plan.block_m:
-            raise ValueError(f"plan {plan} serves {plan.block_m} tokens; x has {m}")
-        grid = tiles, split_k
-        _grouped_fma_kernel[grid](*pointers, partial, counters, n, num_chunks, x.stride(0), M=m, **shared)
-        return out
     _grouped_kernel[(tiles, split_k, parts)](
         *pointers,
         partial,
