@@ -17,8 +17,7 @@ from octavo.quantization.unquantized import UNQUANTIZED
 
 _BITS = 4
 _PER_WORD = 32 // _BITS
-# Column j of a word's eight lies in bits 4 * _PLACES[j] and up.
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, in the order of its outputs
 _GROUP_SIZES = (32, 64, 128, -1)
 
 
@@ -53,15 +52,14 @@ class Awq:
         zero = _unpack(tensors["qzeros"])
         if self.symmetric:
             packed.refuse_zeros("qzeros", zero, _BITS)
-        code = _unpack(tensors["qweight"]).t().contiguous()
-        return Codes(code, tensors["scales"].t(), None if self.symmetric else zero.t())
+        return Codes(_unpack(tensors["qweight"]), tensors["scales"].t(), None if self.symmetric else zero)
 
 
 def _unpack(words: Tensor) -> Tensor:
-    """int32 [R, N / 8] -> uint8 [R, N]."""
-    values = packed.unpack_bits(words, _BITS, words.shape[1] * _PER_WORD)
-    places = torch.tensor(_PLACES, device=words.device)
-    return values.view(len(words), -1, _PER_WORD)[..., places].reshape(values.shape)
+    """int32 [R, N / 8] -> uint8 [N, R]."""
+    octets = words.t().flatten().view(torch.uint8).view(words.shape[1], len(words), 4)
+    outputs = [octets[..., nibble // 2] >> 4 * (nibble % 2) & 15 for nibble in _NIBBLES]
+    return torch.stack(outputs, 1).view(-1, len(words))
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,9 @@ def awq(declared: Mapping[str, Any]) -> AwqMethod:
         raise fields.refused("version", "gemm (the other layouts of AutoAWQ are for kernels of its own)")
     for name in ("format", "checkpoint_format"):
         fields.choice(name, ("gemm",), "gemm")
-    symmetric = not fields.flag("zero_point", True)
-    fields.choice("sym", (symmetric,), symmetric)
+    # transformers writes the `sym` of GPTQ beside it, whatever it is.
+    symmetric = not fields.flag("zero_point", not fields.flag("sym", False))
+    fields.choice("desc_act", (False,), False)
     method = AwqMethod(
         GroupedScheme(Awq(group_size, symmetric)),
         fields.strings("modules_to_not_convert"),

@@ -62,10 +62,7 @@ def _pack_quantized(weights: QuantizationArgs, inputs: QuantizationArgs | None) 
     weights.require("type", "int")
     weights.require("strategy", "group", "channel")
     weights.require("dynamic", False)
-    if weights.symmetric:
-        weights.require("num_bits", *range(2, 9))
-    else:
-        weights.require("num_bits", 4, 8)
+    weights.require("num_bits", *range(2, 9))
     if weights.has_order:
         weights.require("strategy", "group")
     group_size = -1 if weights.group_size is None else weights.group_size

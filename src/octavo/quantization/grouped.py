@@ -105,29 +105,6 @@ def pack(code: Tensor, bits: int, chunk: int) -> Tensor:
     return (low | high << 4).contiguous()
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 [rows, in_features]."""
-    chunks = packed if bits == 8 else torch.cat((packed & 15, packed >> 4), -1)
-    return chunks.transpose(0, 1).reshape(packed.shape[1], -1)
-
-
-def dequantize(weight: GroupedWeight) -> Tensor:
-    """float32 [N, in_features], the columns in the order of the layer's input."""
-    groups, n = weight.scale.shape
-    bits = 8 if weight.packed.numel() == groups * weight.group_size * n else 4
-    number = unpack(weight.packed, bits).float().view(n, groups, weight.group_size) - (1 << bits - 1)
-    scale = weight.scale
-    if scale.dtype == torch.int32:
-        halves = scale.view(torch.int16).view(groups, n, 2)
-        number -= halves[..., 1].t()[..., None]
-        scale = halves[..., 0].contiguous().view(weight.scale_dtype)
-    number *= scale.t()[..., None].float()
-    if weight.minimum is not None:
-        number += weight.minimum.t()[..., None]
-    plain = number.view(n, -1)
-    return plain if weight.order is None else torch.empty_like(plain).index_copy_(1, weight.order, plain)
-
-
 def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:
     """The same weights as `codes`. group_size: not -1; chunk: from `chunk_size`."""
     half, dtype = 1 << bits - 1, codes.scale.dtype
@@ -147,10 +124,17 @@ def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWe
     return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.order)
 
 
+def keeps_codes(device: torch.device) -> bool:
+    """Whether weights stay packed. Not on a CPU: torch's operators over packed integers take longer than oneDNN over
+    bfloat16 from some 16 tokens on, and 4 to 400 times as long in float32
+    (benchmarks/results/integer-formats-2026-11-28.md)."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True)
 class GroupedScheme:
-    """A LinearScheme of one format. Keeps a GroupedWeight as `held`, or the dequantized weight where the columns
-    cannot be cut into chunks."""
+    """A LinearScheme of one format. Keeps a GroupedWeight as `held`, or the dequantized weight where codes are not
+    kept, or the columns cannot be cut into chunks."""
 
     format: GroupedFormat
 
@@ -172,7 +156,7 @@ class GroupedScheme:
         codes = self.format.codes(layer.in_features, num_rows, moved)
         group_size = self._group_size(layer)
         chunk = chunk_size(self.format.bits, group_size, layer.in_features)
-        if chunk is None:
+        if chunk is None or not keeps_codes(layer.device):
             layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
         else:
             layer.held.append((row, weight_of(codes, self.format.bits, group_size, chunk)))
@@ -180,9 +164,8 @@ class GroupedScheme:
     def finish(self, layer: LinearLayer) -> None:
         parts = [part for _, part in sorted(layer.held, key=lambda placed: placed[0])]
         layer.held = None
-        if layer.device.type == "cpu" or isinstance(parts[0], Tensor):
-            plain = [part if isinstance(part, Tensor) else dequantize(part).to(layer.dtype) for part in parts]
-            layer.weight = nn.Parameter(torch.cat(plain), requires_grad=False)
+        if isinstance(parts[0], Tensor):
+            layer.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
             UNQUANTIZED.finish(layer)
         else:
             layer.held = parts[0] if len(parts) == 1 else _joined(parts)
@@ -240,15 +223,14 @@ class GroupedScheme:
 
 def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     """float32 [rows, in_features], by the definition of Codes; the last group may be short."""
-    size = codes.code.shape[1]
-    scale = codes.scale.float().repeat_interleave(group_size, 1)[:, :size]
-    code = codes.code.float()
+    (rows, size), groups = codes.code.shape, codes.scale.shape[1]
+    grouped = F.pad(codes.code, (0, groups * group_size - size)).view(rows, groups, group_size).float()
+    scale = codes.scale.float()[..., None]
     if codes.minimum is not None:
-        plain = code * scale + codes.minimum.float().repeat_interleave(group_size, 1)[:, :size]
-    elif codes.zero is not None:
-        plain = (code - codes.zero.float().repeat_interleave(group_size, 1)[:, :size]) * scale
+        grouped = grouped.mul_(scale).add_(codes.minimum.float()[..., None])
     else:
-        plain = (code - (1 << bits - 1)) * scale
+        grouped = grouped.sub_(1 << bits - 1 if codes.zero is None else codes.zero.float()[..., None]).mul_(scale)
+    plain = grouped.view(rows, -1)[:, :size]
     return plain if codes.order is None else torch.empty_like(plain).index_copy_(1, codes.order, plain)
 
 

@@ -4,6 +4,7 @@ tensors for models without a checkpoint."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.quantization.scheme import FLOATS, TensorSpec
@@ -27,14 +28,17 @@ def unpack_bits(words: Tensor, bits: int, size: int) -> Tensor:
     octets = words.flatten().view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return octets[:, :size]
-    if 8 % bits == 0:
-        values = [octets >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-        return torch.stack(values, -1).view(len(words), -1)[:, :size]
-    starts = torch.arange(size, device=words.device) * bits
-    first, shift = starts // 8, (starts % 8).to(torch.int16)
-    wide = octets.to(torch.int16)  # a value lies in two octets at most
-    pairs = wide[:, first] | wide[:, (first + 1).clamp_(max=octets.shape[1] - 1)] << 8
-    return (pairs >> shift & (1 << bits) - 1).to(torch.uint8)
+    eights = -(-size // 8)  # of values, in `bits` octets each
+    octets = F.pad(octets, (0, max(0, eights * bits - octets.shape[1])))[:, : eights * bits]
+    octets = octets.reshape(len(words), eights, bits)
+    values = []
+    for bit in range(0, 8 * bits, bits):
+        first, shift = divmod(bit, 8)
+        value = octets[..., first] >> shift
+        if shift + bits > 8:
+            value |= octets[..., first + 1] << 8 - shift
+        values.append(value & (1 << bits) - 1)
+    return torch.stack(values, -1).view(len(words), -1)[:, :size]
 
 
 def unpack_padded(words: Tensor, bits: int, size: int) -> Tensor:
