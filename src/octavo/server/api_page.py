@@ -49,7 +49,7 @@ def _section(operations: list[Operation]) -> Iterator[str]:
     yield "| field | meaning | allowed | default | from | cost |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(row) for row in fields_of(body.__name__).values())
-    refused = getattr(body, "UNSUPPORTED", UNSUPPORTED)
+    refused = [name for name in getattr(body, "UNSUPPORTED", UNSUPPORTED) if name not in body.__struct_fields__]
     if refused:
         yield ""
         yield "Refused, but for values that ask for nothing: " + ", ".join(f"`{name}`" for name in refused) + "."

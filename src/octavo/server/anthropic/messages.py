@@ -48,6 +48,7 @@ class Messages(ConversationEndpoint[ChatBody]):
         (r"response_format(\.json_schema)?", "output_config.format"),
         (r"(tools\[\d+\])\.function", r"\1"),
         (r"tool_choice\.function", "tool_choice"),
+        (r"thinking_token_budget", "thinking.budget_tokens"),
     )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
