@@ -113,7 +113,8 @@ class FourBitScheme:
         assert isinstance(x, Tensor)
         if layer.held is None:
             return UNQUANTIZED.apply(layer, x)
-        return F.linear(x, dequantize(*layer.held, layer.in_features, x.dtype), layer.bias)
+        weight, pairs = layer.held
+        return F.linear(x, dequantize(weight, pairs, layer.in_features, x.dtype), layer.bias)
 
 
 @dataclass(frozen=True)
