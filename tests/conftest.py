@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# A worker of several has a core to itself: threads of two workers on the same cores wait at one another's barriers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+
 # Before anything imports triton: without a GPU, its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -28,6 +28,12 @@ from octavo.kernels.triton.skinny_gemm import GemmPlan, skinny_linear, skinny_li
 from octavo.quantization.fp8 import quantize_channels
 
 LLAMA = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+LARGE = {
+    "70b qkv": (10240, 8192),
+    "70b o": (8192, 8192),
+    "70b gate_up": (57344, 8192),
+    "70b down": (8192, 28672),
+}
 SHAPES = {f"llama3-8b {name}": shape for name, shape in LLAMA.items()} | {
     "llama3-8b lm_head": (128256, 4096),
     "qwen3-0.6b qkv": (4096, 1024),
@@ -36,6 +42,7 @@ SHAPES = {f"llama3-8b {name}": shape for name, shape in LLAMA.items()} | {
     "qwen3-0.6b down": (1024, 3072),
     "qwen3-0.6b lm_head": (151936, 1024),
 }
+FP8 = LLAMA | LARGE
 ODD = [(1, 100, 576), (3, 1536, 576), (2, 960, 1536), (16, 4104, 4096), (33, 576, 1536), (64, 576, 576)]
 TOKENS = (1, 4, 8, 16, 32, 64)
 NUM_SMS = 132
@@ -147,15 +154,15 @@ def odd_shapes() -> None:
 def compile_all() -> None:
     """Launch every plan of every shape once, on threads, so that compilers run side by side."""
     jobs: dict[tuple[Any, ...], Callable[[], Any]] = {}
-    for n, k in SHAPES.values():
+    for n, k in (SHAPES | LARGE).values():
         weight = torch.zeros(n, k, device=DEVICE, dtype=torch.bfloat16)
         packed, scale = weight.to(torch.float8_e4m3fn), torch.ones(n, device=DEVICE)
         for m in TOKENS:
             x = torch.zeros(m, k, device=DEVICE, dtype=torch.bfloat16)
-            for plan in plans(m, n, k, 2):
+            for plan in plans(m, n, k, 2) if (n, k) in SHAPES.values() else ():
                 key = (plan, max(m, 16) if plan.kind == "dot" else m, k % plan.block_k == 0, 2)
                 jobs.setdefault(key, lambda x=x, w=weight, p=plan: skinny_linear(x, w, plan=p))
-            for plan in plans(m, n, k, 1) if (n, k) in LLAMA.values() and m in (1, 16, 64) else ():
+            for plan in plans(m, n, k, 1) if (n, k) in FP8.values() and m in (1, 16, 64) else ():
                 key = (plan, max(m, 16) if plan.kind == "dot" else m, k % plan.block_k == 0, 1)
                 jobs.setdefault(key, lambda x=x, w=packed, s=scale, p=plan: skinny_linear_fp8(x, w, s, plan=p))
     skinny_gemm._workspace(torch.device("cuda", torch.cuda.current_device()))
@@ -214,9 +221,11 @@ def bf16_table(deadline: float) -> dict[str, Any]:
 
 
 def fp8_table(deadline: float) -> dict[str, Any]:
-    print("fp8: M bf16 F.linear us / quantize_fp8 + _scaled_mm us / _scaled_mm us > best us (TB/s)")
+    print(
+        "fp8: M bf16 F.linear us / quantize_fp8 + _scaled_mm us / _scaled_mm us / a scale a tensor us > best us (TB/s)"
+    )
     table: dict[str, Any] = {}
-    for name, (n, k) in LLAMA.items():
+    for name, (n, k) in FP8.items():
         wide, cells = weights(n, k), []
         packed, scale = quantize_channels(wide[0])
         copies = [(packed, scale), *((packed.clone(), scale) for _ in range(2 * len(wide) - 1))]
@@ -242,13 +251,25 @@ def fp8_table(deadline: float) -> dict[str, Any]:
                 used = copies[:16]
                 entry["scaled_us"] = replay_us([lambda a=a, q=quantized, s=x_scale: scaled(a[0], q, s) for a in used])
                 entry["both_us"] = replay_us([lambda a=a, x=x: scaled(a[0], *quantize_fp8(x)) for a in used])
+            if m >= 256:
+                one = torch.ones((), device=DEVICE)
+                entry["tensor_us"] = replay_us(
+                    [
+                        lambda a=a, q=quantized, one=one: torch._scaled_mm(
+                            q, a[0].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+                        )
+                        for a in used
+                    ]
+                )
             said = ""
             if m <= 64:
                 entry |= best_of(f"fp8 {name}", m, copies, expected)
                 if entry["plan"] is not None:
                     said = f" > {entry['us']:.1f} ({n * k / entry['us'] / 1e6:.2f}) {short(entry['plan'])}"
             table[f"{name} M={m}"] = entry
-            numbers = "/".join(f"{entry.get(key, float('nan')):.1f}" for key in ("linear_us", "both_us", "scaled_us"))
+            numbers = "/".join(
+                f"{entry.get(key, float('nan')):.1f}" for key in ("linear_us", "both_us", "scaled_us", "tensor_us")
+            )
             cells.append(f"{m}: {numbers}{said}")
         for part in (cells[:2], cells[2:]):
             print(f"{name:8} " + " | ".join(part), flush=True)
@@ -300,6 +321,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the table as JSON")
     parser.add_argument("--seconds", type=float, default=60, help="measure no further shape after this time")
+    parser.add_argument("--only-fp8", action="store_true", help="leave out the products of bfloat16 weights")
     arguments = parser.parse_args()
     began = time.monotonic()
     deadline = began + arguments.seconds
@@ -309,8 +331,11 @@ def main() -> int:
     compile_all()
     odd_shapes()
     print(f"{time.monotonic() - began:.0f} s for compiling and odd shapes", flush=True)
-    bf16 = bf16_table(deadline - 15)
-    chains = {m: attempt(f"chain M={m}", lambda m=m: chain(m, bf16)) for m in (1, 16)}
+    bf16: dict[str, Any] = {}
+    chains: dict[int, Any] = {}
+    if not arguments.only_fp8:
+        bf16 = bf16_table(deadline - 15)
+        chains = {m: attempt(f"chain M={m}", lambda m=m: chain(m, bf16)) for m in (1, 16)}
     fp8 = fp8_table(deadline)
     for line in problems[:12]:
         print(line)

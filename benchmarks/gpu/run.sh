@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Octavo on one GPU, section by section, and reports beside the bar (bar.json).
 #
-#   benchmarks/gpu/run.sh all|SECTION …   sections: checks offline-8b offline-0.6b fp8 startup served long report
+#   benchmarks/gpu/run.sh all|SECTION …   sections: checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report
 #
 # Run it from anywhere, with python3, torch and triton there; Octavo is taken from src/ of this checkout. Each section
 # is one call of at most nine minutes; it appends rows to $OUT_DIR/gpu-rows.jsonl. `report` makes the table and the
@@ -9,7 +9,7 @@
 # keep the next one from running; the exit status is then 1, and only what it had finished by then is recorded.
 #
 #   OUT_DIR       benchmarks/results    where rows and reports go
-#   MODELS        benchmarks/gpu/models folder of llama3-8b/ and qwen3-0.6b/ with config.json; weights are random
+#   MODELS        benchmarks/gpu/models folder of models with config.json alone; weights are random
 #   SERVED_MODEL  (served needs it)     folder with config.json of llama3-8b and a tokenizer
 #   CHECK_MODEL   (checks needs it)     a small real model: a .gguf file or a folder
 #   KWARGS        {}                    JSON of further LLM() arguments for the offline sections
@@ -98,13 +98,15 @@ section() {
     offline-0.6b) offline "$1" qwen3-0.6b uniform,latency "$kwargs" ;;
     fp8) offline "$1" llama3-8b mixed,uniform,latency "$(with quantization fp8)" ;;
     long) offline "$1" llama3-8b long "$kwargs" ;;
+    awq) offline "$1" llama3-8b-awq mixed,latency "$kwargs" ;;
+    fp8-70b) offline "$1" llama3-70b-fp8 latency,uniform "$kwargs" ;;
     startup) measure "$1" python3 $gpu/startup.py --model "$models/llama3-8b" --kwargs "$kwargs" ;;
     served) (served) ;;
     report)
       python3 $gpu/report.py --rows "$out/gpu-rows.jsonl" --out "$out" \
         ${REPORT_SECTIONS:+--sections "$REPORT_SECTIONS"} ;;
     *)
-      echo "run.sh: unknown section $1; there are checks offline-8b offline-0.6b fp8 startup served long report" >&2
+      echo "run.sh: unknown section $1; there are checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report" >&2
       return 2 ;;
   esac
 }
@@ -113,7 +115,7 @@ if [ $# -eq 0 ]; then
   sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"
   exit 2
 fi
-[ "$*" != all ] || set -- checks offline-8b offline-0.6b fp8 startup served long report
+[ "$*" != all ] || set -- checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report
 failed=()
 for name in "$@"; do
   began=$SECONDS

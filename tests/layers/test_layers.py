@@ -12,7 +12,7 @@ from octavo.layers.attention import Attention
 from octavo.layers.linear import Linear
 from octavo.layers.norm import QueryKeyNorm, RMSNorm
 from octavo.layers.rotary import RopeParameters, RotaryEmbedding, rotate
-from octavo.quantization.unquantized import can_pack
+from octavo.quantization.unquantized import PLAIN, can_pack
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 def test_fused_linear(dtype: torch.dtype, bias: bool, num_tokens: int) -> None:
     torch.manual_seed(0)
     layer = Linear(32, {"a": 8, "b": 24}, bias, dtype, CPU)
-    parts = {name: torch.randn(slot.shape) for name, slot in layer.weight_slots("x.y").items()}
+    layer.create_weights("x.y", PLAIN)
+    parts = {name: torch.randn(slot.spec.shape) for name, slot in layer.weight_slots("x.y").items()}
     assert set(parts) == {"x.a.weight", "x.b.weight"} | ({"x.a.bias", "x.b.bias"} if bias else set())
     for name in reversed(parts):  # any order
         layer.weight_slots("x.y")[name].load(parts[name])
@@ -36,10 +37,12 @@ def test_fused_linear(dtype: torch.dtype, bias: bool, num_tokens: int) -> None:
 
 
 def test_a_packed_weight_is_no_parameter() -> None:
-    layer = Linear(16, {"a": 8}, True, torch.float32, CPU)
+    linear = Linear(16, {"a": 8}, True, torch.float32, CPU)
+    linear.create_weights("a", PLAIN)
+    (layer,) = linear.layers
     assert layer.packed_weight is None
-    for name, slot in layer.weight_slots("a").items():
-        slot.load(torch.ones(slot.shape))
+    for name, slot in linear.weight_slots("a").items():
+        slot.load(torch.ones(slot.spec.shape))
         assert (layer.packed_weight is None) == (name == "a.weight" or not can_pack(torch.float32, CPU))
     if layer.packed_weight is not None:
         assert layer.weight is None

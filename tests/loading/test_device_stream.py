@@ -143,7 +143,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     missing = tmp_path / "gone.safetensors"
     with pytest.raises(ValueError, match=re.escape(f"{missing} is not a readable safetensors file")):
         read_header(missing)
-    with pytest.raises(ValueError, match=re.escape(f"{missing} is not a readable safetensors file")):
+    with pytest.raises(ValueError, match=re.escape(f"{missing} cannot be read")):
         list(stream_tensors([StoredTensor(missing, "x", torch.float32, (1,), 8, 4)], CPU, SMALL))
 
 

@@ -15,11 +15,17 @@ import torch
 from octavo.loading.dequantize import dequantize, num_bytes
 from octavo.loading.gguf_config import config_of, generation_config_of
 from octavo.loading.gguf_file import GgufFile, GgufTensor, read_gguf
-from octavo.loading.gguf_weights import checkpoint_name, gguf_weights
+from octavo.loading.gguf_names import checkpoint_name
+from octavo.loading.gguf_weights import gguf_weights, streamed_gguf_weights
 
 Type = gguf.GGMLQuantizationType
 SHAPE = (24, 512)
 WRITTEN = [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
+# Both ways that tensors come out of a file.
+READERS = [
+    lambda file: dict(gguf_weights(file, torch.float32)),
+    lambda file: dict(streamed_gguf_weights(file, torch.float32, torch.device("cpu"), ())),
+]
 RAW = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS]
 
 
@@ -109,26 +115,29 @@ def test_a_file_cut_anywhere_is_named(tmp_path: Path) -> None:
     assert len(dict(gguf_weights(read_gguf(path), torch.float32))) == 1
 
 
-def test_a_cut_tensor_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_a_cut_tensor_is_named(read: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"a": (np.ones((64, 64), np.float32), Type.F32)})
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(ValueError, match=r"m\.gguf: tensor a: the file ends at byte \d+, inside it"):
-        dict(gguf_weights(read_gguf(path), torch.float32))
+        read(read_gguf(path))
 
 
-def test_rows_that_are_not_heads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_rows_that_are_not_heads(read: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write(path, {"blk.0.attn_q.weight": (np.ones((6, 4), np.float32), Type.F32)}, "llama", attention__head_count=2)
     with pytest.raises(ValueError, match=r"blk.0.attn_q.weight: its 6 rows are not 2 heads of pairs"):
-        dict(gguf_weights(read_gguf(path), torch.float32))
+        read(read_gguf(path))
 
 
-def test_an_unaligned_tensor_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_an_unaligned_tensor_is_named(read: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"a": (np.ones((8, 8), np.float32), Type.F32)})
     file = read_gguf(path)
     moved = GgufFile(path, file.metadata, {"a": GgufTensor((7, 8), 0, file.tensors["a"].offset + 3)})
     with pytest.raises(ValueError, match=r"tensor a: its offset .* is no multiple of 8"):
-        dict(gguf_weights(moved, torch.float32))
+        read(moved)
 
 
 @pytest.mark.parametrize("start", [b"GGML", b"GGUF\x09\0\0\0"])

@@ -118,11 +118,11 @@ def test_without_packing_the_result_is_the_same(
     packed = load(tmp_path)
     monkeypatch.setattr("octavo.quantization.unquantized.can_pack", lambda *_: False)
     plain = load(tmp_path)
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert plain.lm_head.layers[0].weight is plain.model.embed_tokens.weight
     torch.testing.assert_close(logprobs(packed, dense_context), logprobs(plain, dense_context), atol=1e-4, rtol=0)
     num_bytes = sum(tensor.nbytes for tensor in plain.parameters())
     assert plain.weight_bytes == num_bytes
-    tied = 0 if packed.lm_head.packed_weight is None else plain.lm_head.weight.nbytes
+    tied = 0 if packed.lm_head.layers[0].packed_weight is None else plain.lm_head.layers[0].weight.nbytes
     assert packed.weight_bytes == num_bytes + tied
 
 

@@ -23,9 +23,11 @@ from transformers import (
 )
 
 from octavo.loading.gguf_file import read_gguf
+from octavo.loading.gguf_weights import streamed_gguf_weights
 from octavo.loading.source import resolve_source
 from octavo.loading.weights import load_model
 from octavo.models.base import CausalLM
+from octavo.models.registry import build_model
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -175,6 +177,15 @@ def test_smollm2_equals_transformers(smollm2_path: Path, smollm2: CausalLM, dens
     assert torch.equal(smollm2.model.embed_tokens.weight, weight)
     exact = reference_logprobs(reference.double())
     torch.testing.assert_close(logprobs(smollm2, dense_context), exact, atol=2.5e-4, rtol=0)
+
+
+def test_smollm2_packed_equals_dequantized(smollm2_path: Path, smollm2: CausalLM, dense_context: DenseContext) -> None:
+    """Kept as on a GPU; a CPU multiplies by what the codes stand for."""
+    model = build_model(resolve_source(str(smollm2_path)).config, torch.float32, CPU)
+    packed = {name for name, slot in model.weight_slots().items() if torch.uint8 in slot.spec.dtypes}
+    assert len(packed) == 7 * 30
+    model.load_weights(streamed_gguf_weights(read_gguf(smollm2_path), torch.float32, CPU, packed))
+    torch.testing.assert_close(logprobs(model, dense_context), logprobs(smollm2, dense_context), atol=1e-5, rtol=0)
 
 
 def test_loading_leaves_the_number_of_threads_alone(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

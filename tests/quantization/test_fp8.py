@@ -16,10 +16,10 @@ from octavo.kernels.reference import norm as norm_reference
 from octavo.layers.activation import silu_and_mul
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
-from octavo.quantization import fp8
+from octavo.quantization import values
 from octavo.quantization.fp8 import FP8, quantize_channels
 from octavo.quantization.scheme import Fp8Tokens
-from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.unquantized import PLAIN, EveryLayer
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,8 @@ def weight(rows: int, size: int, seed: int = 0) -> Tensor:
 
 def filled(bias: bool = True) -> tuple[Linear, dict[str, Tensor]]:
     """A layer of two parts, and its checkpoint tensors."""
-    layer = Linear(16, {"a": 8, "b": 24}, bias, torch.bfloat16, CPU, FP8)
+    layer = Linear(16, {"a": 8, "b": 24}, bias, torch.bfloat16, CPU)
+    layer.create_weights("ab", EveryLayer(FP8))
     state = {"a.weight": weight(8, 16), "b.weight": 100 * weight(24, 16, 1)}
     if bias:
         state |= {"a.bias": torch.ones(8), "b.bias": -torch.ones(24)}
@@ -73,12 +74,11 @@ def test_the_product_is_that_of_the_dequantised_weight(bias: bool) -> None:
 
 def test_parts_are_quantised_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = filled()
-    monkeypatch.setattr(fp8, "_CHUNK_ELEMENTS", 50)  # three rows of 16
+    monkeypatch.setattr(values, "_CHUNK_ELEMENTS", 50)  # three rows of 16
     pieces, _ = filled()
-    assert whole.weight is not None
-    assert pieces.weight is not None
-    assert torch.equal(whole.weight.float(), pieces.weight.float())
-    assert torch.equal(whole.weight_scale, pieces.weight_scale)
+    first, second = whole.layers[0], pieces.layers[0]
+    assert torch.equal(first.weight.float(), second.weight.float())
+    assert torch.equal(first.weight_scale, second.weight_scale)
 
 
 def test_only_fp8_stays() -> None:
@@ -111,9 +111,9 @@ def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device_kernels, "get", lambda: kernels)
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     layer, _ = filled()
-    FP8.apply(layer, weight(4, 16).as_subclass(OnGpu))
+    FP8.apply(layer.layers[0], weight(4, 16).as_subclass(OnGpu))
     assert called == ["skinny"]
-    FP8.apply(layer, weight(5, 16).as_subclass(OnGpu))
+    FP8.apply(layer.layers[0], weight(5, 16).as_subclass(OnGpu))
     assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32))]
 
 
@@ -144,7 +144,9 @@ def test_what_makes_the_activations_quantises_them(monkeypatch: pytest.MonkeyPat
         False,
         False,
     ]
-    assert not Linear(16, {"a": 8}, False, torch.bfloat16, CPU, UNQUANTIZED).takes_fp8(many)
+    plain = Linear(16, {"a": 8}, False, torch.bfloat16, CPU)
+    plain.create_weights("ab", PLAIN)
+    assert not plain.takes_fp8(many)
 
     residual, delta = weight(5, 16, 3), weight(5, 16, 4)
     norm = RMSNorm(16, 1e-5, torch.bfloat16, CPU)

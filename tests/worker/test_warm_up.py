@@ -22,6 +22,7 @@ from octavo.loading.weights import dummy_weights
 from octavo.models.registry import build_model
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
+from octavo.quantization.unquantized import PLAIN
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.sampler.device_sampler import DeviceSampler
@@ -112,10 +113,10 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
         intermediate_size=INNER,
         qk_norm=family.startswith("Qwen3"),
     )
-    options = SimpleNamespace(kv_cache_dtype="auto", quantization=None, attention_backend="auto")
+    options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options)
     with launches() as compiled:
-        for job in kernel_jobs(engine_config, facts, DTYPE, CPU):
+        for job in kernel_jobs(engine_config, facts, PLAIN, DTYPE, CPU):
             if "skinny" not in str(job):  # on a CPU, no layer asks for it
                 job()
 

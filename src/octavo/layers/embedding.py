@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.layers.slot import WeightSlot
+from octavo.layers.slot import WeightSlot, copied_into
 
 
 class Embedding(nn.Module):
@@ -23,4 +23,4 @@ class Embedding(nn.Module):
         return F.embedding(input_ids, self.weight)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
-        return {f"{path}.weight": WeightSlot(tuple(self.weight.shape), self.weight.data.copy_)}
+        return {f"{path}.weight": copied_into(self.weight.data)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton
 from octavo.kernels.cpu import library
-from octavo.layers.slot import WeightSlot
+from octavo.layers.slot import WeightSlot, copied_into
 from octavo.quantization.scheme import Fp8Tokens
 
 
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(residual, self._shape, self.weight, self._eps)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
-        return {f"{path}.weight": WeightSlot(self._shape, self.weight.data.copy_)}
+        return {f"{path}.weight": copied_into(self.weight.data, dummy=1.0)}
 
 
 class QueryKeyNorm(nn.Module):
@@ -67,6 +67,6 @@ class QueryKeyNorm(nn.Module):
         parent = path.rpartition(".")[0]
         queries, keys = self.weight.data[: self._num_heads], self.weight.data[self._num_heads :]
         return {
-            f"{parent}.q_norm.weight": WeightSlot(self._shape, queries.copy_),
-            f"{parent}.k_norm.weight": WeightSlot(self._shape, keys.copy_),
+            f"{parent}.q_norm.weight": copied_into(queries, self._shape, dummy=1.0),
+            f"{parent}.k_norm.weight": copied_into(keys, self._shape, dummy=1.0),
         }

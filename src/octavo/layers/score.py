@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.slot import WeightSlot
+from octavo.layers.slot import WeightSlot, copied_into
 
 
 class ScoreHead(nn.Module):
@@ -20,4 +20,4 @@ class ScoreHead(nn.Module):
         return hidden.float() @ self.weight.T
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:
-        return {f"{path}.weight": WeightSlot(tuple(self.weight.shape), self.weight.data.copy_)}
+        return {f"{path}.weight": copied_into(self.weight.data)}

@@ -6,15 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from octavo.quantization.scheme import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """One checkpoint tensor. shape: as it stands in the checkpoint; load: copies it in, casting its dtype."""
+    """One checkpoint tensor. load: takes one that fits the spec, None where the checkpoint lacks one that is not
+    required; it raises ValueError, in words, for values that cannot be."""
 
-    shape: tuple[int, ...]
-    load: Callable[[Tensor], object]
+    spec: TensorSpec
+    load: Callable[[Tensor | None], None]
+
+
+def copied_into(held: Tensor, shape: tuple[int, ...] | None = None, dummy: float | None = None) -> WeightSlot:
+    """The slot of a tensor that is kept as it is, in the dtype of `held`. shape: in the checkpoint, where it is copied
+    into every row of `held`; dummy: what it is full of in a model without a checkpoint, None for random values."""
+    shape = shape or tuple(held.shape)
+
+    def load(tensor: Tensor | None) -> None:
+        assert tensor is not None
+        held.copy_(tensor)
+
+    def full(generator: torch.Generator) -> Tensor:
+        return torch.full(shape, dummy or 0.0, device=generator.device)
+
+    return WeightSlot(TensorSpec(shape=shape, dummy=None if dummy is None else full), load)
 
 
 @runtime_checkable

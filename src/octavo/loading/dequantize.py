@@ -1,7 +1,8 @@
 """GGUF's tensor types as floating-point numbers (formats: ggml-quants, ggml project).
 
-The types that small models come in are vectorised here; the rest go through the gguf package. Both give the
-same float32 values.
+On a CPU the types that small models come in are vectorised here; the rest go through the gguf package. On a GPU what
+can be kept packed is unpacked as it would be then. All give the same float32 values, but for the rounding of a few
+types on a GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import torch
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
 
+from octavo.quantization.gguf import PACKED_TYPES, GgufFormat
+from octavo.quantization.grouped import plain_weight
+
 _BLOCK = 32  # elements of a block of the types below
 _CHUNK = 1 << 14  # blocks that are worked on at once: their temporaries stay in the cache
+_DEVICE_CHUNK = 1 << 24  # elements that a GPU works on at once
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -43,6 +48,8 @@ def dequantize(raw: Tensor, shape: tuple[int, ...], kind: int, dtype: torch.dtyp
     gguf_type = gguf.GGMLQuantizationType(kind)
     if gguf_type in _FLOATS:
         return raw.view(_FLOATS[gguf_type]).view(shape).to(dtype)
+    if raw.device.type != "cpu":
+        return dequantize_by_codes(raw, shape, kind, dtype)
     if gguf_type not in _UNPACK:
         return _by_package(raw, gguf_type).view(shape).to(dtype)
     unpack, block_bytes = _UNPACK[gguf_type], gguf.GGML_QUANT_SIZES[gguf_type][1]
@@ -50,6 +57,21 @@ def dequantize(raw: Tensor, shape: tuple[int, ...], kind: int, dtype: torch.dtyp
     out = torch.empty(len(blocks), _BLOCK, dtype=dtype)
     for begin in range(0, len(blocks), _CHUNK):
         unpack(blocks[begin : begin + _CHUNK], out[begin : begin + _CHUNK])
+    return out.view(shape)
+
+
+def dequantize_by_codes(raw: Tensor, shape: tuple[int, ...], kind: int, dtype: torch.dtype) -> Tensor:
+    """The same of a quantized type, by the operators of raw's device where they can."""
+    if kind not in PACKED_TYPES:
+        return _by_package(raw.cpu(), gguf.GGMLQuantizationType(kind)).view(shape).to(raw.device, dtype)
+    layout, columns = GgufFormat(kind), shape[-1]
+    rows = raw.view(math.prod(shape[:-1]), -1)
+    out = torch.empty(len(rows), columns, dtype=dtype, device=raw.device)
+    num_at_once = max(1, _DEVICE_CHUNK // columns)
+    for begin in range(0, len(rows), num_at_once):
+        part = rows[begin : begin + num_at_once]
+        codes = layout.codes(columns, len(part), {"weight": part})
+        out[begin : begin + num_at_once] = plain_weight(codes, layout.bits, layout.group_size)
     return out.view(shape)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files read straight onto a device: file ranges into pinned buffers, those by asynchronous copies.
+"""Files of tensors read straight onto a device: file ranges into pinned buffers, those by asynchronous copies.
 
     threads:   preadv into a buffer -> copy on a side stream -> the buffer again, once its copy is done
     consumer:  tensors in the order of the files, each waited for by the consumer's own stream
@@ -32,6 +32,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -242,7 +243,7 @@ class _Stream:
         try:
             self._files.open(stored.path)
         except OSError as error:
-            raise ValueError(f"{stored.path} is not a readable safetensors file: {error}") from error
+            raise ValueError(f"{stored.path} cannot be read: {error}") from error
         size = self._limits.buffer_bytes
         arrival = _Arrival(stored, self._copies.allocate(stored.num_bytes), -(-stored.num_bytes // size))
         for begin in range(0, stored.num_bytes, size):

@@ -6,6 +6,7 @@ import struct
 from typing import Any
 
 from octavo.loading.gguf_file import GgufFile
+from octavo.loading.gguf_names import checkpoint_name
 
 _F32 = 0
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -27,6 +28,12 @@ def generation_config_of(file: GgufFile) -> dict[str, Any]:
     if ends:
         config["eos_token_id"] = list(dict.fromkeys(ends))
     return config
+
+
+def _types_of(file: GgufFile) -> dict[str, int]:
+    """ggml type numbers of the weights, by what Hugging Face calls their holders."""
+    names = {name: checkpoint_name(name) for name in file.tensors if name.endswith(".weight")}
+    return {known.removesuffix(".weight"): file.tensors[name].type for name, known in names.items()}
 
 
 class _Metadata:
@@ -59,6 +66,7 @@ class _Metadata:
             "attention_bias": "blk.0.attn_output.bias" in self._file.tensors,
             "mlp_bias": "blk.0.ffn_down.bias" in self._file.tensors,
             "rope_parameters": self._rope(),
+            "quantization_config": {"quant_method": "gguf", "types": _types_of(self._file)},
         }
         rotated = self._get("rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:

@@ -1,35 +1,23 @@
-"""The tensors of a GGUF file under their Hugging Face names, dequantized."""
+"""The tensors of a GGUF file under their Hugging Face names: dequantized, or as the file has them."""
 
 from __future__ import annotations
 
 import mmap
-import re
+import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from octavo.loading.dequantize import dequantize, num_bytes
+from octavo.loading.device_stream import StoredTensor, stream_tensors
 from octavo.loading.gguf_file import GgufFile
+from octavo.loading.gguf_names import checkpoint_name, part_of
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 _ALIGNMENT = 8  # bytes, at least, by the specification
 _SKIPPED = frozenset({"rope_freqs.weight"})  # it is part of the config
 
@@ -58,31 +46,54 @@ def gguf_weights(file: GgufFile, dtype: torch.dtype, num_threads: int = 2) -> It
             yield checkpoint_name(name), ahead.popleft().result()
 
 
+def streamed_gguf_weights(
+    file: GgufFile, dtype: torch.dtype, device: torch.device, packed: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same on the device, dequantized there.
+
+    packed: Hugging Face names of tensors that come as they are, uint8 [rows, bytes of a row]: the blocks of a row are
+    its own, so that rows change places as those of other tensors do.
+    """
+    size, heads = os.path.getsize(file.path), _heads_to_unpermute(file)
+    stored = [_placed(file, name, size) for name in file.tensors if name not in _SKIPPED]
+    # A bias comes before its blocks: nothing of a layer then waits for the file's end.
+    stored.sort(key=lambda tensor: (checkpoint_name(tensor.name) in packed, tensor.offset))
+    for name, raw in stream_tensors(stored, device):
+        tensor = file.tensors[name]
+        with _named(file, name):
+            if checkpoint_name(name) in packed:
+                rows = _in_place(name, raw.view(tensor.shape[0], -1), heads)
+            else:
+                rows = _in_place(name, dequantize(raw, tensor.shape, tensor.type, dtype), heads)
+        yield checkpoint_name(name), rows
+
+
 def _read(file: GgufFile, name: str, raw: Tensor, heads: dict[str, int], dtype: torch.dtype) -> Tensor:
-    tensor = file.tensors[name]
+    placed, tensor = _placed(file, name, len(raw)), file.tensors[name]
+    with _named(file, name):
+        values = dequantize(raw[placed.offset :][: placed.num_bytes], tensor.shape, tensor.type, dtype)
+        return _in_place(name, values, heads)
+
+
+@contextmanager
+def _named(file: GgufFile, name: str) -> Iterator[None]:
+    """Say of a ValueError which tensor it is about."""
     try:
-        size = num_bytes(tensor.shape, tensor.type)
-        if tensor.offset + size > len(raw):
-            raise ValueError(f"the file ends at byte {len(raw)}, inside it")
-        if tensor.offset % _ALIGNMENT:
-            raise ValueError(f"its offset {tensor.offset} is no multiple of {_ALIGNMENT}")
-        values = dequantize(raw[tensor.offset : tensor.offset + size], tensor.shape, tensor.type, dtype)
-        match = _NAME.fullmatch(name)
-        num_heads = heads.get(match["part"]) if match else None
-        return values if num_heads is None else _unpermute(values, num_heads)
+        yield
     except ValueError as error:
         raise ValueError(f"{file.path}: tensor {name}: {error}") from error
 
 
-def checkpoint_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown one comes back as it is."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return name
-    block, part, kind = match["block"], match["part"], match["kind"]
-    if block is None:
-        return f"{_TOP[part]}.{kind}" if part in _TOP else name
-    return f"model.layers.{block}.{_IN_BLOCK[part]}.{kind}" if part in _IN_BLOCK else name
+def _placed(file: GgufFile, name: str, file_size: int) -> StoredTensor:
+    """A tensor's bytes. Raises ValueError naming one that is cut short, out of line or of a type that cannot be."""
+    tensor = file.tensors[name]
+    with _named(file, name):
+        size = num_bytes(tensor.shape, tensor.type)
+        if tensor.offset + size > file_size:
+            raise ValueError(f"the file ends at byte {file_size}, inside it")
+        if tensor.offset % _ALIGNMENT:
+            raise ValueError(f"its offset {tensor.offset} is no multiple of {_ALIGNMENT}")
+    return StoredTensor(file.path, name, torch.uint8, (size,), tensor.offset, size)
 
 
 def _heads_to_unpermute(file: GgufFile) -> dict[str, int]:
@@ -91,6 +102,12 @@ def _heads_to_unpermute(file: GgufFile) -> dict[str, int]:
         return {}
     num_heads = file.metadata["llama.attention.head_count"]
     return {"attn_q": num_heads, "attn_k": file.metadata.get("llama.attention.head_count_kv", num_heads)}
+
+
+def _in_place(name: str, rows: Tensor, heads: dict[str, int]) -> Tensor:
+    """The rows where Hugging Face has them."""
+    num_heads = heads.get(part_of(name) or "")
+    return rows if num_heads is None else _unpermute(rows, num_heads)
 
 
 def _unpermute(rows: Tensor, num_heads: int) -> Tensor:

@@ -17,6 +17,8 @@ from octavo.loading.sentence import as_embedding_model, output_facts
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and their quant_method
+_OF_SAFETENSORS = ("safetensors", "bitsandbytes")  # values of load_format
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -82,7 +84,7 @@ def resolve_source(
         return _gguf_source(model, weights, load_format, weights if tokenizer is None else tokenizer_path)
     generation = path / "generation_config.json"
     files = () if load_format == "dummy" else _safetensors_in(path)
-    config = as_embedding_model(path, _overridden(read_json(path / "config.json"), hf_overrides))
+    config = as_embedding_model(path, _overridden(_with_quantization(path), hf_overrides))
     return ModelSource(
         name=model,
         format="dummy" if load_format == "dummy" else "safetensors",
@@ -106,8 +108,8 @@ def _locate(name: str, revision: str | None, files: tuple[str, ...] | None) -> P
 
 def _gguf_source(name: str, path: Path, load_format: LoadFormat, tokenizer_path: Path) -> ModelSource:
     _refuse_pickle(path)
-    if path.suffix != ".gguf" or load_format == "safetensors":
-        raise ValueError(f"{path} is no {'.gguf' if load_format != 'safetensors' else 'folder of safetensors'}")
+    if path.suffix != ".gguf" or load_format in _OF_SAFETENSORS:
+        raise ValueError(f"{path} is no {'.gguf' if load_format not in _OF_SAFETENSORS else 'folder of safetensors'}")
     file = read_gguf(path)
     dummy = load_format == "dummy"
     return ModelSource(
@@ -123,7 +125,7 @@ def _gguf_source(name: str, path: Path, load_format: LoadFormat, tokenizer_path:
 
 def _gguf_in(folder: Path, load_format: LoadFormat) -> Path | None:
     """The folder's one GGUF file, if that is what to load from it."""
-    if load_format == "safetensors" or (load_format != "gguf" and (folder / "config.json").is_file()):
+    if load_format in _OF_SAFETENSORS or (load_format != "gguf" and (folder / "config.json").is_file()):
         return None
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
@@ -158,6 +160,15 @@ def _safetensors_in(folder: Path) -> tuple[Path, ...]:
 def _refuse_pickle(path: Path) -> None:
     if any(path.match(pattern) for pattern in _PICKLES):
         raise ValueError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors")
+
+
+def _with_quantization(folder: Path) -> dict[str, Any]:
+    """config.json, with the quantization_config that some packers put into a file of its own."""
+    config = read_json(folder / "config.json")
+    for name, method in _QUANTIZATION_FILES.items():
+        if not config.get("quantization_config") and (folder / name).is_file():
+            config["quantization_config"] = {"quant_method": method} | read_json(folder / name)
+    return config
 
 
 def _overridden(config: dict[str, Any], hf_overrides: str | None) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +16,10 @@ from torch import Tensor
 from octavo.config import Quantization
 from octavo.loading.device_stream import read_header, stream_tensors
 from octavo.loading.gguf_file import read_gguf
-from octavo.loading.gguf_weights import gguf_weights
+from octavo.loading.gguf_weights import gguf_weights, streamed_gguf_weights
 from octavo.loading.source import INDEX_NAME, ModelSource
 from octavo.models.base import CausalLM
 from octavo.models.registry import build_model
-
-_DUMMY_STD = 0.02  # the initializer_range of most families
 
 
 def load_model(
@@ -35,8 +34,11 @@ def load_model(
 
     Raises ValueError naming the file or the source, and the tensors or the config field at fault.
     """
+    config = source.config
+    if source.path.suffix == ".gguf" and (device.type == "cpu" or quantization not in (None, "gguf")):
+        config, quantization = _without_blocks(config, quantization)
     try:
-        model = build_model(source.config, dtype, device, quantization)
+        model = build_model(config, dtype, device, quantization)
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
     if source.format == "dummy":
@@ -44,16 +46,35 @@ def load_model(
         return model
     try:
         if source.format == "gguf":
-            num_threads = torch.get_num_threads()
-            with _one_thread_an_operator():
-                model.load_weights(gguf_weights(read_gguf(source.files[0]), dtype, num_threads))
+            _load_gguf(model, source.files[0], dtype, device)
         else:
             read = safetensors_weights if device.type == "cpu" else partial(streamed_weights, device=device)
-            model.load_weights(read(source.files))
+            names = {tensor.name for file in source.files for tensor in read_header(file)}
+            model.load_weights(read(source.files), names)
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
     return model
+
+
+def _without_blocks(
+    config: Mapping[str, Any], quantization: Quantization | None
+) -> tuple[dict[str, Any], Quantization | None]:
+    """For weights that are dequantized before the model gets them. A CPU multiplies by dequantized ones anyway, and
+    they are made fastest tensor by tensor; what quantizes weights as they come wants to see weights."""
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    return plain, None if quantization == "gguf" else quantization
+
+
+def _load_gguf(model: CausalLM, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    file = read_gguf(path)
+    if device.type == "cpu":
+        num_threads = torch.get_num_threads()
+        with _one_thread_an_operator():
+            model.load_weights(gguf_weights(file, dtype, num_threads))
+    else:
+        packed = {name for name, slot in model.weight_slots().items() if torch.uint8 in slot.spec.dtypes}
+        model.load_weights(streamed_gguf_weights(file, dtype, device, packed))
 
 
 @contextmanager
@@ -113,11 +134,9 @@ def _require(file: Path, names: set[str], listed: dict[str, str]) -> None:
 
 
 def dummy_weights(model: CausalLM, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Random float32 weights for every tensor that the model wants, made on the device: the same for the same seed
-    on one kind of device, whatever the model's dtype."""
+    """Random weights for every tensor that the model must have, or whose spec makes some, made on the device: the same
+    for the same seed on one kind of device, whatever the model's dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, slot in model.weight_slots().items():
-        if name.endswith("norm.weight"):
-            yield name, torch.ones(slot.shape, device=device)
-        else:
-            yield name, torch.empty(slot.shape, device=device).normal_(0, _DUMMY_STD, generator=generator)
+        if slot.spec.required or slot.spec.dummy is not None:
+            yield name, slot.spec.make_dummy(generator)

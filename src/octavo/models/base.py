@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from octavo.layers.linear import Linear
 from octavo.layers.score import ScoreHead
 from octavo.layers.slot import HoldsWeights, WeightSlot
 from octavo.models.config import DecoderConfig
+from octavo.quantization.scheme import QuantizationMethod
+from octavo.quantization.unquantized import PLAIN
 
-_CHECKPOINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The scales are of queries and probabilities, which stay in the model's dtype.
+_IGNORED = "rotary_emb.inv_freq", ".q_scale", ".prob_scale"
 _NAMED = 8  # tensors of each kind that an error names before it counts
 
 
@@ -39,7 +42,7 @@ class CausalLM(nn.Module, ABC):
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint tensor is known and not needed."""
-        return name.endswith("rotary_emb.inv_freq")
+        return name.endswith(_IGNORED)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         """Every tensor that a checkpoint must have, by name."""
@@ -49,16 +52,28 @@ class CausalLM(nn.Module, ABC):
                 slots |= module.weight_slots(path)
         return slots
 
-    @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the model from (checkpoint name, tensor) pairs, each tensor once.
+    def create_weights(self, method: QuantizationMethod) -> None:
+        """Give every linear layer its weights, in the format that the method says; a language head that shares the
+        embedding's has none of its own. Raises ValueError naming a layer whose size its format cannot have."""
+        for path, module in list(self.named_modules()):
+            if isinstance(module, Linear):
+                tied = path == "lm_head" and self.config.tie_word_embeddings
+                module.create_weights(path, PLAIN if tied else method)
 
-        Raises ValueError naming the tensors that are missing, not expected, of the wrong shape or of a
-        dtype that is no floating-point type; the model is of no use then.
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> None:
+        """Fill the model from (checkpoint name, tensor) pairs, each tensor once. names: of all that will come, where
+        that is known before: what may be missing is then not waited for.
+
+        Raises ValueError naming the tensors that are missing, not expected, of the wrong shape or dtype, or of values
+        that cannot be; the model is of no use then.
         """
         slots = self.weight_slots()
         wrong: list[str] = []
         unexpected: list[str] = []
+        if names is not None:
+            optional = [name for name, slot in slots.items() if not slot.spec.required]
+            self._skip(slots, [name for name in optional if not {name, name.removeprefix("model.")} & set(names)])
         for name, tensor in weights:
             slot = slots.pop(name, None)
             if slot is None and self.config.head == "embeddings":
@@ -66,24 +81,30 @@ class CausalLM(nn.Module, ABC):
             if slot is None:
                 if not self.ignores(name):
                     unexpected.append(name)
-            elif tuple(tensor.shape) != slot.shape:
-                wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
-            elif tensor.dtype not in _CHECKPOINT_DTYPES:
-                wrong.append(f"{name} has dtype {tensor.dtype}, expected a floating-point type")
-            else:
+                continue
+            problem = slot.spec.problem(name, tensor)
+            if problem is None:
                 slot.load(tensor)
-        problems = [("missing", list(slots)), ("not expected", unexpected), ("wrong", wrong)]
+            else:
+                wrong.append(problem)
+        missing = [name for name, slot in slots.items() if slot.spec.required]
+        problems = [("missing", missing), ("not expected", unexpected), ("wrong", wrong)]
         said = [f"{kind}: {_some(names)}" for kind, names in problems if names]
         if said:
             raise ValueError("the checkpoint does not fit the model; " + "; ".join(said))
+        self._skip(slots, list(slots))
         self.finish_loading()
+
+    @staticmethod
+    def _skip(slots: dict[str, WeightSlot], names: list[str]) -> None:
+        for name in names:
+            slots.pop(name).load(None)
 
     @property
     def weight_bytes(self) -> int:
         """Memory that the loaded weights take, packed copies included."""
         plain = {p.data_ptr(): p.nbytes for p in self.parameters()}
-        packed = sum(m.weight_nbytes for m in self.modules() if isinstance(m, Linear) and m.packed_weight is not None)
-        return sum(plain.values()) + packed
+        return sum(plain.values()) + sum(m.num_bytes() for m in self.modules() if isinstance(m, Linear))
 
 
 def _some(names: list[str]) -> str:

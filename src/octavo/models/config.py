@@ -162,9 +162,3 @@ class ConfigFields:
             raise ValueError(
                 f"config field hidden_act={activation!r} is not supported; allowed: {', '.join(_ACTIVATIONS)}"
             )
-        quantization = self.values.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", quantization)
-            raise ValueError(
-                f"config field quantization_config.quant_method={method!r} is not supported; allowed: no such field"
-            )

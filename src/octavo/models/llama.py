@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,18 +17,17 @@ from octavo.layers.rotary import RotaryEmbedding, Rotation
 from octavo.layers.score import ScoreHead
 from octavo.models.base import CausalLM
 from octavo.models.config import ConfigFields, DecoderConfig
-from octavo.quantization.scheme import Fp8Tokens, LinearScheme
-from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.scheme import Fp8Tokens, QuantizationMethod
+from octavo.quantization.unquantized import PLAIN
 
 _NO_TOKENS = 16  # logits of a model without a language head
 
 
 class Place(NamedTuple):
-    """How and where a layer keeps its weights; what Linear takes last."""
+    """What a layer computes in, and where; what Linear takes last."""
 
     dtype: torch.dtype
     device: torch.device
-    scheme: LinearScheme
 
 
 class SelfAttention(nn.Module):
@@ -87,7 +86,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, place: Place) -> None:
         super().__init__()
-        dtype, device, _ = place
+        dtype, device = place
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(DecoderLayer(config, i, place) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
@@ -106,16 +105,17 @@ class LlamaForCausalLM(CausalLM):
     """Llama 1 to 3.x, SmolLM2 and others that carry the name."""
 
     def __init__(
-        self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, scheme: LinearScheme = UNQUANTIZED
+        self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, method: QuantizationMethod = PLAIN
     ) -> None:
-        """scheme: of the layers' projections; the embedding and lm_head keep the dtype."""
+        """method: how the linear layers keep their weights."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config, Place(dtype, device, scheme))
+        self.model = Decoder(config, Place(dtype, device))
         self.lm_head: Linear | None = None
         if config.head == "tokens":
             self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, False, dtype, device)
         self.score = ScoreHead(config.hidden_size, device) if config.head == "scores" else None
+        self.create_weights(method)
 
     @staticmethod
     def read_config(values: Mapping[str, Any]) -> DecoderConfig:
@@ -130,8 +130,8 @@ class LlamaForCausalLM(CausalLM):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) if self.lm_head is not None else hidden.new_zeros(hidden.shape[0], _NO_TOKENS)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        super().load_weights(self._with_score(weights) if self.config.classifier_token_ids else weights)
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> None:
+        super().load_weights(self._with_score(weights) if self.config.classifier_token_ids else weights, names)
 
     def _with_score(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights with that of the score: the row of the language head for "yes", less that for "no" where both

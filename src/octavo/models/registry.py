@@ -15,7 +15,7 @@ from octavo.models.llama import LlamaForCausalLM
 from octavo.models.mistral import MistralForCausalLM
 from octavo.models.qwen2 import Qwen2ForCausalLM
 from octavo.models.qwen3 import Qwen3ForCausalLM
-from octavo.quantization.registry import scheme_of
+from octavo.quantization.registry import method_of
 
 # The ids of config.json's classifier_from_token, which only a tokenizer knows.
 CLASSIFIER_IDS = "classifier_token_ids"
@@ -42,7 +42,7 @@ def build_model(
     if head == "scores":
         _check_num_labels(config)
         read = replace(read, classifier_token_ids=tuple(config.get(CLASSIFIER_IDS, ())))
-    return family(read, dtype, device, scheme_of(quantization)).eval()
+    return family(read, dtype, device, method_of(quantization, config.get("quantization_config"))).eval()
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:

@@ -1,11 +1,16 @@
-"""LinearScheme: how a linear layer's weights lie in memory and how they are multiplied."""
+"""LinearScheme: how a linear layer's weights lie in a checkpoint and in memory, and how they are multiplied."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DUMMY_STD = 0.02  # the initializer_range of most families
 
 
 class Fp8Tokens(NamedTuple):
@@ -18,36 +23,122 @@ class Fp8Tokens(NamedTuple):
     scale: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a tensor of a checkpoint may look like.
+
+    shape: -1 stands for any size; other_shapes: allowed as well; required: whether a checkpoint must have it;
+    dummy: random values of the shape for a model without a checkpoint. None for normal ones, or for none at all of a
+    tensor that is not required.
+    """
+
+    shape: tuple[int, ...]
+    other_shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    required: bool = True
+    dummy: Callable[[torch.Generator], Tensor] | None = None
+
+    def problem(self, name: str, tensor: Tensor) -> str | None:
+        """What is wrong with a checkpoint's tensor, in words."""
+        shapes = (self.shape, *self.other_shapes)
+        if not any(_fits(tuple(tensor.shape), shape) for shape in shapes):
+            return (
+                f"{name} has shape {list(tensor.shape)}, expected {' or '.join(str(list(shape)) for shape in shapes)}"
+            )
+        if tensor.dtype not in self.dtypes:
+            expected = "a floating-point type" if self.dtypes == FLOATS else ", ".join(map(str, self.dtypes))
+            return f"{name} has dtype {tensor.dtype}, expected {expected}"
+        return None
+
+    def make_dummy(self, generator: torch.Generator) -> Tensor:
+        """Values that a model can run with, on the generator's device: the same from a generator in the same state."""
+        if self.dummy is not None:
+            return self.dummy(generator)
+        values = torch.empty(self.shape, device=generator.device)
+        return values.normal_(0, _DUMMY_STD, generator=generator)
+
+
+def _fits(shape: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
+    return len(shape) == len(allowed) and all(size in (-1, given) for given, size in zip(shape, allowed))
+
+
+class LinearShape(NamedTuple):
+    """dtype: of the activations."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class LinearLayer(nn.Module):
-    """What schemes keep on a linear layer; which of it is None, the scheme says."""
+    """Consecutive rows of a linear layer's matrix under one scheme, which decides what of this is None.
+
+    held: what a scheme keeps that has no name here, of a type of its own.
+    """
 
     weight: nn.Parameter | None
     weight_scale: nn.Parameter | None
     bias: nn.Parameter | None
     packed_weight: Tensor | None
     packed_bias: Tensor | None
+    held: Any
 
-
-class LinearScheme(Protocol):
-    """Three verbs on a linear layer. A scheme has no state of its own: it keeps what it makes on the layer."""
-
-    def create_weights(
+    def __init__(
         self,
-        layer: LinearLayer,
+        scheme: LinearScheme,
         in_features: int,
         out_features: int,
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Give the layer room for its weight [out_features, in_features] and, if asked, its bias [out_features]."""
+        """The weights are uninitialised until loaded. dtype: of the activations, and of the bias."""
+        super().__init__()
+        self.scheme, self.in_features, self.out_features = scheme, in_features, out_features
+        self.dtype, self.device = dtype, device
+        self.weight = self.weight_scale = self.bias = self.packed_weight = self.packed_bias = self.held = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        scheme.create_weights(self)
+
+
+class LinearScheme(Protocol):
+    """Three verbs on a linear layer, and what a checkpoint holds for them. A scheme knows one format with its numbers
+    (bits, group size); what it makes it keeps on the layer."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether parts of one matrix that share the scheme may lie in one layer."""
         ...
 
-    def load(self, layer: LinearLayer, name: str, row: int, tensor: Tensor, last: bool) -> None:
-        """Take a checkpoint tensor into rows [row, row + len(tensor)) of `name` ("weight" or "bias").
+    def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
+        """A checkpoint's tensors for a part [num_rows, in_features] of a layer, by the end of their names
+        ("weight"), the bias left out. Raises ValueError for sizes that the format cannot have."""
+        ...
 
-        last: nothing more will be loaded, and the layer must be ready for `apply` on return.
+    def create_weights(self, layer: LinearLayer) -> None:
+        """Give the layer room for its weight [out_features, in_features]."""
+        ...
+
+    def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take a part's tensors into rows [row, row + num_rows); those that are not required may be missing.
+
+        Raises ValueError, in words, for values that cannot be.
         """
+        ...
+
+    def finish(self, layer: LinearLayer) -> None:
+        """All is loaded, the bias included: make the layer ready for `apply`."""
+        ...
+
+    def num_bytes(self, layer: LinearLayer) -> int:
+        """Memory that the layer holds besides its parameters."""
+        ...
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        """The kernels that `apply` launches on a GPU for a layer of this shape, by what they are compiled for: each
+        call compiles one. What a library brings compiled is left out."""
         ...
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
@@ -58,4 +149,12 @@ class LinearScheme(Protocol):
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         """x: [T, in_features] in the layer's dtype, or Fp8Tokens if `takes_fp8`. Returns a new tensor
         [T, out_features] of the layer's dtype."""
+        ...
+
+
+class QuantizationMethod(Protocol):
+    """What a checkpoint, or an option, says of every linear layer's format."""
+
+    def scheme_of(self, name: str) -> LinearScheme:
+        """name: of a part, as the checkpoint's tensors carry it ("model.layers.0.self_attn.q_proj")."""
         ...

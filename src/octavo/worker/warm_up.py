@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 
 from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
+from octavo.quantization.fp8 import Fp8Scheme
+from octavo.quantization.scheme import LinearScheme, LinearShape, QuantizationMethod
 from octavo.worker.step_buffers import NUM_PARAMS
 
 _NUM_THREADS = 16
 
 
-def compile_kernels(config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device) -> Future[None]:
+def compile_kernels(
+    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, dtype: torch.dtype, device: torch.device
+) -> Future[None]:
     """Launch every kernel once on a few tokens, each from a thread of its own. The future is done when all have run;
-    its result raises what the first failure raised.
+    its result raises what the first failure raised. method: of the model's linear layers.
 
     Triton compiles a kernel for its types and constants, and for which of its integers are 1 or multiples of 16: so
     all of these are here what they will be. What a request's own wishes need (top_p, penalties, logprobs) is left to
     the first request that has them.
     """
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="compile")
-    jobs = [pool.submit(_run, job, device) for job in kernel_jobs(config, facts, dtype, device)]
+    jobs = [pool.submit(_run, job, device) for job in kernel_jobs(config, facts, method, dtype, device)]
     pool.shutdown(wait=False)
     done: Future[None] = Future()
 
@@ -50,12 +53,19 @@ def _run(job: Callable[[], object], device: torch.device) -> None:
 class _Shapes:
     """The engine's shapes, and one call of each kernel as it will be compiled for them, on as little as that takes."""
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        facts: ModelFacts,
+        method: QuantizationMethod,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.method = method
         self.facts, self.dtype, self.device, self.block_size = facts, dtype, device, config.block_size
         self.max_model_len = config.max_model_len
         self.kernels = triton.get()
         self.kv_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
-        self.fp8 = config.options.quantization == "fp8"
         self.num_all = facts.num_heads + 2 * facts.num_kv_heads
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -81,9 +91,6 @@ class _Shapes:
     def activation(self, fp8: bool = False) -> None:
         compute = self.kernels.silu_and_mul_fp8 if fp8 else self.kernels.silu_and_mul
         compute(self.zeros(1, 2 * self.facts.intermediate_size))
-
-    def quantize(self) -> None:
-        self.kernels.quantize_fp8(self.zeros(1, self.facts.num_heads * self.facts.head_dim))
 
     def rope(self, tokens: int) -> None:
         heads, dim = (self.facts.num_heads, self.facts.num_kv_heads), self.facts.head_dim
@@ -143,47 +150,48 @@ class _Shapes:
         part, sums = self.zeros(tokens, heads, dim).transpose(0, 1), self.zeros(heads, tokens, dtype=torch.float32)
         self.kernels.merge_attention([part] * count, [sums] * count, self.zeros(tokens, heads, dim))
 
-    def skinny(self, plan: Any, m: int, fp8: bool, even: bool) -> None:
-        """Two tiles of a product that is cut up by this plan. even: K is a multiple of its block_k."""
-        size = 2 * plan.block_k * plan.split_k - (0 if even else 16)
-        x, weight = self.zeros(m, size), self.zeros(2 * plan.block_n, size)
-        if fp8:
-            scale = self.zeros(2 * plan.block_n, dtype=torch.float32)
-            self.kernels.skinny_linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, plan=plan)
-        else:
-            self.kernels.skinny_linear(x, weight, plan=plan)
-
-    def skinny_jobs(self) -> list[Callable[[], object]]:
-        """One for each plan that a layer, or the output head, follows for any number of tokens."""
+    def product_jobs(self) -> list[Callable[[], object]]:
+        """Those of a layer's projections, and of the output head, in the formats of the first layer."""
         facts = self.facts
         heads, hidden, inner = facts.num_heads * facts.head_dim, facts.hidden_size, facts.intermediate_size
-        layer = (self.num_all * facts.head_dim, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)
-        products = [(n, k, self.fp8) for n, k in layer] + [(facts.vocab_size, hidden, False)]
-        found = {}
-        for m in (1, 2, self.kernels.SKINNY_MAX_M):
-            for n, k, fp8 in products:
-                plan = self.kernels.GemmPlan.of(m, n, k, 1 if fp8 else 2)
-                variant = plan, m if plan.kind == "fma" else self.kernels.SKINNY_MAX_M, fp8, k % plan.block_k == 0
-                found[variant] = partial(self.skinny, *variant)
+        sizes = {
+            "self_attn.q_proj": (self.num_all * facts.head_dim, hidden),
+            "self_attn.o_proj": (hidden, heads),
+            "mlp.gate_proj": (2 * inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        products = [(self.scheme_of(name), size) for name, size in sizes.items()]
+        products.append((self.method.scheme_of("lm_head"), (facts.vocab_size, hidden)))
+        found: dict[Hashable, Callable[[], object]] = {}
+        for scheme, size in products:
+            found |= scheme.launches(LinearShape(*size, self.dtype, self.device))
         return list(found.values())
+
+    def scheme_of(self, name: str) -> LinearScheme:
+        return self.method.scheme_of(f"model.layers.0.{name}")
+
+    def takes_fp8(self, name: str) -> bool:
+        """Whether what comes before a projection quantises its tokens."""
+        scheme = self.scheme_of(name)
+        return isinstance(scheme, Fp8Scheme) and scheme.quantizes_tokens
 
 
 def kernel_jobs(
-    config: EngineConfig, facts: ModelFacts, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, dtype: torch.dtype, device: torch.device
 ) -> list[Callable[[], object]]:
     """Each launches a kernel as steps will, in one of the ways it is compiled for. The slowest to compile first."""
-    make = _Shapes(config, facts, dtype, device)
+    make = _Shapes(config, facts, method, dtype, device)
     jobs: list[Callable[[], object]] = []
     if config.options.attention_backend != "torch":
         jobs += [make.prefill, make.decode]
     if config.options.attention_backend == "auto":
         most = min(make.kernels.MAX_PARTS, 1 + (config.max_model_len // 256).bit_length())
         jobs += [make.gather, *(partial(make.merge, count) for count in range(2, most + 1))]
-    if dtype.itemsize == 2:
-        jobs += make.skinny_jobs()
+    jobs += make.product_jobs()
     jobs += [make.draw, partial(make.rope, 1), partial(make.rope, 64), make.activation]
     jobs += [partial(make.norm, delta) for delta in (False, True)]
-    if make.fp8:
+    if make.takes_fp8("self_attn.q_proj"):
         jobs += [partial(make.norm, delta, fp8=True) for delta in (False, True)]
-        jobs += [partial(make.activation, fp8=True), make.quantize]
+    if make.takes_fp8("mlp.down_proj"):
+        jobs.append(partial(make.activation, fp8=True))
     return [*jobs, make.rotation, make.inputs]

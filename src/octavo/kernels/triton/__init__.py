@@ -11,8 +11,10 @@ from typing import Any
 
 _MODULES = (
     "activation",
+    "block_fp8",
     "decode_attention",
     "fp8",
+    "grouped_gemm",
     "norm",
     "prefill_attention",
     "rope",

@@ -62,6 +62,22 @@ _MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
         2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
         16: GemmPlan("dot", 32, 256, 1, 4, 4, False),
     },
+    (1, 8192, 8192): {
+        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+    },
+    (1, 8192, 28672): {
+        2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
+        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+    },
+    (1, 10240, 8192): {
+        2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
+        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+    },
+    (1, 57344, 8192): {
+        2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
+        16: GemmPlan("dot", 64, 256, 1, 4, 4, False),
+    },
     (2, 1024, 2048): {
         2: GemmPlan("fma", 4, 1024, 1, 4, 4, True),
         16: GemmPlan("dot", 32, 128, 5, 4, 5, False),
@@ -106,10 +122,13 @@ _MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
 
 
 def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
-    """64 rows and 256 bytes a tile, about three programs on every multiprocessor, at least four tiles each.
+    """One or two tokens: 16 rows and 512 bytes a tile, where that gives every multiprocessor two programs or more. Else
+    64 rows and 256 bytes a tile, about three programs on every multiprocessor, at least four tiles each.
 
     Bytes converted in registers suit the smaller tensor-core instruction, whose operands come from there anyway.
     """
+    if m <= 2 and n >= 2 * 16 * _NUM_SMS:
+        return GemmPlan("fma", 16, 512 // element_size, 1, 4, 5)
     block_k = 128 if element_size == 2 else 256
     while block_k > 64 and block_k > k:
         block_k //= 2
