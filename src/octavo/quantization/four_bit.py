@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.quantization.grouped import Codes, GroupedWeight, chunk_size, joined, keeps_codes, launches, weight_of
+from octavo.quantization.grouped import (
+    Codes,
+    GroupedWeight,
+    chunk_size,
+    joined,
+    keeps_codes,
+    launches,
+    multiply,
+    weight_of,
+)
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import pieces
