@@ -147,6 +147,7 @@ def _build_cpu(
     dtype, cpu = _DTYPES[config.dtype], torch.device("cpu")
     model = load_model(source, dtype, cpu, config.options.seed, config.quantization)
     watch.lap("weights")
+    _log.info("linear layers: %.1f bits a weight in memory", model.linear_bits)
     ledger = plan_memory(config, model.weight_bytes, free_host_bytes())
     attention = CpuAttention(
         facts.num_layers, ledger.num_blocks, config.block_size, facts.num_kv_heads, facts.head_dim, dtype

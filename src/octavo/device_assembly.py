@@ -53,6 +53,7 @@ def build_cuda(
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()
     lap("weights")
+    _log.info("linear layers: %.1f bits a weight in memory", model.linear_bits)
     compiling.result()
     lap("kernels")
 

@@ -18,6 +18,7 @@ from octavo.layers.linear import Linear
 from octavo.models.base import CausalLM
 from octavo.quantization.gptq import Gptq
 from octavo.quantization.packed_integers import unpack_bits, unpack_padded
+from octavo.quantization.scheme import LinearLayer
 
 Q_PROJ, K_PROJ = (f"model.layers.0.self_attn.{part}_proj" for part in "qk")
 
@@ -111,10 +112,8 @@ def written(folder: Path, case: str, changes: dict[str, Tensor | None] | None = 
     return write(folder, {name: tensor for name, tensor in state.items() if name not in left_out}, CASES[case][1])
 
 
-def linear_weights(model: CausalLM) -> list[Tensor]:
-    """Of the quantized layers, where they are not packed."""
-    layers = [layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers]
-    return [layer.weight for layer in layers if layer.out_features != model.config.vocab_size]
+def all_layers(model: CausalLM) -> list[LinearLayer]:
+    return [layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,13 +139,19 @@ def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     ]
     num_bits = max(8 * layer.held.packed.nbytes / (layer.in_features * layer.out_features) for layer in packed)
     assert num_bits == packed[0].scheme.format.bits
-    assert model.weight_bytes > sum(layer.held.num_bytes for layer in packed) > 0
+    kept = sum(layer.held.num_bytes for layer in packed)
+    assert model.weight_bytes > kept > 0
+    rest = sum(4 * layer.in_features * layer.out_features for layer in all_layers(model) if layer.held is None)
+    num_weights = sum(layer.in_features * layer.out_features for layer in all_layers(model))
+    assert model.linear_bits == pytest.approx(8 * (kept + rest) / num_weights)
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq, desc_act", "pack-quantized, 8 bits, asymmetric"])
 def test_in_bfloat16(case: str, tmp_path: Path) -> None:
     _, plain = encoded(CASES[case][0])
-    got = logits(load(written(tmp_path / "packed", case), torch.bfloat16))
+    model = load(written(tmp_path / "packed", case), torch.bfloat16)
+    got = logits(model)
+    assert model.linear_bits == 16
     assert relative_error(got, logits(load(write(tmp_path / "plain", plain), torch.bfloat16))) < 1e-2
 
 
@@ -154,7 +159,8 @@ def test_in_bfloat16(case: str, tmp_path: Path) -> None:
 def test_dummies_have_weights_of_a_model(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.quantization.unquantized.can_pack", lambda *_: False)
     model = load(write(tmp_path, {}, CASES[case][1]), load_format="dummy")
-    for weight in linear_weights(model):
+    quantized = [layer.weight for layer in all_layers(model) if layer.out_features != model.config.vocab_size]
+    for weight in quantized:
         assert weight is not None
         assert 0.017 < float(weight.std()) < 0.023
         assert abs(float(weight.mean())) < 0.01  # symmetric codes lie half a step below zero

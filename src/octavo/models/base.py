@@ -106,6 +106,14 @@ class CausalLM(nn.Module, ABC):
         plain = {p.data_ptr(): p.nbytes for p in self.parameters()}
         return sum(plain.values()) + sum(m.num_bytes() for m in self.modules() if isinstance(m, Linear))
 
+    @property
+    def linear_bits(self) -> float:
+        """Memory that the linear layers take, in bits for each of their weights, scales and biases included: fewer than
+        those of the model's dtype where a quantized checkpoint's stay packed."""
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        num_bytes = sum(m.num_bytes() + sum(p.nbytes for p in m.parameters()) for m in layers)
+        return 8 * num_bytes / sum(m.in_features * m.out_features for m in layers)
+
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
