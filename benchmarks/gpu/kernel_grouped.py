@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,29 +24,23 @@ from torch import Tensor
 
 from octavo.kernels.triton import skinny_gemm
 from octavo.kernels.triton.grouped_gemm import GroupedPlan, dequantize_grouped, grouped_linear
-from octavo.quantization.grouped import chunk_size, pack
+from octavo.quantization.grouped import Codes, GroupedWeight, chunk_size, weight_of
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-class Packed(NamedTuple):
-    packed: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    group_size: int
 
 
 def plans(m: int, n: int, num_chunks: int) -> Iterator[GroupedPlan]:
     """What is tried for so many tokens."""
     if m <= 16:
-        shapes = [(16, 64, 4, 5, False), (16, 32, 4, 6, False), (16, 128, 4, 4, False), (16, 64, 4, 5, True)]
-        shapes += [(16, 128, 4, 5, True), (16, 128, 8, 4, False)]
-        for block_m, block_n, warps, stages, swap in shapes:
-            for split in splits(-(-n // block_n), num_chunks, 1, 2, 4):
-                yield GroupedPlan(block_m, block_n, split, warps, stages, swap)
+        block_m = 8 if m <= 8 else 16
+        shapes = [(32, 1, 8, 1), (64, 1, 6, 1), (64, 2, 6, 1), (64, 2, 4, 2), (128, 2, 4, 1), (128, 2, 6, 1)]
+        shapes += [(64, 1, 4, 2), (32, 2, 8, 1), (128, 2, 3, 2), (32, 1, 5, 2)]
+        for block_n, warps, stages, unroll in shapes:
+            for split in splits(-(-n // block_n), num_chunks, 2, 4, 8):
+                yield GroupedPlan(block_m, block_n, split, warps, stages, True, unroll=unroll)
         return
-    shapes = [(64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (256, 128, 8, 3)]
-    shapes += [(32, 64, 4, 5), (32, 128, 4, 4)] if m <= 64 else []
+    shapes = [(64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 8, 4), (128, 128, 4, 4), (256, 128, 8, 3), (256, 64, 4, 3)]
+    shapes += [(32, 64, 2, 5), (32, 128, 4, 4), (32, 64, 4, 5), (32, 128, 2, 4)] if m <= 64 else []
     for block_m, block_n, warps, stages in shapes:
         if block_m > max(2 * m, 32):
             continue
@@ -56,20 +50,21 @@ def plans(m: int, n: int, num_chunks: int) -> Iterator[GroupedPlan]:
                 yield GroupedPlan(block_m, block_n, split, warps, stages, True, first)
 
 
-def weight(n: int, k: int, bits: int, group_size: int, zeros: bool) -> Packed:
+def weight(n: int, k: int, bits: int, group_size: int, zeros: bool) -> GroupedWeight:
     chunk = chunk_size(bits, group_size, k)
     assert chunk is not None
     code = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=DEVICE)
-    groups = k // group_size, n
+    groups = n, k // group_size
     spread = k**-0.5 / (1 << bits) * 3.4
     scale = ((torch.rand(groups, device=DEVICE) + 0.5) * spread).half()
-    shift = torch.randint(-3, 4, groups, dtype=torch.int8, device=DEVICE) if zeros else None
-    return Packed(pack(code, bits, chunk), scale, shift, group_size)
+    zero = torch.randint(5, 12, groups, dtype=torch.uint8, device=DEVICE) if zeros else None
+    return weight_of(Codes(code, scale, zero), bits, group_size, chunk)
 
 
 def short(plan: GroupedPlan) -> str:
     kind = ("w" if plan.swap else "x") + ("s" if plan.scale_first else "")
-    return f"{kind}{plan.block_m}x{plan.block_n}/{plan.split_k} {plan.num_warps}w{plan.num_stages}st"
+    size = f"{plan.block_m}x{plan.block_n}/{plan.split_k}"
+    return f"{kind}{size} {plan.num_warps}w{plan.num_stages}st{plan.unroll}u"
 
 
 def wrong(name: str, got: Tensor, expected: Tensor) -> bool:
@@ -79,17 +74,17 @@ def wrong(name: str, got: Tensor, expected: Tensor) -> bool:
     return not relative < 4e-3
 
 
-def best(name: str, m: int, copies: list[Packed], x: Tensor, expected: Tensor) -> dict[str, Any]:
+def best(name: str, m: int, copies: list[GroupedWeight], x: Tensor, expected: Tensor) -> dict[str, Any]:
     """Time every plan of a product."""
     n, num_chunks = copies[0].packed.shape[1], copies[0].packed.shape[0]
     times: dict[str, float] = {}
     plan_of: dict[str, GroupedPlan] = {}
     for plan in plans(m, n, num_chunks):
         label = f"{name} M={m} {short(plan)}"
-        got = attempt(label, lambda p=plan: grouped_linear(x, *copies[0], plan=p))
+        got = attempt(label, lambda p=plan: grouped_linear(x, *copies[0][:5], plan=p))
         if got is None or wrong(label, got, expected):
             continue
-        us = attempt(label, lambda p=plan: replay_us([partial(grouped_linear, x, *c, plan=p) for c in copies]))
+        us = attempt(label, lambda p=plan: replay_us([partial(grouped_linear, x, *c[:5], plan=p) for c in copies]))
         if us is not None:
             times[short(plan)], plan_of[short(plan)] = us, plan
     found = min(times, key=lambda label: times[label], default=None)
@@ -104,9 +99,9 @@ def table(case: str, bits: int, group_size: int, zeros: bool, tokens: list[int],
         size = first.packed.nbytes
         count = max(2, -(-ROTATED_BYTES // size))
         copies = [first, *(first._replace(packed=first.packed.clone()) for _ in range(count - 1))]
-        wide = dequantize_grouped(*first, torch.float32)
+        wide = dequantize_grouped(*first[:5], torch.float32)
         narrow = [wide.bfloat16() for _ in range(max(2, ROTATED_BYTES // (2 * n * k)))]
-        unpack = replay_us([partial(dequantize_grouped, *c, torch.bfloat16) for c in copies])
+        unpack = replay_us([partial(dequantize_grouped, *c[:5], torch.bfloat16) for c in copies])
         print(f"{name:8} dequantize {unpack:.1f} us ({(size + 2 * n * k) / unpack / 1e6:.2f} TB/s)")
         for m in tokens:
             if time.monotonic() > deadline:
@@ -115,7 +110,7 @@ def table(case: str, bits: int, group_size: int, zeros: bool, tokens: list[int],
             x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
             entry = best(f"{case} {name}", m, copies, x, F.linear(x.float(), wide))
             entry["cublas_us"] = replay_us([partial(F.linear, x, w) for w in narrow])
-            entry["default_us"] = replay_us([partial(grouped_linear, x, *c) for c in copies])
+            entry["default_us"] = replay_us([partial(grouped_linear, x, *c[:5]) for c in copies])
             result[f"{name} M={m}"] = entry
             us = entry["us"] or float("nan")
             rates = f"{size / us / 1e6:.2f}; {2 * m * n * k / us / 1e6:.0f}"
@@ -137,7 +132,7 @@ def compile_all(tokens: list[int], cases: dict[str, tuple[int, int, bool]]) -> N
             for m in tokens:
                 x = torch.zeros(m, k, device=DEVICE, dtype=torch.bfloat16)
                 for plan in plans(m, n, len(made.packed)):
-                    jobs.setdefault((case, plan), partial(grouped_linear, x, *made, plan=plan))
+                    jobs.setdefault((case, plan), partial(grouped_linear, x, *made[:5], plan=plan))
     skinny_gemm._workspace(torch.device("cuda", torch.cuda.current_device()))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: attempt(f"{item[0][0]} {short(item[0][1])}", item[1]), jobs.items()))

@@ -145,7 +145,7 @@ def _build_cpu(
 ) -> tuple[Executor, MemoryLedger]:
     _log.info("%s", library.load(home() / "kernels"))
     dtype, cpu = _DTYPES[config.dtype], torch.device("cpu")
-    model = load_model(source, dtype, cpu, config.options.seed, config.options.quantization)
+    model = load_model(source, dtype, cpu, config.options.seed, config.quantization)
     watch.lap("weights")
     ledger = plan_memory(config, model.weight_bytes, free_host_bytes())
     attention = CpuAttention(

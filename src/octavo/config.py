@@ -18,9 +18,21 @@ from typing import Any, Literal
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "triton", "flashinfer", "torch"]
-Quantization = Literal["fp8", "gguf"]
+Quantization = Literal[
+    "awq",
+    "awq_marlin",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fp8",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "fp8_per_tensor",
+    "gguf",
+    "gptq",
+    "gptq_marlin",
+]
 KVCacheDtype = Literal["auto", "fp8"]
-LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "bitsandbytes", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 ToolParserName = Literal[
     "deepseek_v3", "hermes", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder", "qwen3_xml"
@@ -53,14 +65,17 @@ class EngineOptions:
     hf_overrides: str | None = None
     """Fields that stand in for those of the model's config.json, as a JSON object; LLM takes a dict too."""
     load_format: LoadFormat = "auto"
-    """Where weights come from; "dummy" makes random ones from the config alone."""
+    """Where weights come from; "dummy" makes random ones from the config alone, "bitsandbytes" is safetensors with
+    quantization=bitsandbytes."""
     dtype: Dtype = "auto"
     """Type of weights, activations and KV cache. auto: bfloat16."""
     device: Device = "auto"
     """Where the model runs. auto: on the GPU, if there is one."""
     quantization: Quantization | None = None
-    """Quantize the linear layers while they are loaded. fp8: one scale an output channel and one a token. The name of
-    the checkpoint's own format (gguf) may be given too, and is checked."""
+    """Quantize the linear layers while they are loaded. fp8, fp8_per_channel: one scale an output channel and one a
+    token; fp8_per_tensor: one scale a checkpoint's tensor; fp8_per_block: one a 128 x 128 block; bitsandbytes: NF4
+    with a scale for 64 weights. Of a quantized checkpoint, any may say what its config says already; one that
+    disagrees is refused."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
     attention_backend: AttentionBackendName = "auto"
@@ -240,6 +255,7 @@ class EngineConfig:
     num_threads: int
     pipeline_depth: int
     kv_bytes_per_token: int
+    quantization: Quantization | None = None
     decisions: tuple[str, ...] = field(default=())
 
     def scheduler(self, num_blocks: int, max_model_len: int) -> SchedulerConfig:
@@ -308,6 +324,7 @@ def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> E
         num_threads=options.threads or device.num_threads,
         pipeline_depth=depth,
         kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * kv_bytes,
+        quantization="bitsandbytes" if options.load_format == "bitsandbytes" else options.quantization,
         decisions=tuple(decisions),
     )
 
@@ -360,6 +377,10 @@ def _check(options: EngineOptions) -> None:
         if isinstance(value, int) and (value < low or (high is not None and value > high)):
             allowed = f"{low}..{high}" if high is not None else f">= {low}"
             raise ValueError(f"{name}={value} is out of range; allowed: {allowed}")
+    if options.load_format == "bitsandbytes" and options.quantization not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"quantization={options.quantization} is refused with load_format=bitsandbytes, which implies its own"
+        )
     fraction = options.gpu_memory_utilization
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"gpu_memory_utilization={fraction} is out of range; allowed: (0, 1]")

@@ -48,7 +48,7 @@ def build_cuda(
     lap("CUDA")
     compiling = compile_kernels(config, facts, _DTYPES[config.dtype], device)
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
-        model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.options.quantization)
+        model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()
     lap("weights")
     compiling.result()

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
 
 from octavo.kernels.reference import grouped_gemm as reference
 from octavo.kernels.triton.grouped_gemm import GroupedPlan, dequantize_grouped, grouped_linear
-from octavo.quantization.grouped import chunk_size, pack
+from octavo.quantization.grouped import Codes, chunk_size, weight_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLANS = [
-    GroupedPlan(16, 32),
-    GroupedPlan(16, 64, split_k=3, swap=True),
+    GroupedPlan(8, 32, num_warps=2, swap=True),
+    GroupedPlan(16, 64, split_k=3, swap=True, unroll=2),
     GroupedPlan(32, 64, scale_first=True, swap=True),
     GroupedPlan(16, 32, split_k=2, scale_first=True),
 ]
 CASES = [(4, 128, 256), (4, 64, 128), (4, 32, 96), (4, 192, 192), (8, 128, 256), (8, 16, 80), (8, 96, 96), (4, 96, 192)]
 
 
-class Weight(NamedTuple):
-    packed: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    group_size: int
-
-
-def weight(bits: int, group_size: int, k: int, shift: str, n: int = 40, scale: torch.dtype = torch.float16) -> Weight:
+def weight(
+    bits: int, group_size: int, k: int, kind: str, n: int = 40, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor | None, int, torch.dtype]:
+    """What the kernels take. kind: of "plain", "zeros", "minimums"; dtype: of the scales."""
     generator = torch.Generator().manual_seed(k + bits)
     code = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
+    groups = n, k // group_size
+    scale = (torch.rand(groups, generator=generator) / (1 << bits) + 0.01).to(dtype)
+    zero = torch.randint(0, 1 << bits, groups, generator=generator, dtype=torch.uint8) if kind == "zeros" else None
+    minimum = torch.randn(groups, generator=generator) if kind == "minimums" else None
     chunk = chunk_size(bits, group_size, k)
     assert chunk is not None
-    groups = k // group_size, n
-    scales = (torch.rand(groups, generator=generator) / (1 << bits) + 0.01).to(scale)
-    shifts = {
-        "none": None,
-        "zero": torch.randint(-8, 8, groups, generator=generator, dtype=torch.int8),
-        "minimum": torch.randn(groups, generator=generator),
-    }
-    made = pack(code, bits, chunk), scales, shifts[shift]
-    return Weight(*(None if tensor is None else tensor.to(DEVICE) for tensor in made), group_size)
+    made = weight_of(Codes(code, scale, zero, minimum), bits, group_size, chunk)
+    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:5])
 
 
 def assert_close(got: Tensor, expected: Tensor, units: float) -> None:
@@ -54,13 +45,13 @@ def assert_close(got: Tensor, expected: Tensor, units: float) -> None:
     assert (error <= slack).all(), f"off by up to {(error / slack).max().item()} of what is allowed"
 
 
-@pytest.mark.parametrize("shift", ["none", "zero", "minimum"])
+@pytest.mark.parametrize("kind", ["plain", "zeros", "minimums"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_layout(case: tuple[int, int, int], shift: str) -> None:
+def test_every_layout(case: tuple[int, int, int], kind: str) -> None:
     k = case[2]
     for number, plan in enumerate(PLANS):
         dtype = torch.bfloat16 if number % 2 else torch.float16
-        made = weight(*case, shift, scale=dtype)
+        made = weight(*case, kind, dtype=dtype)
         x = torch.randn(5, k, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
         bias = torch.randn(40, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype) if number else None
         got = grouped_linear(x, *made, bias, plan=plan)
@@ -70,25 +61,25 @@ def test_every_layout(case: tuple[int, int, int], shift: str) -> None:
 
 @pytest.mark.parametrize("m", [1, 16, 33, 70])
 def test_the_rule_serves_any_number_of_tokens(m: int) -> None:
-    made = weight(4, 64, 128, "zero", n=72)
+    made = weight(4, 64, 128, "zeros", n=72)
     x = torch.randn(m, 128, generator=torch.Generator().manual_seed(m)).to(DEVICE, torch.bfloat16)
     assert_close(grouped_linear(x, *made), reference.grouped_linear(x, *made), 4.0)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_dequantized(case: tuple[int, int, int]) -> None:
-    for shift in ("none", "zero", "minimum"):
-        made = weight(*case, shift)
+    for kind in ("plain", "zeros", "minimums"):
+        made = weight(*case, kind)
         expected = reference.dequantize_grouped(*made, torch.float32)
         torch.testing.assert_close(dequantize_grouped(*made, torch.float32), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    made = weight(4, 64, 128, "none")
+    made = weight(4, 64, 128, "plain")
     x = torch.zeros(1, 128, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match="do not fit"):
         grouped_linear(x[:, :96], *made)
     with pytest.raises(ValueError, match=r"expected \[1, 40\]"):
-        grouped_linear(x, made.packed, made.scale, None, 128)
+        grouped_linear(x, *made[:3], 128, made[4])
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or"):
         grouped_linear(x.float(), *made)

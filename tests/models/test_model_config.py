@@ -50,7 +50,7 @@ def config(**changes: Any) -> Any:
         ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "rope_parameters.factor='x'"),
         ({"rope_theta": 0}, "rope_theta=0"),
         ({"rope_parameters": {"rope_type": "factors", "factors": [1.0]}}, "rope factors: there are 1; expected.*2"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method='gptq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method='hqq'"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window=0"),
         (
             {

@@ -106,8 +106,9 @@ class _Loader:
         if len(taken) < len(self._specs[name]):
             return
         layer, (row, num_rows) = self._layer, self._rows[name]
-        bias = taken.pop("bias", None)
-        if bias is not None and layer.bias is not None:
+        if layer.bias is not None:
+            bias = taken.pop("bias")
+            assert bias is not None
             layer.bias[row : row + num_rows].copy_(bias)
         tensors = {end: tensor for end, tensor in taken.items() if tensor is not None}
         try:

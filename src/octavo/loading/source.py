@@ -18,6 +18,7 @@ from octavo.loading.sentence import as_embedding_model, output_facts
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # and their quant_method
+_OF_SAFETENSORS = ("safetensors", "bitsandbytes")  # values of load_format
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -107,8 +108,8 @@ def _locate(name: str, revision: str | None, files: tuple[str, ...] | None) -> P
 
 def _gguf_source(name: str, path: Path, load_format: LoadFormat, tokenizer_path: Path) -> ModelSource:
     _refuse_pickle(path)
-    if path.suffix != ".gguf" or load_format == "safetensors":
-        raise ValueError(f"{path} is no {'.gguf' if load_format != 'safetensors' else 'folder of safetensors'}")
+    if path.suffix != ".gguf" or load_format in _OF_SAFETENSORS:
+        raise ValueError(f"{path} is no {'.gguf' if load_format not in _OF_SAFETENSORS else 'folder of safetensors'}")
     file = read_gguf(path)
     dummy = load_format == "dummy"
     return ModelSource(
@@ -124,7 +125,7 @@ def _gguf_source(name: str, path: Path, load_format: LoadFormat, tokenizer_path:
 
 def _gguf_in(folder: Path, load_format: LoadFormat) -> Path | None:
     """The folder's one GGUF file, if that is what to load from it."""
-    if load_format == "safetensors" or (load_format != "gguf" and (folder / "config.json").is_file()):
+    if load_format in _OF_SAFETENSORS or (load_format != "gguf" and (folder / "config.json").is_file()):
         return None
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:

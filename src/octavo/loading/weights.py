@@ -134,9 +134,9 @@ def _require(file: Path, names: set[str], listed: dict[str, str]) -> None:
 
 
 def dummy_weights(model: CausalLM, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Random weights for every tensor that the model must have, made on the device: the same for the same seed on one
-    kind of device, whatever the model's dtype."""
+    """Random weights for every tensor that the model must have, or whose spec makes some, made on the device: the same
+    for the same seed on one kind of device, whatever the model's dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, slot in model.weight_slots().items():
-        if slot.spec.required:
+        if slot.spec.required or slot.spec.dummy is not None:
             yield name, slot.spec.make_dummy(generator)

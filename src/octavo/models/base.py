@@ -14,6 +14,7 @@ from octavo.layers.score import ScoreHead
 from octavo.layers.slot import HoldsWeights, WeightSlot
 from octavo.models.config import DecoderConfig
 from octavo.quantization.scheme import QuantizationMethod
+from octavo.quantization.unquantized import PLAIN
 
 _NAMED = 8  # tensors of each kind that an error names before it counts
 
@@ -50,11 +51,12 @@ class CausalLM(nn.Module, ABC):
         return slots
 
     def create_weights(self, method: QuantizationMethod) -> None:
-        """Give every linear layer its weights, in the format that the method says. Raises ValueError naming a layer
-        whose size its format cannot have."""
+        """Give every linear layer its weights, in the format that the method says; a language head that shares the
+        embedding's has none of its own. Raises ValueError naming a layer whose size its format cannot have."""
         for path, module in list(self.named_modules()):
             if isinstance(module, Linear):
-                module.create_weights(path, method)
+                tied = path == "lm_head" and self.config.tie_word_embeddings
+                module.create_weights(path, PLAIN if tied else method)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> None:

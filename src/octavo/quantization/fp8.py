@@ -1,8 +1,15 @@
-"""FP8 weights made at load, one scale an output channel (formats: Micikevicius et al., 2022, "FP8 Formats")."""
+"""FP8 weights with one scale a row, or one for all rows (formats: Micikevicius et al., 2022, "FP8 Formats").
+
+Where a checkpoint has one scale for a tensor, every row of the part gets it: so parts of a fused matrix that differ in
+their scale lie in one matrix as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +17,55 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, TensorSpec
+from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8
 
-_FP8_MAX = 448.0  # the largest finite float8_e4m3fn
-_SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
-_CHUNK_ELEMENTS = 16 << 20  # quantised at once: 64 MiB a float32 temporary
+FP8_MAX = 448.0  # the largest finite float8_e4m3fn
+SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
+# AutoFP8's and compressed-tensors' names, and those of transformers.
+_SCALE_NAMES = "weight_scale", "weight_scale_inv"
+_INPUT_SCALE_NAMES = "input_scale", "activation_scale"
+_CHUNK_ELEMENTS = 16 << 20  # converted at once: 64 MiB a float32 temporary
 
 
-class Fp8Scheme:
-    """Holds `weight` float8_e4m3fn [N, K], `weight_scale` float32 [N] and `bias` in the model's dtype, as parameters.
+class Fp8Format(Protocol):
+    """Where such weights come from. Equal formats compare equal.
 
-    The weight is quantised as its parts arrive, so that it never lies in memory whole in another dtype. Few tokens
-    are multiplied as they are, for then the weight's bytes are what costs (W8A16); more are quantised too, one scale
-    a token, for the FP8 tensor cores (W8A8).
+    is_stored: a checkpoint holds them so. On a CPU these are dequantized once, when they are loaded; weights that were
+    quantized to save memory stay as they are.
     """
+
+    @property
+    def is_stored(self) -> bool: ...
+
+    def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
+        """As LinearScheme.tensors."""
+        ...
+
+    def rows(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """A part's rows, some at a time: float8_e4m3fn [R, in_features] and its scales, floating-point [R].
+
+        tensors: as LinearScheme.load has them. Raises ValueError, in words, for values that cannot be."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fp8Scheme:
+    """Holds `weight` float8_e4m3fn [N, K], `weight_scale` float32 [N] and `bias` in the model's dtype, as parameters;
+    where it was dequantized, what UNQUANTIZED holds.
+
+    The weight is taken as its parts arrive, so that it never lies in memory whole in another dtype. Few tokens are
+    multiplied as they are, for then the weight's bytes are what costs (W8A16); more are quantised too, one scale a
+    token, for the FP8 tensor cores (W8A8), unless the format keeps activations in full (quantizes_tokens).
+    """
+
+    format: Fp8Format
+    quantizes_tokens: bool = True
 
     fuses = True
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
-        return {"weight": TensorSpec(shape=(num_rows, in_features))}
+        return self.format.tensors(in_features, num_rows)
 
     def create_weights(self, layer: LinearLayer) -> None:
         rows, columns = layer.out_features, layer.in_features
@@ -36,24 +74,29 @@ class Fp8Scheme:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, layer: LinearLayer, row: int, num_rows: int, tensors: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         assert layer.weight is not None
         assert layer.weight_scale is not None
-        num_at_once = max(1, _CHUNK_ELEMENTS // layer.in_features)
-        for begin in range(0, num_rows, num_at_once):
-            part = tensors["weight"][begin : begin + num_at_once].to(layer.device)
-            rows = slice(row + begin, row + begin + len(part))
-            layer.weight[rows], layer.weight_scale[rows] = quantize_channels(part)
+        for weight, scale in self.format.rows(tensors, layer.device):
+            rows = slice(row, row + len(weight))
+            layer.weight[rows], layer.weight_scale[rows] = weight, scale
+            row = rows.stop
 
     def finish(self, layer: LinearLayer) -> None:
-        """Nothing is left to do."""
+        if layer.device.type == "cpu" and self.format.is_stored:
+            assert layer.weight is not None
+            assert layer.weight_scale is not None
+            plain = dequantize_rows(layer.weight, layer.weight_scale, layer.dtype)
+            layer.weight, layer.weight_scale = nn.Parameter(plain, requires_grad=False), None
+            UNQUANTIZED.finish(layer)
 
-    def num_bytes(self, layer: LinearLayer) -> int:  # noqa: ARG002
-        return 0
+    def num_bytes(self, layer: LinearLayer) -> int:
+        return UNQUANTIZED.num_bytes(layer)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
         """Row-wise scales: cuBLAS and CUTLASS write bfloat16 and want whole blocks of 16."""
-        assert layer.weight is not None
+        if layer.weight is None or layer.weight_scale is None or not self.quantizes_tokens:
+            return False
         kernels = device_kernels.get()
         if kernels is None or not like.is_cuda or like.dtype != torch.bfloat16 or len(like) <= kernels.SKINNY_MAX_M:
             return False
@@ -62,8 +105,8 @@ class Fp8Scheme:
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         """On a CPU, or where a shape or dtype suits no FP8 kernel, by the dequantised weight: right, and slow."""
         weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
-        assert weight is not None
-        assert scale is not None
+        if weight is None or scale is None:
+            return UNQUANTIZED.apply(layer, x)
         kernels = device_kernels.get()
         if isinstance(x, Tensor) and self.takes_fp8(layer, x):
             x = Fp8Tokens(*kernels.quantize_fp8(x.contiguous()))
@@ -81,17 +124,105 @@ class Fp8Scheme:
         if few and x.dtype in (torch.bfloat16, torch.float16):
             product: Tensor = kernels.skinny_linear_fp8(x, weight, scale, bias)
             return product
+        if not self.quantizes_tokens:
+            return F.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
         wide = F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float())
         return wide.to(x.dtype)
 
 
-def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class OnlineFp8:
+    """A Fp8Format: a plain checkpoint's weights, quantized while they are loaded.
+
+    scales: "channel": one for every row; "tensor": one for a checkpoint's tensor.
+    """
+
+    scales: Literal["channel", "tensor"]
+
+    is_stored = False
+
+    def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec(shape=(num_rows, in_features))}
+
+    def rows(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        weight = tensors["weight"]
+        amax = weight.abs().amax().to(device).float() if self.scales == "tensor" else None
+        for rows in pieces(weight):
+            yield quantize_channels(weight[rows].to(device), amax)
+
+
+@dataclass(frozen=True)
+class StoredFp8:
+    """A Fp8Format: the checkpoint holds FP8 weights and their scales, one for a tensor or one for every row. Both may
+    go by two names.
+
+    has_input_scale: and a static scale of the activations, which must make sense and is not needed: a token's own
+    scale is at least as fine as one for all tokens, and is what `apply` takes.
+    """
+
+    has_input_scale: bool = False
+
+    is_stored = True
+
+    def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
+        shape = num_rows, in_features
+        scales = ((1,), (1, 1), (num_rows,), (num_rows, 1))
+        scale = partial(TensorSpec, shape=(), other_shapes=scales, required=False)
+        return {
+            "weight": TensorSpec(shape=shape, dtypes=(torch.float8_e4m3fn,), dummy=normal_fp8(*shape)),
+            _SCALE_NAMES[0]: scale(dummy=full(DUMMY_STD)),
+            _SCALE_NAMES[1]: scale(),
+            _INPUT_SCALE_NAMES[0]: scale(other_shapes=scales[:2], dummy=full(DUMMY_STD)),
+            _INPUT_SCALE_NAMES[1]: scale(other_shapes=scales[:2]),
+        }
+
+    def rows(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        weight, scale = tensors["weight"], _under(_SCALE_NAMES, tensors)
+        if scale is None:
+            raise ValueError(f"{_SCALE_NAMES[0]} is missing")
+        check_scales(_SCALE_NAMES[0], scale)
+        input_scale = _under(_INPUT_SCALE_NAMES, tensors)
+        if input_scale is not None:
+            check_scales(_INPUT_SCALE_NAMES[0], input_scale, TINY)
+        elif self.has_input_scale:
+            raise ValueError(f"{_INPUT_SCALE_NAMES[0]} is missing, and activation_scheme is static")
+        yield weight.to(device), scale.to(device).float().flatten().expand(len(weight))
+
+
+def _under(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Raises ValueError where several of the names are there."""
+    found = [name for name in names if name in tensors]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(found)} say the same; expected one of them")
+    return tensors[found[0]] if found else None
+
+
+def pieces(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """The rows of a matrix, some at a time: so many that float32 temporaries of them stay small, a multiple of
+    `multiple` but at the end."""
+    num_at_once = max(1, _CHUNK_ELEMENTS // weight.shape[1] // multiple) * multiple
+    for begin in range(0, len(weight), num_at_once):
+        yield slice(begin, min(begin + num_at_once, len(weight)))
+
+
+def quantize_channels(weight: Tensor, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """weight: floating-point [N, K]. Returns (float8_e4m3fn [N, K], float32 scale [N]): weight ~ quantised * scale,
-    where scale = max(largest magnitude of the channel / 448, 1e-12)."""
+    where scale = max(largest magnitude of the channel / 448, 1e-12); amax: that magnitude, where it is not the
+    channel's own."""
     wide = weight.float()
-    scale = wide.abs().amax(1).div_(_FP8_MAX).clamp_(min=_SCALE_MIN)
+    largest = wide.abs().amax(1) if amax is None else amax.expand(len(wide))
+    scale = largest.div(FP8_MAX).clamp_(min=SCALE_MIN)
     # Clamped: rounding may carry the largest value past the range, where the conversion need not saturate.
-    return (wide / scale[:, None]).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale
+    return (wide / scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
-FP8 = Fp8Scheme()
+def dequantize_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight: float8_e4m3fn [N, K]; scale: float32 [N]. Returns their product [N, K], rounded once."""
+    plain = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in pieces(weight):
+        plain[rows] = weight[rows].float() * scale[rows, None]
+    return plain
+
+
+FP8 = Fp8Scheme(OnlineFp8("channel"))
+FP8_PER_TENSOR = Fp8Scheme(OnlineFp8("tensor"))

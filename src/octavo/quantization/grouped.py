@@ -64,26 +64,25 @@ class GroupedFormat(Protocol):
         ...
 
 
-@dataclass
-class GroupedWeight:
-    """What is kept: W[n, k] = scale * (code - half) + shift, where half = 2**(bits - 1) and g = k // group_size.
+class GroupedWeight(NamedTuple):
+    """What is kept: W[n, k] = scale * (code - half - zero) + minimum, where half = 2**(bits - 1), g = k // group_size.
 
     packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j; 4 bits: column j in the low
     half of byte j, column j + chunk / 2 in the high half. Either half of a chunk (8 bits: the chunk) is in one group.
-    scale: [groups, N] in the checkpoint's dtype. shift, of the same shape: None for 0; int8: -scale * shift, exactly;
-    float32: itself. order: as in Codes.
+    scale: [groups, N], float32, or int32 that holds a scale of scale_dtype (float16 or bfloat16) in its low half and
+    zero in its high half: one load. minimum: float32 [groups, N], or None for 0; order: as in Codes.
     """
 
-    bits: int
-    group_size: int
     packed: Tensor
     scale: Tensor
-    shift: Tensor | None = None
+    minimum: Tensor | None
+    group_size: int
+    scale_dtype: torch.dtype
     order: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.packed, self.scale, self.shift, self.order)
+        tensors = (self.packed, self.scale, self.minimum, self.order)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -113,26 +112,38 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def dequantize(weight: GroupedWeight) -> Tensor:
     """float32 [N, in_features], the columns in the order of the layer's input."""
-    code = unpack(weight.packed, weight.bits).float() - (1 << weight.bits - 1)
-    scale = weight.scale.float().t()
-    grouped = code.view(*scale.shape, weight.group_size) * scale[..., None]
-    if weight.shift is not None:
-        shift = weight.shift.float().t()
-        grouped += (shift if weight.shift.is_floating_point() else -scale * shift)[..., None]
-    plain = grouped.view(code.shape)
+    groups, n = weight.scale.shape
+    bits = 8 if weight.packed.numel() == groups * weight.group_size * n else 4
+    number = unpack(weight.packed, bits).float().view(n, groups, weight.group_size) - (1 << bits - 1)
+    scale = weight.scale
+    if scale.dtype == torch.int32:
+        halves = scale.view(torch.int16).view(groups, n, 2)
+        number -= halves[..., 1].t()[..., None]
+        scale = halves[..., 0].contiguous().view(weight.scale_dtype)
+    number *= scale.t()[..., None].float()
+    if weight.minimum is not None:
+        number += weight.minimum.t()[..., None]
+    plain = number.view(n, -1)
     return plain if weight.order is None else torch.empty_like(plain).index_copy_(1, weight.order, plain)
 
 
-def _weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:
-    half = 1 << bits - 1
-    shift: Tensor | None = None
-    if codes.minimum is not None:
-        shift = (codes.minimum.float() + half * codes.scale.float()).t().contiguous()
+def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:
+    """The same weights as `codes`. group_size: not -1; chunk: from `chunk_size`."""
+    half, dtype = 1 << bits - 1, codes.scale.dtype
+    packed, scale, minimum = pack(codes.code, bits, chunk), codes.scale.t().contiguous(), codes.minimum
+    zero = torch.zeros_like(scale, dtype=torch.int16)
+    if codes.zero is not None:
+        zero = codes.zero.t().contiguous().to(torch.int16) - half
+    # Less zero, 8 bits could need a ninth, and bfloat16 has eight.
+    if minimum is None and dtype.itemsize == 2 and (bits == 4 or codes.zero is None):
+        words = torch.stack((scale.view(torch.int16), zero), -1).view(torch.int32)[..., 0]
+        return GroupedWeight(packed, words, None, group_size, dtype, codes.order)
+    scale = scale.float()
+    if minimum is not None:
+        minimum = (minimum.t().float() + half * scale).contiguous()
     elif codes.zero is not None:
-        shift = (codes.zero.to(torch.int16) - half).to(torch.int8).t().contiguous()
-    return GroupedWeight(
-        bits, group_size, pack(codes.code, bits, chunk), codes.scale.t().contiguous(), shift, codes.order
-    )
+        minimum = -zero * scale
+    return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.order)
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class GroupedScheme:
         if chunk is None:
             layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
         else:
-            layer.held.append((row, _weight_of(codes, self.format.bits, group_size, chunk)))
+            layer.held.append((row, weight_of(codes, self.format.bits, group_size, chunk)))
 
     def finish(self, layer: LinearLayer) -> None:
         parts = [part for _, part in sorted(layer.held, key=lambda placed: placed[0])]
@@ -190,9 +201,9 @@ class GroupedScheme:
             x = x[:, held.order]
         kernels = device_kernels.get()
         if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-            few: Tensor = kernels.grouped_linear(x, held.packed, held.scale, held.shift, held.group_size, layer.bias)
+            few: Tensor = kernels.grouped_linear(x, *held[:5], layer.bias)
             return few
-        weight = kernels.dequantize_grouped(held.packed, held.scale, held.shift, held.group_size, x.dtype)
+        weight = kernels.dequantize_grouped(*held[:5], x.dtype)
         return F.linear(x, weight, layer.bias)
 
     def _group_size(self, layer: LinearLayer) -> int:
@@ -214,16 +225,12 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
 
 
 def _joined(parts: list[GroupedWeight]) -> GroupedWeight:
-    """The rows of all, which have one format and no order. Parts without a shift get one where others have one."""
-    first = parts[0]
-    shifts = [part.shift for part in parts]
-    if any(shift is not None for shift in shifts):
-        dtype = next(shift.dtype for shift in shifts if shift is not None)
-        shifts = [torch.zeros_like(p.scale, dtype=dtype) if p.shift is None else p.shift for p in parts]
-    return GroupedWeight(
-        first.bits,
-        first.group_size,
-        torch.cat([part.packed for part in parts], 1),
-        torch.cat([part.scale for part in parts], 1),
-        None if shifts[0] is None else torch.cat([shift for shift in shifts if shift is not None], 1),
+    """The rows of all, which have one format and no order."""
+    kinds = {(part.scale.dtype, part.scale_dtype, part.minimum is None) for part in parts}
+    assert len(kinds) == 1, f"parts of one format are kept in {len(kinds)} ways"
+    minimums = [part.minimum for part in parts if part.minimum is not None]
+    return parts[0]._replace(
+        packed=torch.cat([part.packed for part in parts], 1),
+        scale=torch.cat([part.scale for part in parts], 1),
+        minimum=torch.cat(minimums, 1) if minimums else None,
     )

@@ -28,7 +28,8 @@ class TensorSpec:
     """What a tensor of a checkpoint may look like.
 
     shape: -1 stands for any size; other_shapes: allowed as well; required: whether a checkpoint must have it;
-    dummy: random values of the shape for a model without a checkpoint, None for normal ones.
+    dummy: random values of the shape for a model without a checkpoint. None for normal ones, or for none at all of a
+    tensor that is not required.
     """
 
     shape: tuple[int, ...]

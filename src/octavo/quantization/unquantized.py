@@ -3,7 +3,7 @@ a kernel of their own where the tokens are few."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +80,19 @@ UNQUANTIZED = UnquantizedScheme()
 class EveryLayer:
     """A QuantizationMethod: one scheme for the projections of all layers; the head keeps the model's dtype."""
 
-    def __init__(self, scheme: LinearScheme) -> None:
-        self._scheme = scheme
+    def __init__(self, scheme: LinearScheme, skipped: Sequence[str] = ()) -> None:
+        """skipped: modules whose projections keep the model's dtype too, as `is_within` matches them."""
+        self._scheme, self._skipped = scheme, tuple(skipped)
 
     def scheme_of(self, name: str) -> LinearScheme:
-        return UNQUANTIZED if name == "lm_head" else self._scheme
+        is_plain = name == "lm_head" or any(is_within(name, module) for module in self._skipped)
+        return UNQUANTIZED if is_plain else self._scheme
+
+
+def is_within(name: str, module: str) -> bool:
+    """Whether a part is the module, or lies in it. module: a path from the model's root, or any run of whole
+    components of one ("model.layers.0", "mlp.down_proj", "o_proj")."""
+    return f".{module}." in f".{name}."
 
 
 PLAIN = EveryLayer(UNQUANTIZED)

@@ -55,7 +55,7 @@ class _Shapes:
         self.max_model_len = config.max_model_len
         self.kernels = triton.get()
         self.kv_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
-        self.fp8 = config.options.quantization == "fp8"
+        self.fp8 = config.quantization in ("fp8", "fp8_per_channel", "fp8_per_tensor")
         self.num_all = facts.num_heads + 2 * facts.num_kv_heads
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def dequantize_grouped(
-    packed: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The weight [N, K] in `dtype`. packed: uint8 [chunks, N, width], two 4-bit codes a byte (columns j and j + width
-    of a chunk) or one of 8 bits; scale, shift: [groups, N]. shift: int8, of the codes, or float32, of the weights."""
+    """The weight [N, K] in `dtype`: scale * (code - half - zero) + minimum. packed: uint8 [chunks, N, width], two
+    4-bit codes a byte (columns j and j + width of a chunk) or one of 8 bits; scale: [groups, N], float32, or int32
+    with a scale of scale_dtype in the low half and the zero in the high half; minimum: float32 [groups, N]."""
     num_chunks, n, width = packed.shape
     k = scale.shape[0] * group_size
     if num_chunks * width == k:
@@ -18,18 +24,25 @@ def dequantize_grouped(
     else:
         number = torch.cat((packed & 15, packed >> 4), -1).double() - 8
     number = number.transpose(0, 1).reshape(n, -1, group_size)
-    scales = scale.double().t()[..., None]
-    if shift is None:
-        weight = number * scales
-    else:
-        shifts = shift.double().t()[..., None]
-        weight = number * scales + shifts if shift.is_floating_point() else (number - shifts) * scales
+    if scale.dtype == torch.int32:
+        halves = scale.contiguous().view(torch.int16).view(*scale.shape, 2)
+        number -= halves[..., 1].t()[..., None].double()
+        scale = halves[..., 0].contiguous().view(scale_dtype)
+    weight = number * scale.t()[..., None].double()
+    if minimum is not None:
+        weight += minimum.t()[..., None].double()
     return weight.reshape(n, k).to(dtype)
 
 
 def grouped_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, bias: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + bias in float64, rounded once to x's dtype. x: [M, K]; bias: [N]."""
-    product = x.double() @ dequantize_grouped(packed, scale, shift, group_size, torch.float64).T
+    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, scale_dtype, torch.float64).T
     return (product if bias is None else product + bias.double()).to(x.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 _MODULES = (
     "activation",
+    "block_fp8",
     "decode_attention",
     "fp8",
     "grouped_gemm",

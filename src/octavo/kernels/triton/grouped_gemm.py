@@ -19,17 +19,19 @@ from octavo.kernels.triton.skinny_gemm import _reduce, _workspace
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _NUM_SMS = 132  # of an H100 or H200
+_LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
 _WORKSPACE_FLOATS = 4 << 20  # as in skinny_gemm
 _MAX_TILES = 1 << 14
-
-_NO_SHIFT = tl.constexpr(0)
-_ZERO = tl.constexpr(1)  # int8: of whole numbers
-_MINIMUM = tl.constexpr(2)  # float32: of scaled numbers
+_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class GroupedPlan(NamedTuple):
-    """How a product is cut up. block_m: tokens of a program; swap: the weight is the left operand, which fills the 64
-    rows that a Hopper warp group multiplies at once; scale_first: numbers are scaled before they are multiplied."""
+    """How a product is cut up.
+
+    block_m: tokens of a program; swap: the weight is the left operand, so that few tokens fill the short side of a
+    tensor core's tile; scale_first: numbers are scaled before they are multiplied; unroll: chunks of a step, 1 where
+    it does not divide the number of chunks.
+    """
 
     block_m: int
     block_n: int
@@ -38,22 +40,29 @@ class GroupedPlan(NamedTuple):
     num_stages: int = 4
     swap: bool = False
     scale_first: bool = False
+    unroll: int = 1
 
     @classmethod
     def of(cls, m: int, n: int, num_chunks: int) -> GroupedPlan:
-        """The plan for x [m, k] by a weight of n rows and num_chunks chunks."""
-        if m <= 32:
-            block_m = 16 if m <= 16 else 32
-            split = _split(triton.cdiv(n, 64), num_chunks, 3)
-            return cls(block_m, 64, split, 4, 5)
-        block_m = 64 if m <= 64 else 128
-        tiles = triton.cdiv(n, 128) * triton.cdiv(m, block_m)
-        return cls(block_m, 128, _split(tiles, num_chunks, 1), 8, 4, True, True)
+        """The plan for x [m, k] by a weight of n rows and num_chunks chunks, as measured on an H200 by
+        benchmarks/gpu/kernel_grouped.py."""
+        if m <= 16:
+            split = _split(triton.cdiv(n, 64), num_chunks, 4)
+            return cls(8 if m <= 8 else 16, 64, split, 2, 4, swap=True, unroll=2)
+        rows = triton.cdiv(n, 128)
+        if m <= 64:
+            split = _split(rows, num_chunks, 2)
+            warps = 8 if m > 32 and split == 1 else 4
+            return cls(32 if m <= 32 else 64, 128, split, warps, 4, swap=True, scale_first=m > 32)
+        at_least = 64 if rows * num_chunks < _LARGE else 128
+        block_m = min(256, at_least * (1 if m <= 128 else 2 if m <= 256 else 4))
+        split = _split(rows * triton.cdiv(m, block_m), num_chunks, 1)
+        return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
 
 def _split(tiles: int, num_chunks: int, programs_per_sm: int) -> int:
-    """Splits of K that give every multiprocessor so many programs, each with at least four chunks."""
-    return max(1, min(programs_per_sm * _NUM_SMS // tiles, num_chunks // 4, 8))
+    """Splits of K that give every multiprocessor about so many programs, each with at least four chunks."""
+    return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // 4, 8))
 
 
 @triton.jit
@@ -137,54 +146,83 @@ def _bf16_bytes(raw):
 
 
 @triton.jit
-def _low_and_high(raw, shift, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The numbers of 4-bit codes, less `shift` [BLOCK_N, 1], in DTYPE, exactly."""
+def _low_and_high(raw, zero, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """The numbers of 4-bit codes, less 8 and less `zero` int32 [BLOCK_N], in DTYPE, exactly."""
     if FAST:
-        base = 136.0 if tl.bfloat16 == DTYPE else 1032.0
-        zero = tl.broadcast_to((shift.to(tl.float32) + base).to(DTYPE), raw.shape)
+        base = 136 if tl.bfloat16 == DTYPE else 1032
+        base = tl.broadcast_to((zero + base).to(tl.float32).to(DTYPE)[:, None], raw.shape)
         if tl.bfloat16 == DTYPE:
-            low, high = _bf16_numbers(raw, zero)
+            low, high = _bf16_numbers(raw, base)
         else:
-            low, high = _fp16_numbers(raw, zero)
+            low, high = _fp16_numbers(raw, base)
     else:
-        low = ((raw & 15).to(tl.int16) - 8 - shift.to(tl.int16)).to(tl.float32).to(DTYPE)
-        high = ((raw >> 4).to(tl.int16) - 8 - shift.to(tl.int16)).to(tl.float32).to(DTYPE)
+        base = (zero + 8)[:, None]
+        low = ((raw & 15).to(tl.int32) - base).to(tl.float32).to(DTYPE)
+        high = ((raw >> 4).to(tl.int32) - base).to(tl.float32).to(DTYPE)
     return low, high
 
 
 @triton.jit
-def _accumulate(acc, w, x, scale, minimum, SHIFT: tl.constexpr, SCALE_FIRST: tl.constexpr, SWAP: tl.constexpr):
-    """acc plus the product of one group's numbers w [BLOCK_N, H] and x [BLOCK_M, H]; scale, minimum: [BLOCK_N]."""
+def _scaled(w, scale, FAST: tl.constexpr):
+    """w [BLOCK_N, H] times scale, float32 [BLOCK_N], rounded to w's dtype; FAST rounds the scale before as well."""
+    if not FAST:
+        return (w.to(tl.float32) * scale[:, None]).to(w.dtype)
+    factor = tl.broadcast_to(scale.to(w.dtype)[:, None], w.shape)
+    if tl.bfloat16 == w.dtype:
+        return tl.inline_asm_elementwise(
+            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [w, factor], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return w * factor
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    w,
+    x,
+    scale,
+    minimum,
+    HAS_MINIMUM: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    SWAP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """acc plus the product of one group's numbers w [BLOCK_N, H] and x [BLOCK_M, H]; scale, minimum: float32
+    [BLOCK_N]."""
     if SCALE_FIRST:
-        scaled = w.to(tl.float32) * scale.to(tl.float32)[:, None]
-        w = (scaled + minimum[:, None] if SHIFT == _MINIMUM else scaled).to(w.dtype)
+        w = _scaled(w, scale, FAST)
+        if HAS_MINIMUM:
+            w = (w.to(tl.float32) + minimum[:, None]).to(w.dtype)
         return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
     if SWAP:
-        acc += tl.dot(w, tl.trans(x)) * scale.to(tl.float32)[:, None]
-        if SHIFT == _MINIMUM:
+        acc += tl.dot(w, tl.trans(x)) * scale[:, None]
+        if HAS_MINIMUM:
             acc += minimum[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
     else:
-        acc += tl.dot(x, tl.trans(w)) * scale.to(tl.float32)[None, :]
-        if SHIFT == _MINIMUM:
+        acc += tl.dot(x, tl.trans(w)) * scale[None, :]
+        if HAS_MINIMUM:
             acc += tl.sum(x.to(tl.float32), 1)[:, None] * minimum[None, :]
     return acc
 
 
 @triton.jit
-def _group_of(scale_ptr, shift_ptr, group, columns, N, mask, SHIFT: tl.constexpr):
-    """(scale, shift) [BLOCK_N] of a group of columns; shift is 0 where there is none."""
+def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+    """(scale float32, zero int32, minimum float32) [BLOCK_N] of a group of columns; what is not there is 0."""
     at = group * N + columns
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
-    shift = tl.zeros(scale.shape, tl.int8) if SHIFT == _NO_SHIFT else tl.load(shift_ptr + at, mask=mask, other=0)
-    return scale, shift
+    stored = tl.load(scale_ptr + at, mask=mask, other=0)
+    minimum = tl.load(minimum_ptr + at, mask=mask, other=0.0) if HAS_MINIMUM else tl.zeros(columns.shape, tl.float32)
+    if stored.dtype == tl.float32:
+        return stored, tl.zeros(columns.shape, tl.int32), minimum
+    scale = (stored & 0xFFFF).to(tl.uint16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
+    return scale, stored >> 16, minimum
 
 
 @triton.jit(do_not_specialize=["M"])
 def _grouped_kernel(
     x_ptr,  # [M, K], rows stride_x apart
     packed_ptr,  # uint8 [chunks, N, WIDTH]
-    scale_ptr,  # [groups, N]
-    shift_ptr,  # int8 or float32 [groups, N], by SHIFT
+    scale_ptr,  # int32 or float32 [groups, N]
+    minimum_ptr,  # float32 [groups, N] if HAS_MINIMUM
     bias_ptr,  # [N] if HAS_BIAS
     out_ptr,  # [M, N], contiguous
     partial_ptr,  # as in _reduce, if SPLIT_K > 1
@@ -196,50 +234,55 @@ def _grouped_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,  # bytes of a row's chunk
     GROUP: tl.constexpr,  # columns of a group; WIDTH divides it
-    SHIFT: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,  # in int32 scales
+    HAS_MINIMUM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SWAP: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    UNROLL: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Program (tile, split, tokens): out[BLOCK_M tokens, BLOCK_N columns] over this split's share of the chunks."""
     tile, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     CHUNK: tl.constexpr = WIDTH * 8 // BITS
-    share = tl.cdiv(num_chunks, SPLIT_K)
-    first, last = split * share, tl.minimum(num_chunks, (split + 1) * share)
+    steps = num_chunks // UNROLL
+    share = tl.cdiv(steps, SPLIT_K)
+    first, last = split * share, tl.minimum(steps, (split + 1) * share)
     m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
     byte, in_rows, in_columns = tl.arange(0, WIDTH), m < M, n < N
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for chunk in tl.range(first, last, num_stages=STAGES):
-        raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
-        x = tl.load(x_rows + chunk * CHUNK, mask=in_rows[:, None], other=0.0)
-        scale, shift = _group_of(scale_ptr, shift_ptr, chunk * CHUNK // GROUP, n, N, in_columns, SHIFT)
-        if BITS == 8:
-            w = _bf16_bytes(raw) if FAST and tl.bfloat16 == DTYPE else (raw.to(tl.int16) - 128).to(tl.float32).to(DTYPE)
-            minimum = shift.to(tl.float32)
-            if SHIFT == _ZERO:
-                minimum *= -scale.to(tl.float32)
-            acc = _accumulate(acc, w, x, scale, minimum, 2 if SHIFT == _ZERO else SHIFT, SCALE_FIRST, SWAP)
-        else:
-            x_high = tl.load(x_rows + chunk * CHUNK + WIDTH, mask=in_rows[:, None], other=0.0)
-            zero = shift[:, None] if SHIFT == _ZERO else tl.zeros((BLOCK_N, 1), tl.int8)
-            low, high = _low_and_high(raw, zero, DTYPE, FAST)
-            if GROUP % CHUNK:  # a group ends in the middle of the chunk
-                group = (chunk * CHUNK + WIDTH) // GROUP
-                scale_high, shift_high = _group_of(scale_ptr, shift_ptr, group, n, N, in_columns, SHIFT)
-                if SHIFT == _ZERO:
-                    _, high = _low_and_high(raw, shift_high[:, None], DTYPE, FAST)
+    for step in tl.range(first, last, num_stages=STAGES):
+        for within in tl.static_range(UNROLL):
+            chunk = step * UNROLL + within
+            at = chunk * CHUNK
+            raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
+            x = tl.load(x_rows + at, mask=in_rows[:, None], other=0.0)
+            scale, zero, minimum = _group_of(
+                scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
+            )
+            if BITS == 8:
+                if FAST and tl.bfloat16 == DTYPE:
+                    w = _bf16_bytes(raw)
+                else:
+                    w = (raw.to(tl.int32) - 128).to(tl.float32).to(DTYPE)
+                acc = _accumulate(acc, w, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
             else:
-                scale_high, shift_high = scale, shift
-            acc = _accumulate(acc, low, x, scale, shift.to(tl.float32), SHIFT, SCALE_FIRST, SWAP)
-            acc = _accumulate(acc, high, x_high, scale_high, shift_high.to(tl.float32), SHIFT, SCALE_FIRST, SWAP)
+                x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
+                low, high = _low_and_high(raw, zero, DTYPE, FAST)
+                acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
+                if GROUP % CHUNK:  # the high half may be in another group
+                    scale, zero, minimum = _group_of(
+                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
+                    )
+                    _, high = _low_and_high(raw, zero, DTYPE, FAST)
+                acc = _accumulate(acc, high, x_high, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
     if SWAP:
         acc = tl.trans(acc)
     row, columns = m[:, None], n[None, :]
@@ -258,15 +301,16 @@ def grouped_linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    shift: Tensor | None,
+    minimum: Tensor | None,
     group_size: int,
+    scale_dtype: torch.dtype,
     bias: Tensor | None = None,
     *,
     plan: GroupedPlan | None = None,
 ) -> Tensor:
     """x Wᵀ + bias, accumulated in float32 and rounded once. Returns a new tensor [M, N] in x's dtype.
 
-    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, shift, group_size: as in
+    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, scale_dtype: as in
     octavo.quantization.grouped.GroupedWeight; bias: [N]. plan: instead of the rule's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
@@ -284,37 +328,39 @@ def grouped_linear(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     plan = GroupedPlan.of(m, n, num_chunks) if plan is None else plan
     tiles, parts = triton.cdiv(n, plan.block_n), triton.cdiv(m, plan.block_m)
-    split_k = max(1, min(plan.split_k, num_chunks, _WORKSPACE_FLOATS // (m * n)))
+    unroll = 1 if num_chunks % plan.unroll else plan.unroll
+    split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (m * n)))
     if tiles * parts > _MAX_TILES:
         split_k = 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
+    pointers = x, packed, scale, scale if minimum is None else minimum, out if bias is None else bias, out
+    shared = {
+        "BITS": bits,
+        "WIDTH": width,
+        "GROUP": group_size,
+        "SCALE_DTYPE": _TRITON[scale_dtype],
+        "HAS_MINIMUM": minimum is not None,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_N": plan.block_n,
+        "SPLIT_K": split_k,
+        "STAGES": plan.num_stages,
+        "FAST": x.is_cuda,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
     _grouped_kernel[(tiles, split_k, parts)](
-        x,
-        packed,
-        scale,
-        scale if shift is None else shift,
-        out if bias is None else bias,
-        out,
+        *pointers,
         partial,
         counters,
         m,
         n,
         num_chunks,
         x.stride(0),
-        BITS=bits,
-        WIDTH=width,
-        GROUP=group_size,
-        SHIFT=0 if shift is None else 2 if shift.is_floating_point() else 1,
         BLOCK_M=plan.block_m,
-        BLOCK_N=plan.block_n,
-        SPLIT_K=split_k,
-        STAGES=plan.num_stages,
-        HAS_BIAS=bias is not None,
         SWAP=plan.swap,
         SCALE_FIRST=plan.scale_first,
-        FAST=x.is_cuda,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        UNROLL=unroll,
+        **shared,
     )
     return out
 
@@ -323,14 +369,15 @@ def grouped_linear(
 def _dequantize_kernel(
     packed_ptr,  # as in _grouped_kernel
     scale_ptr,
-    shift_ptr,
+    minimum_ptr,
     out_ptr,  # [N, K], contiguous
     N,
     K,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Program (tile, chunk): BLOCK_N rows of one chunk."""
@@ -338,21 +385,24 @@ def _dequantize_kernel(
     CHUNK: tl.constexpr = WIDTH * 8 // BITS
     n, byte = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     mask = (n < N)[:, None]
-    at = chunk * N * WIDTH + n[:, None] * WIDTH + byte[None, :]
-    raw = tl.load(packed_ptr + at, mask=mask, other=0).to(tl.int32)
+    raw = tl.load(packed_ptr + chunk * N * WIDTH + n[:, None] * WIDTH + byte[None, :], mask=mask, other=0).to(tl.int32)
     for half in tl.static_range(8 // BITS):
         code = (raw >> (4 * half)) & (15 if BITS == 4 else 255)
-        number = (code - (8 if BITS == 4 else 128)).to(tl.float32)
         column = chunk * CHUNK + half * WIDTH
-        scale, shift = _group_of(scale_ptr, shift_ptr, column // GROUP, n, N, n < N, SHIFT)
-        scale, shift = scale.to(tl.float32)[:, None], shift.to(tl.float32)[:, None]
-        value = number * scale + shift if SHIFT == _MINIMUM else (number - shift) * scale
+        scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, SCALE_DTYPE, HAS_MINIMUM)
+        number = code - (8 if BITS == 4 else 128) - zero[:, None]
+        value = number.to(tl.float32) * scale[:, None] + minimum[:, None]
         to = n.to(tl.int64)[:, None] * K + column + byte[None, :]
         tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def dequantize_grouped(
-    packed: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, K] in `dtype`, each element rounded once from float32. The rest as for `grouped_linear`."""
     num_chunks, n, width = packed.shape
@@ -361,14 +411,15 @@ def dequantize_grouped(
     _dequantize_kernel[(triton.cdiv(n, 32), num_chunks)](
         packed,
         scale,
-        scale if shift is None else shift,
+        scale if minimum is None else minimum,
         out,
         n,
         k,
         BITS=8 * num_chunks * width // k,
         WIDTH=width,
         GROUP=group_size,
-        SHIFT=0 if shift is None else 2 if shift.is_floating_point() else 1,
+        SCALE_DTYPE=_TRITON[scale_dtype],
+        HAS_MINIMUM=minimum is not None,
         BLOCK_N=32,
     )
     return out
