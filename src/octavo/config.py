@@ -77,7 +77,8 @@ class EngineOptions:
     with a scale for 64 weights. Of a quantized checkpoint, any may say what its config says already; one that
     disagrees is refused."""
     kv_cache_dtype: KVCacheDtype = "auto"
-    """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
+    """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, with the checkpoint's
+    scales or 1), on a GPU."""
     attention_backend: AttentionBackendName = "auto"
     """How a GPU attends. auto: our kernels, and cuDNN for long prompts where it serves them; triton: our kernels
     alone; flashinfer: FlashInfer for long prompts; torch: plain operators, slow, for comparison."""

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from octavo.kernels import triton as device_kernels
 from octavo.kernels.reference import block_fp8 as block_reference
-from octavo.quantization import fp8
+from octavo.quantization import fp8, values
 from octavo.quantization.fp8 import Fp8Scheme, StoredFp8, quantize_channels
 from octavo.quantization.fp8_block import FP8_PER_BLOCK, Fp8BlockScheme, dequantize_blocks, quantize_blocks
 from octavo.quantization.scheme import LinearLayer
@@ -121,7 +121,7 @@ def test_option_and_config_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["fp8", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
 def test_quantized_while_loaded(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plain checkpoint becomes is what an encoder of the same scales makes of it."""
-    monkeypatch.setattr(fp8, "_CHUNK_ELEMENTS", 130 * 128)  # several pieces a matrix
+    monkeypatch.setattr(values, "_CHUNK_ELEMENTS", 130 * 128)  # several pieces a matrix
     encode = {"fp8_per_tensor": per_tensor, "fp8_per_block": per_block}.get(option, channels)
     _, plain = encoded(encode)
     expected = logits(load(write(tmp_path / "plain", plain)))

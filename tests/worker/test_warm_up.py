@@ -112,8 +112,10 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
         intermediate_size=INNER,
         qk_norm=family.startswith("Qwen3"),
     )
-    options = SimpleNamespace(kv_cache_dtype="auto", quantization=None, attention_backend="auto")
-    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options)
+    options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
+    engine_config: Any = SimpleNamespace(
+        max_model_len=max_model_len, block_size=BLOCK, quantization=None, options=options
+    )
     with launches() as compiled:
         for job in kernel_jobs(engine_config, facts, DTYPE, CPU):
             if "skinny" not in str(job):  # on a CPU, no layer asks for it
