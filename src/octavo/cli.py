@@ -23,7 +23,16 @@ from octavo.engine.client import EngineDeadError
 
 _MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 _FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
-_NAMES = frozenset(_FIELDS) | {"input_file", "output_file", "url", "max_tokens", "output", "calibration", "group_size"}
+_NAMES = frozenset(_FIELDS) | {
+    "input_file",
+    "output_file",
+    "url",
+    "max_tokens",
+    "output",
+    "calibration",
+    "group_size",
+    "scheme",
+}
 # tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (

@@ -29,8 +29,11 @@ def write_calibrated(
     """folder: a plain model; calibration: UTF-8 text, of which the first 65,536 tokens are used; output: an empty
     folder, which gets the model and its config.json.
 
-    Raises ValueError for a text shorter than one sequence of 512 tokens.
+    Raises ValueError for a text shorter than one sequence of 512 tokens, and for AWQ on a machine without a GPU, where
+    the library's does not run: it pins memory.
     """
+    if method == "awq" and not torch.accelerator.is_available():
+        raise ValueError("scheme='awq' needs a GPU here, as llm-compressor's does; allowed without: fp8, gptq, q4")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(calibration.read_text(encoding="utf-8"))["input_ids"]
     starts = range(0, len(ids) - _SEQUENCE + 1, _SEQUENCE)[:_MAX_SEQUENCES]
