@@ -45,7 +45,7 @@ def quantize_fp8(weight: Tensor) -> dict[str, Tensor]:
     """weight: [N, K]. Returns `weight` float8_e4m3fn [N, K] and `weight_scale` bfloat16 [N, 1]."""
     wide = weight.float()
     scale = wide.abs().amax(1, keepdim=True).div_(_FP8_MAX).clamp_(min=_SCALE_MIN).bfloat16()
-    quantized = wide.div_(scale.float()).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    quantized = (wide / scale.float()).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
     return {"weight": quantized, "weight_scale": scale}
 
 
