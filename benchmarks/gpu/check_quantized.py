@@ -78,7 +78,7 @@ def layer(
     made.create_weights("model.layers.0.mlp.gate_up_proj", method_of(option, config))
     generator = torch.Generator(CPU).manual_seed(0)
     for slot in made.weight_slots("").values():
-        slot.load(slot.spec.make_dummy(generator).to(device) if slot.spec.required else None)
+        slot.load(slot.spec.make_dummy(generator).to(device) if slot.spec.required or slot.spec.dummy else None)
     return made
 
 

@@ -292,7 +292,7 @@ def rope_case(m: Model, dtype: torch.dtype, cut: tuple[int, int] | None = None) 
             fixed = weight, EPS, slots, cache, m.heads, m.kv_heads
             return lambda: rope.qk_norm_rope_write_kv(qkv, cos, sin, *fixed), moved
         heads, warps = cut
-        tensors = qkv, cos, sin, qkv if weight is None else weight, slots, cache, EPS
+        tensors = qkv, cos, sin, qkv if weight is None else weight, slots, cache, EPS, 1.0, 1.0
         sizes = {"NUM_HEADS": m.heads, "NUM_KV_HEADS": m.kv_heads, "HEAD_DIM": dim, "BLOCK_SIZE": BLOCK_SIZE}
         sizes |= {"HAS_NORM": weight is not None, "HEADS": heads, "HALF": triton.next_power_of_2(dim // 2)}
         kernel = rope._qk_norm_rope_write_kv_kernel[(tokens * triton.cdiv(num_all, heads),)]

@@ -33,7 +33,7 @@ from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
 
 if TYPE_CHECKING:
-    from octavo.structured.matcher import Grammars
+    from octavo.structured.grammars import Grammars
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _grammar_desk(source: ModelSource, vocab_size: int) -> GrammarDesk:
         return vocabulary_of(tokenizer, vocab_size), partial(tokenizer.encode, add_special_tokens=False)
 
     def open_grammars() -> Grammars:
-        from octavo.structured.matcher import Grammars  # brings llguidance
+        from octavo.structured.grammars import Grammars  # brings llguidance
 
         return Grammars(load)
 

@@ -77,7 +77,8 @@ class EngineOptions:
     with a scale for 64 weights. Of a quantized checkpoint, any may say what its config says already; one that
     disagrees is refused."""
     kv_cache_dtype: KVCacheDtype = "auto"
-    """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, scale 1), on a GPU."""
+    """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, with the checkpoint's
+    scales or 1), on a GPU."""
     attention_backend: AttentionBackendName = "auto"
     """How a GPU attends. auto: our kernels, and cuDNN for long prompts where it serves them; triton: our kernels
     alone; flashinfer: FlashInfer for long prompts; torch: plain operators, slow, for comparison."""
@@ -140,8 +141,8 @@ class ServerOptions:
     tokens x (1 + prompt_logprobs); more is answered 400. 4M: 128 completions of 32K tokens, or one of 128K with 20
     logprobs and room to spare."""
     strict: bool = False
-    """Refuse fields of a request body that are not known. Else they are ignored, and named in the answer's header
-    X-Octavo-Ignored-Fields."""
+    """Refuse fields of a request's body, and parameters of its query, that are not known. Else they are ignored, and
+    named in the answer's header X-Octavo-Ignored-Fields."""
     api_server_count: int = 1
     """API processes that share the port, 1..64, for more than one core's worth of HTTP; one engine serves them all.
     Each takes an equal part of the places in the queue."""

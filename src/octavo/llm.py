@@ -14,7 +14,7 @@ import msgspec
 from tqdm import tqdm
 
 from octavo.assembly import build_engine
-from octavo.config import DEFAULT_MODEL, engine_options
+from octavo.config import DEFAULT_MODEL, ReasoningParserName, engine_options
 from octavo.loading.generation_config import choose_generation_config
 from octavo.outputs import (
     BeamSearchOutput,
@@ -29,9 +29,11 @@ from octavo.protocol.beam_search import BeamSearchParams, beams_of
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, PoolingParams, floats
+from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams, generation_defaults, sampling_from
 from octavo.structured.compiler import GrammarCompiler
+from octavo.structured.reasoning.registry import check_budget, reasoning_marks
 from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import Beam, BeamSearch
 from octavo.text.chat_rendering import ChatRendering, rendered_chats
@@ -64,11 +66,18 @@ class _Job:
 class LLM:
     """Generate text offline: `LLM("smollm2").generate(["Hello"], SamplingParams(max_tokens=32))`.
 
-    Arguments are the fields of octavo.config.EngineOptions. Raises TypeError for an unknown one,
-    ValueError for a value out of range, and what loading the model raises.
+    Arguments are the fields of octavo.config.EngineOptions, and reasoning_parser: the format of the model's reasoning
+    (the names are those of `octavo serve --reasoning-parser`), which structured outputs then come after and
+    thinking_token_budget bounds; the text has it either way. Raises TypeError for an unknown one, ValueError for a
+    value out of range, and what loading the model raises.
     """
 
-    def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+    def __init__(
+        self, model: str = DEFAULT_MODEL, *, reasoning_parser: ReasoningParserName | None = None, **options: Any
+    ) -> None:
+        if reasoning_parser is not None:
+            reasoning_marks(reasoning_parser, "")
+        self._reasoning_parser = reasoning_parser
         self._options = engine_options({"model": model, **options})
         built = build_engine(self._options)
         self._engine = built.engine
@@ -277,6 +286,7 @@ class LLM:
         token_ids = sampling.truncated(token_ids, self._max_model_len)
         room = self._room(token_ids)
         grammar = self._grammar(sampling)
+        reasoning = self._marks(sampling, text, token_ids)
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
         requests: list[Request] = []
         if sampling.use_beam_search:
@@ -293,6 +303,7 @@ class LLM:
                 priority=priority,
                 cache_salt=cache_salt,
                 grammar=grammar,
+                reasoning=reasoning,
             )
             job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
             requests.append(request)
@@ -315,6 +326,18 @@ class LLM:
             raise ValueError("structured_outputs needs a tokenizer; allowed: only without skip_tokenizer_init")
         self._engine.open_grammars()  # meanwhile
         return self._grammars.compile(sampling.structured_outputs)
+
+    def _marks(self, sampling: SamplingParams, text: str | None, token_ids: list[int]) -> ReasoningMarks | None:
+        """The marks that the outputs are to be watched for. Raises ValueError for a budget without them."""
+        if sampling.thinking_token_budget is not None:
+            check_budget(self._reasoning_parser)
+        elif sampling.structured_outputs is None:
+            return None
+        if self._reasoning_parser is None:
+            return None
+        if text is None:
+            text = self.get_tokenizer().decode(token_ids, skip_special_tokens=False)
+        return reasoning_marks(self._reasoning_parser, text)
 
     def _read(self, prompt: Prompt, prefix: str = "") -> tuple[str | None, list[int], str | None]:
         """(text, token ids, cache salt) of a prompt in any of its forms. prefix: stands before a text."""

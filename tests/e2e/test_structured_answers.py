@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -62,3 +64,69 @@ def test_choices_regexes_and_n(client: openai.OpenAI) -> None:
     )
     assert answer.choices[0].text[3] == "-"
     assert len(answer.choices[0].text) == 8
+
+
+SUM = 'start: NUMBER (SIGN NUMBER){1,2}\nSIGN: "+" | "-"\nNUMBER: /[1-9][0-9]?/\n'
+EBNF = 'root ::= "[" item ("," item)* "]"\nitem ::= "yes" | "no"\n'
+WEATHER = {
+    "type": "object",
+    "properties": {"degrees": {"type": "integer", "minimum": -9, "maximum": 40}},
+    "required": ["degrees"],
+    "additionalProperties": False,
+}
+STRUCTURES = {"structures": [{"begin": "<now>", "schema": WEATHER, "end": "</now>"}], "triggers": ["<"]}
+TAG = {"type": "tag", "begin": "<now>", "content": {"type": "json_schema", "json_schema": WEATHER}, "end": "</now>"}
+LESS, COMMA = "44", "28"  # ids
+
+
+def asked(client: openai.OpenAI, **fields: Any) -> str:
+    answer = client.chat.completions.create(
+        model="smollm2", messages=QUESTION, max_tokens=30, seed=1, temperature=0.5, extra_body=fields
+    )
+    [choice] = answer.choices
+    assert choice.finish_reason == "stop", choice
+    return choice.message.content or ""
+
+
+def test_grammars_in_lark_and_in_ebnf(client: openai.OpenAI) -> None:
+    assert re.fullmatch(r"[1-9]\d?([+-][1-9]\d?){1,2}", asked(client, structured_outputs={"grammar": SUM}))
+    # A list may go on, so it is asked to end.
+    text = asked(client, guided_grammar=EBNF, logit_bias={COMMA: -100})
+    assert re.fullmatch(r"\[(yes|no)(,(yes|no))*\]", text)
+
+
+@pytest.mark.parametrize("form", ["structures", "format", "text"])
+def test_structural_tags(client: openai.OpenAI, form: str) -> None:
+    fields: dict[str, Any] = {"response_format": {"type": "structural_tag", "format": TAG}}
+    if form == "structures":  # free text up to the trigger, which is made likely
+        fields = {"response_format": {"type": "structural_tag", **STRUCTURES}, "logit_bias": {LESS: 100}}
+    elif form == "text":
+        fields = {"structured_outputs": {"structural_tag": json.dumps({"format": TAG})}}
+    text = asked(client, **fields, stop=["</now>"], include_stop_str_in_output=True)
+    assert text.startswith("<now>")
+    assert text.endswith("</now>")
+    value = json.loads(text.removeprefix("<now>").removesuffix("</now>"))
+    assert -9 <= value.pop("degrees") <= 40
+    assert not value
+
+
+LACKING = "\U0006e51b"  # the model's tokens lack a byte of it
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"regex": f"ab{LACKING}"},
+        {"choice": [LACKING]},
+        {"grammar": f'start: "{LACKING}"'},
+        {"grammar": f'root ::= "a" "{LACKING}"'},
+        {"json": {"const": LACKING}},
+        {"json": {"type": "object", "properties": {LACKING: {}}, "required": [LACKING], "additionalProperties": False}},
+    ],
+    ids=str,
+)
+def test_what_no_tokens_spell_is_the_request_s_fault(client: openai.OpenAI, wish: dict[str, Any]) -> None:
+    [kind] = wish
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="smollm2", prompt="Say: ", extra_body={"structured_outputs": wish})
+    assert refusal.value.param == f"structured_outputs.{kind}"

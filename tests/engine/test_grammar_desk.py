@@ -27,6 +27,7 @@ class Matcher:
     def __init__(self) -> None:
         self.mask = b"\xff"
         self.num_accepted = 0
+        self.num_free = 0
         self.error = None
 
     def accept(self, token_ids: Iterable[int]) -> None:
@@ -41,10 +42,12 @@ class Store:
         self.known: set[str] = set()
         self.threads: set[int] = set()
 
-    def find(self, grammar: str, sampling: SamplingParams) -> Any:  # noqa: ARG002
-        return Matcher() if grammar in self.known else None
+    def find(self, request: Request) -> Any:
+        return Matcher() if request.grammar in self.known else None
 
-    def compile(self, grammar: str, sampling: SamplingParams) -> Any:  # noqa: ARG002
+    def compile(self, request: Request) -> Any:
+        grammar = request.grammar
+        assert grammar is not None
         self.threads.add(threading.get_ident())
         assert self.open.wait(5)
         if grammar == "bad":

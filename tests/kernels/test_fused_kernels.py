@@ -138,9 +138,9 @@ def test_qk_norm_rope_write_kv(
     cache = randn(4, 2, num_kv_heads, 16, head_dim).to(cache_dtype)
     expected_cache, before = cache.clone(), qkv.clone()
     expected = rope_reference.qk_norm_rope_write_kv(
-        before, (cos, sin), None if weight is None else (weight, EPS), slots, expected_cache, num_heads
+        before, (cos, sin), None if weight is None else (weight, EPS), slots, expected_cache, num_heads, (0.5, 3.0)
     )
-    query = rope.qk_norm_rope_write_kv(qkv, cos, sin, weight, EPS, slots, cache, num_heads, num_kv_heads)
+    query = rope.qk_norm_rope_write_kv(qkv, cos, sin, weight, EPS, slots, cache, num_heads, num_kv_heads, (0.5, 3.0))
     # Roundings inside may turn by one unit: measured against the size of the rotated pair, not of the element.
     torch.testing.assert_close(query.float(), expected.float(), rtol=2**-7, atol=2**-6)
     error = (cache.float() - expected_cache.float()).abs()

@@ -16,7 +16,7 @@ from octavo.kernels.reference import norm as norm_reference
 from octavo.layers.activation import silu_and_mul
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
-from octavo.quantization import fp8
+from octavo.quantization import values
 from octavo.quantization.fp8 import FP8, quantize_channels
 from octavo.quantization.scheme import Fp8Tokens
 from octavo.quantization.unquantized import PLAIN, EveryLayer
@@ -74,7 +74,7 @@ def test_the_product_is_that_of_the_dequantised_weight(bias: bool) -> None:
 
 def test_parts_are_quantised_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = filled()
-    monkeypatch.setattr(fp8, "_CHUNK_ELEMENTS", 50)  # three rows of 16
+    monkeypatch.setattr(values, "_CHUNK_ELEMENTS", 50)  # three rows of 16
     pieces, _ = filled()
     first, second = whole.layers[0], pieces.layers[0]
     assert torch.equal(first.weight.float(), second.weight.float())

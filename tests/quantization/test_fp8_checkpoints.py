@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from octavo.kernels import triton as device_kernels
 from octavo.kernels.reference import block_fp8 as block_reference
-from octavo.quantization import fp8
+from octavo.quantization import fp8, values
 from octavo.quantization.fp8 import Fp8Scheme, StoredFp8, quantize_channels
 from octavo.quantization.fp8_block import FP8_PER_BLOCK, Fp8BlockScheme, dequantize_blocks, quantize_blocks
+from octavo.quantization.registry import method_of
 from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.unquantized import UNQUANTIZED
 
 FP8 = torch.float8_e4m3fn
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -121,7 +124,7 @@ def test_option_and_config_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["fp8", "fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
 def test_quantized_while_loaded(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plain checkpoint becomes is what an encoder of the same scales makes of it."""
-    monkeypatch.setattr(fp8, "_CHUNK_ELEMENTS", 130 * 128)  # several pieces a matrix
+    monkeypatch.setattr(values, "_CHUNK_ELEMENTS", 130 * 128)  # several pieces a matrix
     encode = {"fp8_per_tensor": per_tensor, "fp8_per_block": per_block}.get(option, channels)
     _, plain = encoded(encode)
     expected = logits(load(write(tmp_path / "plain", plain)))
@@ -223,6 +226,26 @@ def test_dummy_weights(config: dict[str, Any], tmp_path: Path) -> None:
     assert logits(model).isfinite().all()
     weight = Fp8Scheme(StoredFp8()).tensors(128, 64)["weight"].make_dummy(torch.Generator())
     assert 0.9 < weight.float().std() < 1.1
+
+
+def test_scales_of_a_kv_cache(tmp_path: Path) -> None:
+    """They reach the attention; on a CPU, whose cache is not of float8, they change nothing."""
+    state, _ = encoded(per_tensor)
+    expected = logits(load(write(tmp_path / "without", state, DYNAMIC)))
+    attention = "model.layers.1.self_attn"
+    state |= {f"{attention}.k_scale": torch.tensor(0.5), f"{attention}.v_proj.output_scale": torch.tensor([3.0])}
+    state |= {f"{attention}.q_scale": torch.tensor(1.0), "model.layers.0.self_attn.kv_scale": torch.tensor(2.0)}
+    model = load(write(tmp_path / "with", state, DYNAMIC | {"kv_cache_scheme": "static"}))
+    scales = [(layer.self_attn.attn.key_scale, layer.self_attn.attn.value_scale) for layer in model.model.layers]
+    assert scales == [(2.0, 2.0), (0.5, 3.0)]
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_config_that_transformers_writes() -> None:
+    declared = json.loads(FineGrainedFP8Config(modules_to_not_convert=["q_proj"]).to_json_string())
+    method = method_of(None, declared)
+    assert method.scheme_of(f"{Q_PROJ}") is UNQUANTIZED
+    assert method.scheme_of("model.layers.0.mlp.up_proj") == Fp8BlockScheme("weight_scale_inv")
 
 
 class OnGpu(Tensor):

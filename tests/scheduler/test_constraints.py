@@ -10,20 +10,28 @@ from scheduler_rig import EOS, FakeWorker, config, make_request
 
 from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.plan import StepPlan, StepResult
+from octavo.protocol.structured import StructuredOutputsParams
 from octavo.scheduler.audit import ConsistencyError
 from octavo.scheduler.scheduler import Scheduler
+
+WISH = StructuredOutputsParams(regex="a")
 
 
 @dataclass
 class Recorder:
-    """A constraint whose mask spells what it has accepted."""
+    """A constraint whose mask spells what it has accepted, from the token after the first `num_unmasked` on."""
 
     fails_after: int = 10**6
+    num_unmasked: int = 0
     accepted: list[int] = field(default_factory=list)
 
     @property
-    def mask(self) -> bytes:
-        return bytes([*self.accepted, 255])
+    def num_free(self) -> int:
+        return max(0, self.num_unmasked - len(self.accepted))
+
+    @property
+    def mask(self) -> bytes | None:
+        return None if self.num_free else bytes([*self.accepted, 255])
 
     @property
     def num_accepted(self) -> int:
@@ -100,6 +108,20 @@ def test_the_others_go_on_meanwhile() -> None:
     assert [row.mask is None for row in pipeline.plans[1].rows] == [True]
 
 
+def test_steps_overlap_while_no_mask_is_needed() -> None:
+    pipeline, constraint = Pipeline(2), Recorder(num_unmasked=3)
+    pipeline.scheduler.add(make_request("bound", [4, 5], 6, ignore_eos=True), constraint)
+    in_flight = []
+    while pipeline.scheduler.has_unfinished():
+        pipeline.step()
+        in_flight.append(len(pipeline.in_flight))
+    tokens = pipeline.tokens("bound")
+    assert in_flight == [1, 1, 0, 0, 0, 0]  # after each commit: tokens 0, 1 and 2 overlap, each later one waits
+    assert tokens == alone([4, 5], 6)  # without a grammar, ignore_eos is the sampler's
+    masks = [row.mask for plan in pipeline.plans for row in plan.rows]
+    assert masks == [None, None, None, *(bytes([*tokens[:n], 255]) for n in range(3, 6))]
+
+
 def test_alone_at_depth_2_nothing_is_planned_before_the_commit() -> None:
     scheduler = Scheduler(config())
     scheduler.add(make_request("bound", [4, 5], 8), Recorder())
@@ -122,7 +144,9 @@ def test_preemption_keeps_the_state_and_the_tokens(depth: int) -> None:
     constraints = {name: Recorder() for name in prompts}
     for name, prompt in prompts.items():
         # An end-of-sequence token ends a constrained output, also under ignore_eos.
-        pipeline.scheduler.add(make_request(name, prompt, 16, ignore_eos=True), constraints[name])
+        pipeline.scheduler.add(
+            make_request(name, prompt, 16, ignore_eos=True, structured_outputs=WISH), constraints[name]
+        )
     pipeline.run()
     assert pipeline.scheduler.stats().num_preemptions_total > 0
     for name, tokens in expected.items():
@@ -134,7 +158,7 @@ def test_preemption_keeps_the_state_and_the_tokens(depth: int) -> None:
 def test_an_end_of_sequence_token_ends_it_whatever_min_tokens_and_ignore_eos_say() -> None:
     prompt = next([n, m] for n in range(9) for m in range(9) if alone([n, m], 8).count(EOS))
     pipeline = Pipeline(1)
-    pipeline.scheduler.add(make_request("a", prompt, 8, ignore_eos=True), Recorder())
+    pipeline.scheduler.add(make_request("a", prompt, 8, ignore_eos=True, structured_outputs=WISH), Recorder())
     pipeline.run()
     assert pipeline.tokens("a")[-1] == EOS
     last = pipeline.told["a"][-1]

@@ -61,7 +61,7 @@ class Script:
     step: int = 1  # tokens an output
     delay: float = 0.0  # seconds before each output
     gate: asyncio.Event | None = None  # waited for before the first output
-    fault: str | None = None  # "die", "error", "abort", "mute" (an error without words)
+    fault: str | None = None  # "die", "error", "refuse", "abort", "mute" (an error without words)
 
 
 @dataclass
@@ -136,7 +136,9 @@ class FakeEngine:
                 self._fail(script.fault)
                 mute = script.fault == "mute"
                 reason, words = ("error", None) if mute else (script.fault, "the row failed")
-                yield TokenOutput(request.request_id, [], finish_reason=reason, error=words)
+                refused = script.fault == "refuse"
+                reason = "error" if refused else reason
+                yield TokenOutput(request.request_id, [], finish_reason=reason, error=words, refused=refused)
                 return
             yield TokenOutput(
                 request.request_id,

@@ -111,6 +111,11 @@ async def test_thinking() -> None:
             final = await stream.get_final_message()
         assert [block.type for block in final.content] == kinds
         assert final.content[0].thinking == "Why not?"
+        assert rig.engine.requests[-1].reasoning is None
+        bounded = await client.messages.create(**fields, thinking={"type": "enabled", "budget_tokens": 1024})
+        assert [block.type for block in bounded.content] == kinds
+        assert rig.engine.requests[-1].sampling.thinking_token_budget == 1024
+        assert rig.engine.requests[-1].reasoning is not None
         hidden = await client.messages.create(**fields, thinking={"type": "disabled"})
         assert [block.type for block in hidden.content] == kinds[1:]
         messages = [*USER, {"role": "assistant", "content": [block.model_dump() for block in whole.content]}, *USER]

@@ -86,3 +86,15 @@ async def test_other_methods_and_odd_queries_and_headers_are_answered_in_shape()
             assert head.split()[1] in (b"400", b"415", b"501"), (header, answered)
             assert b'"error":{' in body
         await rig.healthy()
+
+
+async def test_parameters_of_the_query_are_refused_where_strict() -> None:
+    async with running() as rig:
+        for struct, body in BASE.items():
+            answer = await rig.http.post(f"{ROUTES[struct].path}?api-version=2", json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "api-version"), answer.text
+        for path in ("/v1/models", "/v1/models/fake"):
+            answer = await rig.http.get(f"{path}?limit=3")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
+        messages = ROUTES["MessagesBody"].path
+        assert (await rig.http.post(f"{messages}?beta=true", json=BASE["MessagesBody"])).status_code == 200

@@ -179,3 +179,15 @@ async def test_a_stream_that_is_refused_is_a_plain_400(path: str) -> None:
         answer = await rig.http.post(path, json={**BASE[path], "stream": True, "guided_regex": "("})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "guided_regex"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_grammar_that_comes_to_a_dead_end_is_the_request_s_fault(stream: bool) -> None:
+    async with running(FakeEngine(lambda _: Script(fault="refuse"))) as rig:
+        body = {"response_format": FORMAT, "stream": stream}
+        answer = await rig.http.post(CHAT, json={**BASE[CHAT], **body})
+        error = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+        assert answer.status_code == (200 if stream else 400)
+        assert error["error"]["type"] == "invalid_request_error"
+        assert error["error"]["param"] == "response_format.json_schema.schema"
+        assert error["error"]["message"] == "the row failed"

@@ -10,6 +10,7 @@ import pytest
 from server_rig import READY, FakeEngine, Rig, Script, running
 
 from octavo.config import ServerOptions
+from octavo.protocol.reasoning import ReasoningMarks
 from octavo.server.openai.tools import ToolCalling
 from octavo.text.chat_template import ChatTemplate
 
@@ -128,8 +129,8 @@ async def test_a_call_that_is_cut_off_is_content() -> None:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("choice", ["required", "named"])
 async def test_calls_that_are_required(choice: str, strict: bool) -> None:
-    """The output is held to the schema of the calls and is nothing else, whatever thoughts a prompt opens."""
-    text = b'{"a": 1}' if choice == "named" else b'[{"name": "f", "parameters": {"a": 1}}]'
+    """After its reasoning, the output is held to the schema of the calls and is nothing else."""
+    text = b"hm</think>" + (b'{"a": 1}' if choice == "named" else b'[{"name": "f", "parameters": {"a": 1}}]')
     tools = [{"type": "function", "function": {**FUNCTION, "strict": strict}}, TOOLS[1]]
     asked = {"tools": tools, "tool_choice": NAMED if choice == "named" else "required"}
     async with saying(text, options=options(reasoning_parser="deepseek_r1")) as rig:
@@ -137,11 +138,13 @@ async def test_calls_that_are_required(choice: str, strict: bool) -> None:
         [call] = answer.choices[0].message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"a": 1})
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (None, "tool_calls")
+        assert answer.choices[0].message.model_extra["reasoning"] == "hm"
         request = rig.engine.requests[0]
         assert request.grammar
+        assert request.reasoning == marks(is_open=True)
         assert request.sampling.structured_outputs.kind == "json"
         whole = await streamed(rig, **asked)
-        assert (whole["content"], whole["reasoning"]) == ("", "")
+        assert (whole["content"], whole["reasoning"]) == ("", "hm")
         assert [(name, json.loads(text)) for name, text in whole["calls"].values()] == [("f", {"a": 1})]
 
 
@@ -197,6 +200,46 @@ async def test_a_prompt_may_open_the_reasoning() -> None:
         whole = await streamed(rig, extra_body={"chat_template_kwargs": {"think": True}})
         assert (whole["reasoning"], whole["content"]) == ("hm", "yes")
         assert (await streamed(rig))["content"] == "hm</think>yes"
+
+
+def marks(is_open: bool) -> ReasoningMarks:
+    return ReasoningMarks(("<think>",), ("</think>",), is_open)
+
+
+async def test_only_outputs_that_marks_decide_on_are_watched_for_them() -> None:
+    watched = [
+        (
+            {"response_format": {"type": "json_object"}},
+            False,
+            ReasoningMarks(("<think>",), ("</think>",), is_open=False),
+        ),
+        ({"thinking_token_budget": 5, "n": 2}, True, marks(is_open=True)),
+        ({"thinking_token_budget": -1}, True, None),
+        ({"temperature": 0.5}, True, None),
+    ]
+    async with saying(b"hm</think>yes", options=options(reasoning_parser="qwen3")) as rig:
+        for fields, opens, expected in watched:
+            body = {"model": "fake", "messages": USER, "chat_template_kwargs": {"think": opens}, **fields}
+            answer = await rig.http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert rig.engine.requests[-1].reasoning == expected, fields
+            budget = fields.get("thinking_token_budget")
+            assert rig.engine.requests[-1].sampling.thinking_token_budget == (None if budget == -1 else budget)
+
+
+@pytest.mark.parametrize("parser", [None, "openai_gptoss"])
+async def test_a_budget_needs_marks_that_can_be_forced(parser: str | None) -> None:
+    async with saying(b"x", options=options(reasoning_parser=parser)) as rig:
+        for path, prompt in (("/v1/chat/completions", {"messages": USER}), ("/v1/responses", {"input": "hi"})):
+            for budget in (0, 5):
+                body = {"model": "fake", **prompt, "thinking_token_budget": budget}
+                answer = await rig.http.post(path, json=body)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, "thinking_token_budget")
+                assert ("openai_gptoss" if parser else "--reasoning-parser") in answer.json()["error"]["message"]
+            assert (await rig.http.post(path, json={**body, "thinking_token_budget": -1})).status_code == 200
+        plain = {"model": "fake", "prompt": "x", "thinking_token_budget": 5}
+        answer = await rig.http.post("/v1/completions", json=plain)
+        assert answer.json()["error"]["code"] == "unsupported_parameter"
 
 
 async def test_chunks_keep_logprobs_and_ids_of_tokens_whose_text_waits() -> None:

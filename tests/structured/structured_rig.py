@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+from octavo.protocol.reasoning import ReasoningMarks
+from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.structured.grammar import grammar_of
-from octavo.structured.matcher import GrammarMatcher, Grammars
+from octavo.structured.grammars import Constraint, Grammars
+from octavo.structured.matcher import GrammarMatcher
 from octavo.structured.vocabulary import Vocabulary
 
 WORDS = [b"ab", b"abc", b'{"', b'":', b"true", b"false", b" the", b"12", b"<f", b"</f>", b"=a>", b"no", b"yes"]
@@ -22,8 +25,15 @@ def grammars() -> Grammars:
     return Grammars(lambda: (VOCABULARY, lambda text: list(text.encode())))
 
 
+def request(grammar: str | None, marks: ReasoningMarks | None = None, **sampling: object) -> Request:
+    wish = SamplingParams(**sampling)
+    return Request(request_id="a", prompt_token_ids=[1], sampling=wish, max_tokens=9, grammar=grammar, reasoning=marks)
+
+
 def matcher(wish: StructuredOutputsParams, **sampling: object) -> GrammarMatcher:
-    return grammars().compile(grammar_of(wish, VOCABULARY), SamplingParams(max_tokens=None, **sampling))
+    made = grammars().compile(request(grammar_of(wish, VOCABULARY), max_tokens=None, **sampling))
+    assert isinstance(made, GrammarMatcher)
+    return made
 
 
 def allowed(mask: bytes) -> set[int]:
@@ -34,7 +44,7 @@ def ids(text: str | bytes) -> list[int]:
     return list(text.encode() if isinstance(text, str) else text)
 
 
-def took(state: GrammarMatcher, token_ids: list[int]) -> str | None:
+def took(state: Constraint, token_ids: list[int]) -> str | None:
     """Why the tokens cannot be taken, or be followed by any, if so."""
     state.accept(token_ids)
     return state.error

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -68,7 +69,7 @@ def test_a_refusal_names_kind_and_reason_every_time(compiler: GrammarCompiler) -
             compiler.compile(S(json={"type": "array", "uniqueItems": True}))
 
 
-def test_a_choice_that_no_tokens_spell_is_refused() -> None:
+def test_what_needs_a_text_that_no_tokens_spell_is_refused() -> None:
     class Poor(Source):
         def token_bytes(self, token_id: int) -> bytes | None:
             found = super().token_bytes(token_id)
@@ -76,9 +77,24 @@ def test_a_choice_that_no_tokens_spell_is_refused() -> None:
 
     compiler = GrammarCompiler(Poor(), len(TOKENS))
     try:
-        with pytest.raises(ValueError, match=r"structured_outputs\.choice cannot be used: no tokens of the model"):
-            compiler.compile(S(choice=["a", "\U0006e51b"]))
-        assert compiler.compile(S(choice=["a", "\U0001f600"]))
+        bad, good = "\U0006e51b", "\U0001f600"
+        for text, others in ((bad, False), (f"ab{bad}c", False), (good, True), (f"ab{good}", True)):
+            needing: list[dict[str, Any]] = [
+                {"choice": ["a", text]},
+                {"regex": f"{text}+"},
+                {"grammar": f'start: "{text}" /x*/'},
+                {"grammar": f'root ::= "{text}"'},
+                {"json": {"const": text}},
+                {"json": {"enum": [f"{text}1", f"{text}2"]}},
+            ]
+            for wish in needing:
+                [kind] = wish
+                if others:
+                    assert compiler.compile(S(**wish))
+                    continue
+                with pytest.raises(ValueError, match=rf"structured_outputs\.{kind} cannot be used: no tokens of the"):
+                    compiler.compile(S(**wish))
+        assert compiler.compile(S(regex=f"a|{bad}"))  # the model may do without
     finally:
         compiler.close()
 

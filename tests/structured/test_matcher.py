@@ -8,12 +8,11 @@ import llguidance
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from structured_rig import BEGIN, EOS, OTHER_EOS, TOKENS, VOCABULARY, allowed, grammars, ids, matcher, took
+from structured_rig import BEGIN, EOS, OTHER_EOS, TOKENS, VOCABULARY, allowed, grammars, ids, matcher, request, took
 
-from octavo.protocol.sampling import SamplingParams
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.structured.grammar import grammar_of
-from octavo.structured.matcher import Grammars
+from octavo.structured.grammars import Grammars
 from octavo.structured.vocabulary import Vocabulary
 
 LANGUAGES = [["a", "ab", "abc"], ["yes", "no", "nothing"], ["{true}", "{false}"], ["12", "1", "é"], ["abcabc", "abab"]]
@@ -136,12 +135,12 @@ def test_special_tokens_come_only_where_a_grammar_names_them() -> None:
 
 def test_what_was_compiled_is_found_again_fresh() -> None:
     store, wish = grammars(), StructuredOutputsParams(regex="ab|cd")
-    text, sampling = grammar_of(wish, VOCABULARY), SamplingParams()
-    assert store.find(text, sampling) is None
-    first = store.compile(text, sampling)
+    asked = request(grammar_of(wish, VOCABULARY))
+    assert store.find(asked) is None
+    first = store.compile(asked)
     start = first.mask
     assert took(first, ids("a")) is None
-    again = store.find(text, sampling)
+    again = store.find(asked)
     assert again is not None
     assert (again.mask, again.num_accepted) == (start, 0)
     assert first.mask != start
@@ -150,23 +149,23 @@ def test_what_was_compiled_is_found_again_fresh() -> None:
 def test_a_grammar_whose_shared_lexer_is_used_up_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=30)
     monkeypatch.setattr("octavo.structured.compilation.LIMITS", limits)
-    store, sampling = grammars(), SamplingParams()
-    text = grammar_of(StructuredOutputsParams(regex="[a-z]{1,60}"), VOCABULARY)
-    first = store.compile(text, sampling)
+    store = grammars()
+    asked = request(grammar_of(StructuredOutputsParams(regex="[a-z]{1,60}"), VOCABULARY))
+    first = store.compile(asked)
     assert any(took(first, [token_id]) for token_id in ids("abcdefgh" * 7))
-    assert store.find(text, sampling) is None
-    assert took(store.compile(text, sampling), ids("a")) is None
+    assert store.find(asked) is None
+    assert took(store.compile(asked), ids("a")) is None
 
 
 def test_the_least_recently_used_grammar_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.structured.matcher._MAX_GRAMMARS", 2)
-    store, sampling = grammars(), SamplingParams()
-    texts = [grammar_of(StructuredOutputsParams(regex=r), VOCABULARY) for r in "abc"]
-    store.compile(texts[0], sampling)
-    store.compile(texts[1], sampling)
-    assert store.find(texts[0], sampling) is not None
-    store.compile(texts[2], sampling)
-    assert [store.find(text, sampling) is not None for text in texts] == [True, False, True]
+    monkeypatch.setattr("octavo.structured.grammars._MAX_GRAMMARS", 2)
+    store = grammars()
+    texts = [request(grammar_of(StructuredOutputsParams(regex=r), VOCABULARY)) for r in "abc"]
+    store.compile(texts[0])
+    store.compile(texts[1])
+    assert store.find(texts[0]) is not None
+    store.compile(texts[2])
+    assert [store.find(text) is not None for text in texts] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -196,11 +195,11 @@ def test_masks_made_together_are_those_made_alone() -> None:
     """Some matchers of one store move at once, others do not; one of them fails."""
     wish = StructuredOutputsParams(regex="[ab]{1,4}c?")
     store, text = grammars(), grammar_of(wish, VOCABULARY)
-    together = [store.compile(text, SamplingParams(ignore_eos=index == 1)) for index in range(4)]
+    together = [store.compile(request(text, ignore_eos=index == 1)) for index in range(4)]
     steps = ["ab", "b", "abc", ""]
     for state, step in zip(together, steps):
         state.accept(ids(step))
-    failed = store.compile(text, SamplingParams())
+    failed = store.compile(request(text))
     failed.accept(ids("x"))
     assert "cannot take token" in (failed.error or "")
     for index, (state, step) in enumerate(zip(together, steps)):
@@ -215,7 +214,7 @@ def test_masks_are_made_for_vocabularies_of_any_size(num_tokens: int) -> None:
     vocabulary = Vocabulary(TOKENS + [b""] * (num_tokens - len(TOKENS)), VOCABULARY.special_ids, VOCABULARY.eos_ids)
     store = Grammars(lambda: (vocabulary, lambda text: list(text.encode())))
     text = grammar_of(StructuredOutputsParams(regex="abc"), VOCABULARY)
-    pair = [store.compile(text, SamplingParams()) for _ in range(2)]
+    pair = [store.compile(request(text)) for _ in range(2)]
     for state in pair:
         state.accept(ids("a"))
     assert [allowed(state.mask) for state in pair] == [set(ids("b"))] * 2

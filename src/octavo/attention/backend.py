@@ -94,6 +94,7 @@ class AttentionLayer(Protocol):
 
     sliding_window: query i sees key j if and only if i - sliding_window < j <= i; None for j <= i.
     scale: what query-key products are multiplied by before the softmax.
+    key_scale, value_scale: what a float8 cache's keys and values are to be multiplied by.
     """
 
     @property
@@ -107,7 +108,16 @@ class AttentionLayer(Protocol):
     @property
     def scale(self) -> float: ...
     @property
+    def key_scale(self) -> float: ...
+    @property
+    def value_scale(self) -> float: ...
+    @property
     def sliding_window(self) -> int | None: ...
+
+
+def kv_scales(layer: AttentionLayer, cache: Tensor) -> tuple[float, float]:
+    """The scales of keys and values in this cache: 1 in one that is not float8."""
+    return (layer.key_scale, layer.value_scale) if cache.dtype == torch.float8_e4m3fn else (1.0, 1.0)
 
 
 class AttentionBackend(Protocol):

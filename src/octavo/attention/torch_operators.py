@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow
+from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow, kv_scales
 
 _NO_ITEMS: NDArray[np.int32] = np.empty((0, 2), np.int32)
 
@@ -53,15 +53,16 @@ class TorchAttention(FusedAttentionBackend):
         turned = torch.addcmul(turned * cos, turned.roll(head_dim // 2, -1), sin)
         query, key = turned.split((self._num_heads, num_kv_heads), 1)
         blocks, offsets = self._batch.slot_mapping // block_size, self._batch.slot_mapping % block_size
-        cache[blocks, 0, :, offsets] = key.to(cache.dtype)
-        cache[blocks, 1, :, offsets] = value.to(cache.dtype)
+        scales = kv_scales(layer, cache)
+        cache[blocks, 0, :, offsets] = (key.float() / scales[0]).to(cache.dtype)
+        cache[blocks, 1, :, offsets] = (value.float() / scales[1]).to(cache.dtype)
         out = torch.zeros_like(query)
         begin = 0
         for row in self._batch.rows or ():
             end = begin + row.length
             out[begin:end] = self._attend(layer, query[begin:end], cache, row)
             begin = end
-        return out
+        return out.mul_(scales[1])
 
     def _attend(self, layer: AttentionLayer, query: Tensor, cache: Tensor, row: PlanRow) -> Tensor:
         """One row: query [L, num_heads, head_dim]."""
@@ -76,5 +77,7 @@ class TorchAttention(FusedAttentionBackend):
         if layer.sliding_window is not None:
             visible &= distance < layer.sliding_window
         heads = query.transpose(0, 1)[None], keys[None], values[None]
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=visible, scale=layer.scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(
+            *heads, attn_mask=visible, scale=layer.scale * kv_scales(layer, cache)[0], enable_gqa=True
+        )
         return attended[0].transpose(0, 1)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow
+from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow, kv_scales
 from octavo.attention.long_prefill import LongPrefill
 from octavo.attention.prefill_items import max_prefill_items, prefill_items
 from octavo.attention.work_items import ITEM_FIELDS, DecodePlanner
@@ -70,18 +70,19 @@ class TritonAttention(FusedAttentionBackend):
     ) -> Tensor:
         batch, cache = self._batch, self._cache[layer.layer_index]
         weight, eps = norm or (None, 0.0)
-        heads = self._num_heads, self._num_kv_heads
-        query = self._kernels.qk_norm_rope_write_kv(qkv, *rotation, weight, eps, batch.slot_mapping, cache, *heads)
+        heads, scales = (self._num_heads, self._num_kv_heads), kv_scales(layer, cache)
+        where = batch.slot_mapping, cache
+        query = self._kernels.qk_norm_rope_write_kv(qkv, *rotation, weight, eps, *where, *heads, scales)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        tables = batch.block_tables, batch.row_slots
+        tables, scale = (batch.block_tables, batch.row_slots), layer.scale * scales[0]
         if len(batch.decode_items):
             items = batch.decode_items
             self._kernels.paged_decode(
-                query, cache, *tables, batch.cu_q, items, out, self._scratch, layer.scale, layer.sliding_window
+                query, cache, *tables, batch.cu_q, items, out, self._scratch, scale, layer.sliding_window
             )
         if len(batch.prefill_items):
-            where = *tables, batch.starts, batch.cu_q, batch.prefill_items
-            self._kernels.paged_prefill(query, cache, *where, out, layer.scale, layer.sliding_window)
+            items = *tables, batch.starts, batch.cu_q, batch.prefill_items
+            self._kernels.paged_prefill(query, cache, *items, out, scale, layer.sliding_window)
         if batch.rows is not None and self._taken:
-            self._long_prefill.forward(layer.layer_index, query, cache, out, layer.scale)
-        return out
+            self._long_prefill.forward(layer.layer_index, query, cache, out, scale)
+        return out if scales[1] == 1.0 else out.mul_(scales[1])

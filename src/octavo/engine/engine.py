@@ -45,7 +45,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         grammars: GrammarDesk | None = None,
     ) -> None:
-        """grammars: None refuses requests with structured outputs."""
+        """grammars: None refuses requests with structured outputs, or with a budget of reasoning."""
         self._scheduler = scheduler
         self._executor = executor
         self._depth = depth
@@ -65,14 +65,16 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, naming what does not fit, if it can never run."""
-        if request.sampling.structured_outputs is None:
+        structured = request.sampling.structured_outputs is not None
+        if not structured and request.reasoning is None:
             self._scheduler.add(request)
             return
         if self._grammars is None:
-            raise ValueError("structured_outputs needs a tokenizer, and this engine has none")
-        matcher = self._grammars.find(request)
-        if matcher is not None:
-            self._scheduler.add(request, matcher)
+            name = "structured_outputs" if structured else "thinking_token_budget"
+            raise ValueError(f"{name} needs a tokenizer, and this engine has none")
+        constraint = self._grammars.find(request)
+        if constraint is not None:
+            self._scheduler.add(request, constraint)
         else:
             self._grammars.take(request)
 
@@ -114,9 +116,11 @@ class Engine:
             try:
                 self._scheduler.add(request, compiled.result())
             except Exception as error:
-                if not isinstance(error, ValueError):
+                is_refusal = isinstance(error, ValueError)
+                if not is_refusal:
                     _log.exception("the grammar of request %s could not be compiled", request.request_id)
-                refused.append(TokenOutput(request.request_id, [], finish_reason="error", error=str(error)))
+                name, words = request.request_id, str(error)
+                refused.append(TokenOutput(name, [], finish_reason="error", error=words, refused=is_refusal))
         return refused
 
     def _submit(self) -> bool:

@@ -1,4 +1,4 @@
-"""GrammarDesk: where requests with a grammar wait until it is compiled, beside the loop."""
+"""GrammarDesk: where requests with a constraint wait until it is compiled, beside the loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from octavo.protocol.request import Request
 
 if TYPE_CHECKING:
-    from octavo.structured.matcher import GrammarMatcher, Grammars
+    from octavo.structured.grammars import Constraint, Grammars
 
 _WAIT_SECONDS = 0.01
 
@@ -22,7 +22,7 @@ class GrammarDesk:
         self._open = open_grammars
         self._grammars: Grammars | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._pending: dict[str, tuple[Request, Future[GrammarMatcher]]] = {}
+        self._pending: dict[str, tuple[Request, Future[Constraint]]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -32,11 +32,12 @@ class GrammarDesk:
         """Read the tokenizer now, on that thread, unless that was done: the first grammar then need not wait for it."""
         self._pool.submit(self._opened)
 
-    def find(self, request: Request) -> GrammarMatcher | None:
-        """The matcher of a request whose grammar was compiled before. Raises ValueError for one without a grammar."""
-        if request.grammar is None:
+    def find(self, request: Request) -> Constraint | None:
+        """The constraint of a request whose grammar and marks were compiled before. Raises ValueError for one without
+        the grammar that it needs."""
+        if request.grammar is None and request.sampling.structured_outputs is not None:
             raise ValueError("structured_outputs came without a grammar: the front end compiles it")
-        return None if self._grammars is None else self._grammars.find(request.grammar, request.sampling)
+        return None if self._grammars is None else self._grammars.find(request)
 
     def take(self, request: Request) -> None:
         """Start compiling. The request comes back from `ready`. Raises ValueError for an id that is here already."""
@@ -45,8 +46,8 @@ class GrammarDesk:
             raise ValueError(f"request_id={name!r} is in use by an unfinished request")
         self._pending[name] = request, self._pool.submit(self._compile, request)
 
-    def ready(self, *, idle: bool) -> list[tuple[Request, Future[GrammarMatcher]]]:
-        """Requests whose grammar is compiled, or could not be. idle: wait a little for one."""
+    def ready(self, *, idle: bool) -> list[tuple[Request, Future[Constraint]]]:
+        """Requests whose constraint is compiled, or could not be. idle: wait a little for one."""
         if not self._pending:
             return []
         if idle:
@@ -65,8 +66,8 @@ class GrammarDesk:
         """What is being compiled is not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, request: Request) -> GrammarMatcher:
-        return self._opened().compile(request.grammar or "", request.sampling)
+    def _compile(self, request: Request) -> Constraint:
+        return self._opened().compile(request)
 
     def _opened(self) -> Grammars:
         if self._grammars is None:

@@ -102,7 +102,7 @@ class EngineService:
         try:
             self._engine.add(request)
         except ValueError as error:
-            refused = TokenOutput(request.request_id, [], finish_reason="error", error=str(error))
+            refused = TokenOutput(request.request_id, [], finish_reason="error", error=str(error), refused=True)
             self._send([refused])
 
     def _send(self, outputs: list[TokenOutput], num_step_tokens: int = 0) -> None:

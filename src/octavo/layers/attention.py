@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from octavo.attention.backend import AttentionLayer, FusedAttentionBackend
 from octavo.layers.norm import QueryKeyNorm
 from octavo.layers.rotary import Rotation, rotate
+from octavo.layers.slot import WeightSlot
+from octavo.quantization.scheme import TensorSpec
 
 
 class AttentionContext(Protocol):
@@ -34,6 +38,8 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
+        # Of a float8 cache; written by the slots below, where a checkpoint has them.
+        self.key_scale = self.value_scale = 1.0
         self.sliding_window = sliding_window
 
     def forward(
@@ -50,3 +56,29 @@ class Attention(nn.Module):
             queries_keys = qk_norm(queries_keys)
         query, key = rotate(queries_keys, *rotation).split((self.num_heads, self.num_kv_heads), 1)
         return context.forward(self, query, key, value).reshape(-1, self.num_heads * self.head_dim)
+
+    def weight_slots(self, path: str) -> dict[str, WeightSlot]:
+        """The scales of a float8 cache, by all the names that packers have for them. There may be none."""
+        parent = path.rpartition(".")[0]
+        scales = {
+            "k_scale": ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale"),
+            "v_scale": ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale"),
+            "kv_scale": ("kv_scale", "attn.kv_scale"),
+        }
+        spec = TensorSpec(shape=(), other_shapes=((1,), (1, 1)), required=False)
+        return {
+            f"{parent}.{name}": WeightSlot(spec, partial(self._take_scale, kind, f"{parent}.{name}"))
+            for kind, names in scales.items()
+            for name in names
+        }
+
+    def _take_scale(self, kind: str, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        scale = float(tensor)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name} holds {scale}, expected a finite number above 0")
+        if kind != "v_scale":
+            self.key_scale = scale
+        if kind != "k_scale":
+            self.value_scale = scale

@@ -16,6 +16,8 @@ from octavo.models.config import DecoderConfig
 from octavo.quantization.scheme import QuantizationMethod
 from octavo.quantization.unquantized import PLAIN
 
+# The scales are of queries and probabilities, which stay in the model's dtype.
+_IGNORED = "rotary_emb.inv_freq", ".q_scale", ".prob_scale"
 _NAMED = 8  # tensors of each kind that an error names before it counts
 
 
@@ -40,7 +42,7 @@ class CausalLM(nn.Module, ABC):
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint tensor is known and not needed."""
-        return name.endswith("rotary_emb.inv_freq")
+        return name.endswith(_IGNORED)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         """Every tensor that a checkpoint must have, by name."""

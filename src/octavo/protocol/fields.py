@@ -123,6 +123,9 @@ _DRAWING = (
           "(never). Needs use_beam_search."),
     Field(_DRAWN, "structured_outputs", _WISH, None, "vllm", "step",
           "What the text must be: json, regex, choice, grammar, json_object or structural_tag."),
+    Field(_SAMPLING + _CHAT + _RESPONSES, "thinking_token_budget", Integer(-1), None, "vllm", "step",
+          "The most tokens of reasoning: where it is then still open, its end is forced; -1: any number. Needs a "
+          "reasoning parser."),
     Field(_SAMPLING, "guided_decoding", _WISH, None, "vllm", "step", "What the text must be.", "structured_outputs"),
 )  # fmt: skip
 
@@ -179,8 +182,8 @@ _PROMPTS = (
           "Whether functions are called. Not given: auto where there are tools."),
     Field(_COUNT + _MESSAGES, "tool_choice", Shape("an object of type auto, any, tool or none"), None, "anthropic",
           "step", "Whether functions are called. Not given: auto where there are tools."),
-    Field(_COUNT + _MESSAGES, "thinking", Shape("an object of type disabled or adaptive"), None, "anthropic",
-          "prompt", "Whether the model thinks first, where its chat template can say so."),
+    Field(_COUNT + _MESSAGES, "thinking", Shape("an object of type disabled, enabled or adaptive"), None, "anthropic",
+          "prompt", "Whether the answer has the reasoning; budget_tokens of enabled: the most tokens of it."),
     Field(_COUNT + _MESSAGES, "output_config", Shape("an object"), None, "anthropic", "step",
           "format: what the text must be, a JSON schema."),
     Field(_CHAT + _RESPONSES, "parallel_tool_calls", Flag(), True, "openai", "none",

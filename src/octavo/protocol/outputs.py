@@ -16,7 +16,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
     finish_reason: "repetition" by sampling.repetition_detection.
     stop_reason: the stop token id that ended the output; None for an end-of-sequence id.
-    error: set with finish_reason "error", in words for the client.
+    error: set with finish_reason "error", in words for the client. refused: it is the request's own fault.
     num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
     scheduled_time: when the request first ran, seconds on the monotonic clock; 0 if it never did.
     embedding: of a request with pooling, in its last output (protocol.pooling.floats).
@@ -32,6 +32,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
     scheduled_time: float = 0.0
     embedding: bytes | None = None
+    refused: bool = False
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):

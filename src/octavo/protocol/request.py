@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from octavo.protocol.pooling import PoolingParams
+from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.sampling import SamplingParams
 
 
@@ -17,6 +18,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_time: seconds on the monotonic clock.
     priority: lower runs earlier; only under the "priority" policy.
     cache_salt: prefix-cache blocks are shared only between requests of equal salt.
+    reasoning: the marks to look for, where a grammar follows the reasoning or sampling.thinking_token_budget bounds it.
     grammar: what sampling.structured_outputs was compiled to by the front end; the text is llguidance's.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
     pooling: the prompt's embedding is asked for, along with one token that means nothing; max_tokens is 1.
@@ -31,4 +33,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     grammar: str | None = None
+    reasoning: ReasoningMarks | None = None
     pooling: PoolingParams | None = None

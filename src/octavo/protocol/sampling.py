@@ -53,8 +53,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     repetition_detection: see RepetitionDetectionParams; it looks at the output once min_tokens are there.
     skip_reading_prefix_cache: compute the whole prompt, whatever the prefix cache holds of it; None for where
     prompt_logprobs need that, which they always do. Of LLM only.
-    structured_outputs: what shape the text must have. min_tokens and ignore_eos then count as far as that shape lets
-    the text go on. guided_decoding: its old name; it becomes structured_outputs.
+    thinking_token_budget: the most tokens of reasoning; where it is then still open, its end is forced. None or -1 for
+    any number. It needs a reasoning parser, whose marks say what is reasoning.
+    structured_outputs: what shape the text must have, after the reasoning. min_tokens and ignore_eos then count as far
+    as that shape lets the text go on. guided_decoding: its old name; it becomes structured_outputs.
     Raises ValueError naming the field, the value and the allowed range.
     """
 
@@ -91,6 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     early_stopping: bool | str = False
     repetition_detection: RepetitionDetectionParams | None = None
     skip_reading_prefix_cache: bool | None = None
+    thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
     guided_decoding: GuidedDecodingParams | None = None
 
@@ -104,6 +107,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 continue
             if name != "logprobs" or self.logprob_token_ids is None:
                 _ROWS[name].range.check(name, value)
+        if self.thinking_token_budget == -1:
+            msgspec.structs.force_setattr(self, "thinking_token_budget", None)
         self._check_together()
         self._check_beams()
 
@@ -113,6 +118,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if not isinstance(self.repetition_detection, (RepetitionDetectionParams, type(None))):
             wrong = self.repetition_detection
             raise ValueError(f"repetition_detection={wrong!r} is not allowed; allowed: RepetitionDetectionParams")
+        if self.thinking_token_budget is not None and self.allowed_token_ids is not None:
+            raise ValueError(
+                f"thinking_token_budget={self.thinking_token_budget} is refused with allowed_token_ids, which may lack "
+                "the mark that it forces; allowed: None"
+            )
         if self.best_of is not None:
             checks.integer("best_of", self.best_of, self.n, COMPLETIONS.high)
         if self.max_tokens is not None:

@@ -125,12 +125,12 @@ class StoredFourBit:
 
 
 class _State(NamedTuple):
-    """What quant_state says, but for what the other tensors say as well. nested_offset: None if not nested."""
+    """What quant_state says, but for what the other tensors say as well. nested_offset: 0 if not nested."""
 
     shape: list[int]
     block_size: int
     nested_block_size: int
-    nested_offset: float | None
+    nested_offset: float
 
     @classmethod
     def of(cls, raw: Tensor, table: str, nested: bool) -> _State:
@@ -141,7 +141,7 @@ class _State(NamedTuple):
                 list(fields["shape"]),
                 fields["blocksize"],
                 fields.get("nested_blocksize", _NESTED_BLOCK_SIZE),
-                float(fields["nested_offset"]) if nested else None,
+                float(fields["nested_offset"]) if nested else 0.0,
             )
             named = fields["quant_type"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:

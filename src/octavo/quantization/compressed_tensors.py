@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.quantization.config_fields import Fields
+from octavo.quantization.fp8 import Fp8Scheme, StoredFp8
+from octavo.quantization.fp8_block import BLOCK, Fp8BlockScheme
 from octavo.quantization.grouped import GroupedScheme
+from octavo.quantization.int8 import Int8Groups, Int8Scheme
 from octavo.quantization.kv_scales import check_kv_cache_scheme
 from octavo.quantization.pack_quantized import PackQuantized
 from octavo.quantization.scheme import LinearScheme
@@ -70,7 +73,60 @@ def _dense(_weights: QuantizationArgs, _inputs: QuantizationArgs | None) -> Line
     return UNQUANTIZED
 
 
-_FORMATS: dict[str, Format] = {"pack-quantized": _pack_quantized, "dense": _dense}
+def _naive_quantized(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> LinearScheme:
+    return (_float_quantized if weights.type == "float" else _int_quantized)(weights, inputs)
+
+
+def _float_quantized(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> LinearScheme:
+    """FP8 weights; inputs are FP8 or stay in full."""
+    _require_8_bits("float", weights, inputs)
+    weights.require("strategy", "tensor", "channel", "block")
+    weights.require("symmetric", True)
+    if inputs is not None:
+        inputs.require("symmetric", True)
+    if weights.strategy != "block":
+        static = inputs is not None and not inputs.dynamic
+        return Fp8Scheme(StoredFp8(static), quantizes_tokens=inputs is not None)
+    weights.require("block_structure", (BLOCK, BLOCK))
+    if inputs is not None:
+        inputs.require("dynamic", True)
+        inputs.require("strategy", "group")
+        inputs.require("group_size", BLOCK)
+    return Fp8BlockScheme("weight_scale", quantizes_tokens=inputs is not None)
+
+
+def _int_quantized(weights: QuantizationArgs, inputs: QuantizationArgs | None) -> LinearScheme:
+    """int8 weights; inputs are int8 or stay in full."""
+    _require_8_bits("int", weights, inputs)
+    weights.require("symmetric", True)
+    if inputs is None:
+        weights.require("strategy", "tensor", "channel", "group")
+        return GroupedScheme(Int8Groups(-1 if weights.group_size is None else weights.group_size))
+    weights.require("strategy", "tensor", "channel")
+    return Int8Scheme(static=not inputs.dynamic, symmetric=inputs.symmetric)
+
+
+def _require_8_bits(kind: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> None:
+    """What the formats of 8 bits have in common. A scale of all tokens of a step is served by one of each."""
+    weights.require("type", kind)
+    weights.require("num_bits", 8)
+    weights.require("dynamic", False)
+    weights.require("has_order", False)
+    if inputs is not None:
+        inputs.require("type", kind)
+        inputs.require("num_bits", 8)
+        inputs.require("dynamic", True, False)
+        if weights.strategy != "block":
+            inputs.require("strategy", *(("token", "tensor") if inputs.dynamic else ("tensor",)))
+
+
+_FORMATS: dict[str, Format] = {
+    "dense": _dense,
+    "float-quantized": _float_quantized,
+    "int-quantized": _int_quantized,
+    "naive-quantized": _naive_quantized,
+    "pack-quantized": _pack_quantized,
+}
 
 
 class CompressedTensors:

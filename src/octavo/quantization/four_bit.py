@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.quantization.fp8 import pieces
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.values import pieces
 
 CodeTable = Literal["nf4", "fp4"]
 # The 16 quantiles of a normal distribution that QLoRA gives, as bitsandbytes rounds them; multiples of a twelfth.
@@ -113,7 +113,8 @@ class FourBitScheme:
         assert isinstance(x, Tensor)
         if layer.held is None:
             return UNQUANTIZED.apply(layer, x)
-        return F.linear(x, dequantize(*layer.held, layer.in_features, x.dtype), layer.bias)
+        weight, pairs = layer.held
+        return F.linear(x, dequantize(weight, pairs, layer.in_features, x.dtype), layer.bias)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from octavo.kernels import triton as device_kernels
 from octavo.quantization.launches import skinny_launches
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
-from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8
+from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8, pieces
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
 # AutoFP8's and compressed-tensors' names, and those of transformers.
 _SCALE_NAMES = "weight_scale", "weight_scale_inv"
 _INPUT_SCALE_NAMES = "input_scale", "activation_scale"
-_CHUNK_ELEMENTS = 16 << 20  # converted at once: 64 MiB a float32 temporary
 
 
 class Fp8Format(Protocol):
@@ -209,14 +208,6 @@ def _under(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Tensor | No
     if len(found) > 1:
         raise ValueError(f"{' and '.join(found)} say the same; expected one of them")
     return tensors[found[0]] if found else None
-
-
-def pieces(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """The rows of a matrix, some at a time: so many that float32 temporaries of them stay small, a multiple of
-    `multiple` but at the end."""
-    num_at_once = max(1, _CHUNK_ELEMENTS // weight.shape[1] // multiple) * multiple
-    for begin in range(0, len(weight), num_at_once):
-        yield slice(begin, min(begin + num_at_once, len(weight)))
 
 
 def quantize_channels(weight: Tensor, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
-from octavo.quantization.fp8 import FP8_MAX, SCALE_MIN, pieces
+from octavo.quantization.fp8 import FP8_MAX, SCALE_MIN
 from octavo.quantization.scheme import FLOATS, Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
-from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8
+from octavo.quantization.values import DUMMY_STD, check_scales, full, normal_fp8, pieces
 
 BLOCK = 128  # rows, and columns, that share a scale
 _SCALE_DTYPES = (*FLOATS, torch.float8_e8m0fnu)

@@ -107,7 +107,10 @@ class LinearScheme(Protocol):
     """Three verbs on a linear layer, and what a checkpoint holds for them. A scheme knows one format with its numbers
     (bits, group size); what it makes it keeps on the layer."""
 
-    fuses: bool  # whether parts of one matrix that share the scheme may lie in one layer
+    @property
+    def fuses(self) -> bool:
+        """Whether parts of one matrix that share the scheme may lie in one layer."""
+        ...
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         """A checkpoint's tensors for a part [num_rows, in_features] of a layer, by the end of their names

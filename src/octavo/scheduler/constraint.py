@@ -8,9 +8,15 @@ from typing import Protocol
 
 class Constraint(Protocol):
     """num_accepted: output tokens accepted so far. mask, error: asked for when all that were sampled in a step have
-    been accepted, for masks are made together."""
+    been accepted, for masks are made together.
+
+    num_free: so many of the tokens to come have no mask, whatever they are. It never shrinks by more than one a token.
+    """
 
     num_accepted: int
+
+    @property
+    def num_free(self) -> int: ...
 
     @property
     def mask(self) -> bytes | None:

@@ -50,7 +50,8 @@ class Scheduler:
     Slots are reused at once, blocks only when the last step in flight that names them is committed:
     workers execute plans in order, so a NewSequence for a slot follows the last row of its former owner.
 
-    A sequence with a constraint waits for the value of its last token before its next step; the others go on.
+    A sequence with a constraint waits for the value of its last token before its next step, unless that needs no mask;
+    the others go on.
     """
 
     def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
@@ -156,7 +157,7 @@ class Scheduler:
             if sequence is None or sequence.constraint is None or sequence.status is not Status.RUNNING:
                 continue
             if sequence.constraint.error is not None:
-                outputs.append(self._end(sequence, "error", error=sequence.constraint.error))
+                outputs.append(self._end(sequence, "error", error=sequence.constraint.error, refused=True))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[TokenOutput]:
@@ -293,7 +294,7 @@ class Scheduler:
     def _push_row(self, step: _Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
         start = sequence.num_computed_tokens
         samples = end == sequence.num_tokens
-        mask = sequence.constraint.mask if samples and sequence.constraint is not None else None
+        mask = sequence.next_mask() if samples else None
         step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, mask))
         step.sequences.append(sequence)
         step.budget -= end - start
@@ -456,7 +457,9 @@ class Scheduler:
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenOutput:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, refused: bool = False
+    ) -> TokenOutput:
         """Finish it without another token."""
         self._finish(sequence)
         return TokenOutput(
@@ -466,4 +469,5 @@ class Scheduler:
             error=error,
             num_cached_tokens=sequence.num_cached_tokens,
             scheduled_time=sequence.scheduled_time,
+            refused=refused,
         )

@@ -67,12 +67,14 @@ class Sequence:
         self.num_computed_tokens = 0  # KV entries written by steps committed or in flight
         # What tokens may come; it has accepted the known output tokens, and keeps them over preemption.
         self.constraint = constraint
-        ignores_eos = sampling.ignore_eos and constraint is None  # a constraint allows them where nothing else can come
+        # A grammar allows them where nothing else can come.
+        ignores_eos = sampling.ignore_eos and sampling.structured_outputs is None
         self.stop_ids = frozenset(sampling.stop_token_ids or ()).union(() if ignores_eos else request.eos_token_ids)
         # Told the known output tokens, and keeps them over preemption.
         detection = sampling.repetition_detection
         self.repetition = None if detection is None else RepetitionDetector(detection)
-        self.min_num_tokens = self.num_prompt_tokens + (sampling.min_tokens if constraint is None else 0)
+        min_tokens = sampling.min_tokens if sampling.structured_outputs is None else 0
+        self.min_num_tokens = self.num_prompt_tokens + min_tokens
 
         self.slot = -1  # -1 unless RUNNING
         self.block_table: list[int] = []  # empty unless RUNNING
@@ -107,13 +109,20 @@ class Sequence:
     def stop_reason(self) -> int | None:
         """Of an output that ended with "stop": its last token, or None if that is an end-of-sequence id."""
         request, last = self.request, self.token_ids[-1]
-        ignores_eos = request.sampling.ignore_eos and self.constraint is None
+        ignores_eos = request.sampling.ignore_eos and request.sampling.structured_outputs is None
         return None if last in request.eos_token_ids and not ignores_eos else last
 
     @property
     def awaits_token(self) -> bool:
         """Whether its next step needs the value of a token that is not known yet: what may come depends on it."""
-        return self.constraint is not None and self.num_tokens != len(self.token_ids)
+        num_unknown = self.num_tokens - len(self.token_ids)
+        return self.constraint is not None and num_unknown > 0 and self.constraint.num_free <= num_unknown
+
+    def next_mask(self) -> bytes | None:
+        """See PlanRow.mask. Without a known last token there is none: see `awaits_token`."""
+        if self.constraint is None or self.num_tokens != len(self.token_ids):
+            return None
+        return self.constraint.mask
 
     def add_prompt_logprobs(self, start: int, rows: list[TokenLogprobs] | None) -> None:
         """Take those of positions start+1 .. that are not there yet: a preempted prompt is computed again."""

@@ -18,8 +18,8 @@ Every route and every field of its body. Made by `make docs` from `src/octavo/pr
 same, with its own names of models, at `/openapi.json`.
 
 `null` means "not given". A value out of range is a 400 whose `param` names the field, and so is a field listed as
-refused. A field that is not known is ignored and named in the answer's header `X-Octavo-Ignored-Fields`, or a 400
-where the server runs with `--strict`; inside objects it is always a 400.
+refused. A field that is not known, or a parameter of the query, is ignored and named in the answer's header
+`X-Octavo-Ignored-Fields`, or a 400 where the server runs with `--strict`; inside objects it is always a 400.
 
 *Cost* is what a field makes the server do more of. `--max-request-cost` bounds completions x output x (1 + logprobs),
 and prompt x (1 + prompt_logprobs), in tokens; `step` is work at every step of that sequence, `host` once in the API
@@ -49,7 +49,7 @@ def _section(operations: list[Operation]) -> Iterator[str]:
     yield "| field | meaning | allowed | default | from | cost |"
     yield "|---|---|---|---|---|---|"
     yield from (_row(row) for row in fields_of(body.__name__).values())
-    refused = getattr(body, "UNSUPPORTED", UNSUPPORTED)
+    refused = [name for name in getattr(body, "UNSUPPORTED", UNSUPPORTED) if name not in body.__struct_fields__]
     if refused:
         yield ""
         yield "Refused, but for values that ask for nothing: " + ", ".join(f"`{name}`" for name in refused) + "."

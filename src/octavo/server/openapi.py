@@ -34,7 +34,7 @@ _PAGE: dict[str, dict[str, Any]] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
     "after": {"type": "string", "description": "The id of the item before the page."},
 }
-_IGNORED = "Names of fields of the body that are not known and were ignored."
+_IGNORED = "Names of parameters of the query and of fields of the body that are not known and were ignored."
 
 
 class Version(msgspec.Struct, frozen=True):

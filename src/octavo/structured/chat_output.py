@@ -43,5 +43,12 @@ def output_parser(
     tools = None if tool_parser is None else parsers[tool_parser](functions)
     if reasoning_parser is None or isinstance(tools, HarmonyParser):
         return tools
+    return after_reasoning(reasoning_parser, tools, prompt)
+
+
+def after_reasoning(reasoning_parser: str | None, parser: OutputParser | None, prompt: str) -> OutputParser | None:
+    """`parser` for what follows the reasoning, where that is told apart."""
+    if reasoning_parser is None:
+        return parser
     reasoning = REASONING_PARSERS[reasoning_parser](prompt)
-    return reasoning if tools is None else _Chain(reasoning, tools)
+    return reasoning if parser is None else _Chain(reasoning, parser)

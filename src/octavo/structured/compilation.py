@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import llguidance
 
@@ -56,6 +56,16 @@ def compiled_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguida
     if matcher.is_error():
         raise ValueError(reason(matcher))
     return matcher
+
+
+def check_forced_text(matcher: llguidance.LLMatcher, spelled: Collection[int]) -> None:
+    """Raises ValueError where all texts of a fresh matcher's grammar begin with bytes that are not in `spelled`: some
+    vocabularies lack bytes that no text they were made from had."""
+    forced = matcher.compute_ff_bytes()
+    lacking = next((at for at, byte in enumerate(forced) if byte not in spelled), None)
+    if lacking is not None:
+        text = forced[max(0, lacking - 32) : lacking + 32].decode(errors="replace")
+        raise ValueError(f"no tokens of the model spell {text!r}")
 
 
 def reason(matcher: llguidance.LLMatcher) -> str:

@@ -1,19 +1,17 @@
-"""Matchers: which tokens may come next in one output, and what each token that came changes."""
+"""GrammarMatcher: which tokens a grammar lets come next in one output, and what each token that came changes."""
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import llguidance
 import numpy as np
 
 from octavo.protocol.sampling import SamplingParams
-from octavo.structured.compilation import compiled_matcher, ll_tokenizer, reason
-from octavo.structured.vocabulary import Vocabulary
+from octavo.structured.compilation import reason
+from octavo.structured.masks import without
 
-_MAX_GRAMMARS = 256
 _MAX_THREADS = 16
 
 
@@ -47,7 +45,10 @@ class GrammarMatcher:
     """The state of one output within its grammar. Its owner is the only one who calls `accept` and `rollback`.
 
     state: llguidance's own, for the MaskMaker. num_accepted: how many tokens of the output it has seen.
+    num_free: see Constraint.
     """
+
+    num_free = 0
 
     def __init__(
         self, state: llguidance.LLMatcher, eos_ids: Sequence[int], sampling: SamplingParams, maker: MaskMaker
@@ -60,6 +61,7 @@ class GrammarMatcher:
         self._eos_ids = tuple(eos_ids)
         self._end_ids = (*eos_ids, *(sampling.stop_token_ids or ()))
         self.num_accepted = 0
+        self._num_before = 0
         self._error: str | None = None
         self._is_stale = False
         self.take(state.compute_bitmask())
@@ -99,6 +101,15 @@ class GrammarMatcher:
         self.num_accepted -= num_tokens
         self._move()
 
+    def ends(self, num_tokens: int) -> tuple[int, ...]:
+        """The tokens that may not end the output while the grammar's part of it has yet to come: after `num_tokens`."""
+        return self._end_ids if num_tokens < self._min_tokens else self._eos_ids
+
+    def follow(self, num_tokens: int) -> None:
+        """So many tokens of the output came ahead of what the grammar sees; min_tokens counts them."""
+        self._num_before = num_tokens
+        self._move()
+
     def _move(self) -> None:
         if not self._is_stale:
             self._is_stale = True
@@ -109,60 +120,10 @@ class GrammarMatcher:
         self._is_stale = False
         if self.state.is_error():
             self._error = self._error or f"the grammar went beyond a limit: {reason(self.state)}"
-        elif self.num_accepted < self._min_tokens:
-            mask = _without(mask, self._end_ids)
+        elif mask.count(0) == len(mask):
+            self._error = self._error or "no token of the model spells what the grammar needs next"
+        elif self._num_before + self.num_accepted < self._min_tokens:
+            mask = without(mask, self._end_ids)
         elif self._ignores_eos:
-            mask = _without(mask, self._eos_ids)
+            mask = without(mask, self._eos_ids)
         self.last_mask = mask
-
-
-def _without(mask: bytes, token_ids: Iterable[int]) -> bytes:
-    """The mask less these tokens, or the mask itself where nothing would be left."""
-    bits = bytearray(mask)
-    for token_id in token_ids:
-        if token_id >> 3 < len(bits):
-            bits[token_id >> 3] &= ~(1 << (token_id & 7))
-    return mask if bits.count(0) == len(bits) else bytes(bits)
-
-
-class Grammars:
-    """Compiled grammars by their text, the least recently used dropped first. Any thread may call.
-
-    load: gives the vocabulary and how to encode text; called at the first use, which may take a second.
-    """
-
-    def __init__(self, load: Callable[[], tuple[Vocabulary, Callable[[str], list[int]]]]) -> None:
-        self._load = load
-        self._tokenizer: llguidance.LLTokenizer | None = None
-        self._maker: MaskMaker | None = None  # made with the tokenizer
-        self._eos_ids: list[int] = []
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
-
-    def find(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher | None:
-        """A fresh matcher of a grammar that was compiled before, in microseconds; else None.
-
-        Matchers of one grammar share its lexer, whose states are limited: one that is used up is compiled anew.
-        """
-        compiled = self._compiled.pop(grammar, None)
-        if compiled is None or self._maker is None:
-            return None
-        try:
-            found = GrammarMatcher(compiled.deep_copy(), self._eos_ids, sampling, self._maker)
-        except ValueError:
-            return None
-        self._compiled[grammar] = compiled
-        return found
-
-    def compile(self, grammar: str, sampling: SamplingParams) -> GrammarMatcher:
-        """A fresh matcher. Raises ValueError for a grammar that is wrong, or too complex."""
-        if self._tokenizer is None or self._maker is None:
-            vocabulary, encode = self._load()
-            self._eos_ids = vocabulary.eos_ids
-            self._maker = MaskMaker(len(vocabulary.tokens))
-            self._tokenizer = ll_tokenizer(vocabulary, encode)
-        matcher = compiled_matcher(self._tokenizer, grammar)
-        made = GrammarMatcher(matcher.deep_copy(), self._eos_ids, sampling, self._maker)
-        self._compiled[grammar] = matcher
-        while len(self._compiled) > _MAX_GRAMMARS:
-            self._compiled.popitem(last=False)
-        return made

@@ -15,12 +15,14 @@ def qk_norm_rope_write_kv(
     slot_mapping: Tensor,
     cache_layer: Tensor,
     num_heads: int,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Writes keys and values to cache_layer [num_blocks, 2, num_kv_heads, block_size, head_dim]; returns the rotated
     queries, a new tensor [T, num_heads, head_dim].
 
     qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], not changed. rotation: cosines and signed sines, [T, head_dim].
     norm: RMSNorm's weight [num_heads + num_kv_heads, head_dim] and epsilon; rounded before and after the weight.
+    kv_scales: what a float8 cache's keys and values are divided by.
     """
     _, _, num_kv_heads, block_size, head_dim = cache_layer.shape
     dtype = qkv.dtype
@@ -37,7 +39,9 @@ def qk_norm_rope_write_kv(
     for index, slot in enumerate(slot_mapping.tolist()):
         entry = cache_layer[slot // block_size, :, :, slot % block_size]
         written = torch.stack((key[index], value[index]))
-        entry.copy_(to_fp8(written) if cache_layer.dtype == torch.float8_e4m3fn else written)
+        if cache_layer.dtype == torch.float8_e4m3fn:
+            written = to_fp8(written.double() / torch.tensor(kv_scales, device=written.device)[:, None, None])
+        entry.copy_(written)
     return query
 
 

@@ -212,9 +212,11 @@ def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.c
     stored = tl.load(scale_ptr + at, mask=mask, other=0)
     minimum = tl.load(minimum_ptr + at, mask=mask, other=0.0) if HAS_MINIMUM else tl.zeros(columns.shape, tl.float32)
     if stored.dtype == tl.float32:
-        return stored, tl.zeros(columns.shape, tl.int32), minimum
-    scale = (stored & 0xFFFF).to(tl.uint16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
-    return scale, stored >> 16, minimum
+        scale, zero = stored, tl.zeros(columns.shape, tl.int32)
+    else:
+        scale = (stored & 0xFFFF).to(tl.uint16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
+        zero = stored >> 16
+    return scale, zero, minimum
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -20,6 +20,8 @@ def _qk_norm_rope_write_kv_kernel(
     slot_mapping_ptr,
     cache_ptr,
     eps,
+    key_scale,
+    value_scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -76,9 +78,13 @@ def _qk_norm_rope_write_kv_kernel(
     entry = cache_ptr + block * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + offset * HEAD_DIM
     target = entry + (head - NUM_HEADS)[:, None] * (BLOCK_SIZE * HEAD_DIM) + half[None, :]
     cache_mask = mask & (head >= NUM_HEADS)[:, None]
-    # A float8 cache takes the value that a cache of the model's dtype would hold, rounded once more.
-    tl.store(target, low_out.to(dtype).to(tl.float32).to(cache_dtype), mask=cache_mask)
-    tl.store(target + half_dim, high_out.to(dtype).to(tl.float32).to(cache_dtype), mask=cache_mask)
+    # A float8 cache takes the value that a cache of the model's dtype would hold, scaled and rounded once more.
+    low_out, high_out = low_out.to(dtype).to(tl.float32), high_out.to(dtype).to(tl.float32)
+    if cache_dtype == tl.float8e4nv:
+        scale = tl.where(is_rotated, key_scale, value_scale)[:, None]
+        low_out, high_out = low_out / scale, high_out / scale
+    tl.store(target, low_out.to(cache_dtype), mask=cache_mask)
+    tl.store(target + half_dim, high_out.to(cache_dtype), mask=cache_mask)
 
 
 @triton.jit
@@ -118,6 +124,7 @@ def qk_norm_rope_write_kv(
     cache_layer: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Normalise and rotate the heads of T tokens and write their keys and values to the cache.
 
@@ -130,7 +137,8 @@ def qk_norm_rope_write_kv(
     slot_mapping: int64 [T]; block * block_size + offset of every token. Tokens that share a slot (padding, in block 0)
         leave either one's values.
     cache_layer: [num_blocks, 2, num_kv_heads, block_size, head_dim], contiguous; of qkv's dtype, or float8_e4m3fn
-        (scale 1; what is out of its range saturates).
+        (what is out of its range saturates).
+    kv_scales: what a float8 cache's keys and values are divided by.
 
     Returns the queries: a view [T, num_heads, head_dim] of qkv. head_dim: even, up to 256.
     """
@@ -141,7 +149,7 @@ def qk_norm_rope_write_kv(
     tensors = qkv, cos, sin, qkv if norm_weight is None else norm_weight, slot_mapping, cache_layer
     constants = num_heads, num_kv_heads, head_dim, block_size, norm_weight is not None, heads, half
     programs, num_warps = num_tokens * triton.cdiv(num_all, heads), max(1, heads * half // 256)
-    _launch(_qk_norm_rope_write_kv_kernel, programs, tensors, (float(eps),), constants, num_warps)
+    _launch(_qk_norm_rope_write_kv_kernel, programs, tensors, (float(eps), *kv_scales), constants, num_warps)
     return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]
 
 

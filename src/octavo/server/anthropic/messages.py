@@ -35,6 +35,8 @@ from octavo.text.generation import Delta
 B = TypeVar("B", bound=CountBody)
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
+# Anthropic's clients say with it that they may use what is beta there; it changes nothing here.
+QUERY_NAMES = ("beta",)
 _BUILT_IN = re.compile(r"tools\[\d+\]\.type")
 
 
@@ -42,12 +44,14 @@ class Messages(ConversationEndpoint[ChatBody]):
     """The endpoint. Raises MessagesError inside."""
 
     body_type = ChatBody
+    query_names = QUERY_NAMES
     names: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"messages.*", "messages"),
         (r"stop", "stop_sequences"),
         (r"response_format(\.json_schema)?", "output_config.format"),
         (r"(tools\[\d+\])\.function", r"\1"),
         (r"tool_choice\.function", "tool_choice"),
+        (r"thinking_token_budget", "thinking.budget_tokens"),
     )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,6 +91,7 @@ class CountTokens(JsonEndpoint[CountBody]):
     """The endpoint. Raises MessagesError inside."""
 
     body_type = CountBody
+    query_names = QUERY_NAMES
 
     def __init__(self, messages: Messages) -> None:
         super().__init__(messages.state)

@@ -117,6 +117,13 @@ class ThinkingAdaptive(msgspec.Struct, forbid_unknown_fields=True, frozen=True, 
     display: Literal["summarized"] | None = None
 
 
+class ThinkingOn(msgspec.Struct, forbid_unknown_fields=True, frozen=True, tag="enabled", tag_field="type"):
+    """The same as adaptive, and after so many tokens of thoughts their end is forced."""
+
+    budget_tokens: Annotated[int, Meta(ge=0)]
+    display: Literal["summarized"] | None = None
+
+
 class OutputFormat(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The text is JSON that follows `schema`."""
 
@@ -153,7 +160,7 @@ class CountBody(msgspec.Struct, kw_only=True, frozen=True):
     system: SystemContent | None = None
     tools: Annotated[list[MessageTool], Meta(max_length=128)] | None = None
     tool_choice: AutoChoice | AnyChoice | ToolChoice | NoChoice | None = None
-    thinking: ThinkingOff | ThinkingAdaptive | None = None
+    thinking: ThinkingOff | ThinkingOn | ThinkingAdaptive | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from octavo.server.anthropic.schema import (
     Thinking,
     ThinkingAdaptive,
     ThinkingOff,
+    ThinkingOn,
     ToolChoice,
     ToolResult,
     ToolUse,
@@ -65,6 +66,7 @@ def as_chat(body: CountBody, reasons: bool, **fields: Any) -> ChatBody:
         add_generation_prompt=not continues,
         chat_template_kwargs=body.chat_template_kwargs,
         include_reasoning=_shows_reasoning(body, reasons),
+        thinking_token_budget=body.thinking.budget_tokens if isinstance(body.thinking, ThinkingOn) else None,
         response_format=_response_format(body),
         **_of_tools(body),
         **fields,
@@ -132,8 +134,9 @@ def _of_tools(body: CountBody) -> dict[str, Any]:
 
 
 def _shows_reasoning(body: CountBody, reasons: bool) -> bool | None:
-    if isinstance(body.thinking, ThinkingAdaptive) and not reasons:
-        message = "thinking.type='adaptive' needs a server that tells reasoning from text (--reasoning-parser NAME)"
+    if isinstance(body.thinking, (ThinkingOn, ThinkingAdaptive)) and not reasons:
+        kind = body.thinking.__struct_config__.tag
+        message = f"thinking.type={kind!r} needs a server that tells reasoning from text (--reasoning-parser NAME)"
         raise invalid(f"{message}; allowed: disabled", "thinking.type")
     return False if isinstance(body.thinking, ThinkingOff) and reasons else None
 

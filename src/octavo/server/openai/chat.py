@@ -88,6 +88,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
+        run.reasoning = self.tool_calling.marks(text, params)
         run.add(text, ids, params, names)
 
     async def prompt_of(self, body: ChatBody) -> tuple[str, list[int]]:
@@ -128,7 +129,14 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         skips = False if self.tool_calling.format(body).needs_special_tokens else None
         return sampling_params(
-            body, self.context, names, wish, max_tokens=wanted, logprobs=logprobs, skip_special_tokens=skips
+            body,
+            self.context,
+            names,
+            wish,
+            max_tokens=wanted,
+            logprobs=logprobs,
+            skip_special_tokens=skips,
+            thinking_token_budget=body.thinking_token_budget,
         )
 
     async def _render(self, body: ChatBody) -> str:

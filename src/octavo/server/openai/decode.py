@@ -6,11 +6,13 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.datastructures import QueryParams
+from starlette.types import Scope
 
 from octavo.protocol.fields import fields_of
 from octavo.server.openai.errors import APIError, invalid, unsupported
@@ -33,11 +35,11 @@ _NAMED_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
 
 @dataclass
 class Ignored:
-    """The names of a body's fields that no code reads, for the answer's header. Where strict, there are none: such a
-    field is refused."""
+    """The names of a query's parameters and of a body's fields that no code reads, for the answer's header. Where
+    strict, there are none: such a name is refused."""
 
     strict: bool
-    names: list[str] = field(default_factory=list)  # written by `decode` only
+    names: list[str] = field(default_factory=list)  # written by `read_query` and `decode`
 
     @property
     def header(self) -> str:
@@ -45,6 +47,23 @@ class Ignored:
         shown = [_NOT_HEADER_SAFE.sub("?", name[:64]) or "?" for name in self.names[:MAX_NAMES_SHOWN]]
         more = len(self.names) - len(shown)
         return ", ".join([*shown, f"and {more} more"] if more else shown)
+
+
+def read_query(scope: Scope, strict: bool, known: Collection[str] = ()) -> Ignored:
+    """What a request's answer will say was ignored, its query's parameters first; those that are `known` are not.
+
+    Raises APIError 400 for another where strict.
+    """
+    ignored = Ignored(strict)
+    scope["state"]["ignored"] = ignored  # for the answer's header
+    for name in QueryParams(scope.get("query_string", b"")):
+        if name in known:
+            continue
+        if strict:
+            allowed = ", ".join(known) or "none"
+            raise invalid(f"unknown parameter {name[:64]!r}; allowed: {allowed}", name[:128], "unknown_parameter")
+        ignored.names.append(name)
+    return ignored
 
 
 def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:

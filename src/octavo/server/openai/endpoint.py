@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 from starlette.datastructures import Headers
@@ -16,7 +16,7 @@ from octavo.protocol.fields import COMPLETIONS
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
 from octavo.server.openai.beam_run import BeamRun
-from octavo.server.openai.decode import Ignored, decode
+from octavo.server.openai.decode import Ignored, decode, read_query
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.logprobs import LogprobsFormatter
 from octavo.server.openai.prompts import encode_text
@@ -32,6 +32,7 @@ class GenerationEndpoint(ABC, Generic[B]):
     """An ASGI app for one route. Subclasses give the body's type, the preparation, and the two answers."""
 
     body_type: type[B]
+    query_names: ClassVar[tuple[str, ...]] = ()  # parameters of the query that may be there
 
     def __init__(self, state: ServerState) -> None:
         self.state = state
@@ -63,8 +64,7 @@ class GenerationEndpoint(ABC, Generic[B]):
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
-            ignored = Ignored(self.context.options.strict)
-            scope["state"]["ignored"] = ignored  # for the answer's header
+            ignored = read_query(scope, self.context.options.strict, self.query_names)
             body = self.read(raw, ignored)
             self.state.check_model(body.model)
             self._check(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 from starlette.datastructures import Headers
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
-from octavo.server.openai.decode import Ignored, decode
+from octavo.server.openai.decode import decode, read_query
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -22,6 +22,7 @@ class JsonEndpoint(ABC, Generic[B]):
     """An ASGI app for one route. Subclasses give the body's type and the answer."""
 
     body_type: type[B]
+    query_names: ClassVar[tuple[str, ...]] = ()  # parameters of the query that may be there
 
     def __init__(self, state: ServerState) -> None:
         self.state = state
@@ -42,8 +43,7 @@ class JsonEndpoint(ABC, Generic[B]):
         with contextlib.suppress(ClientGone):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
-            ignored = Ignored(self.context.options.strict)
-            scope["state"]["ignored"] = ignored  # for the answer's header
+            ignored = read_query(scope, self.context.options.strict, self.query_names)
             body = decode(raw, self.body_type, ignored)
             model: str | None = getattr(body, "model", None)
             if model is not None:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.context import ServerState
+from octavo.server.openai.decode import read_query
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -35,10 +36,12 @@ class Models:
         created = int(time.time())
         self._cards = {name: ModelCard(name, created, names[0], length) for name in names}
 
-    async def list_all(self, request: Request) -> Response:  # noqa: ARG002 (the route's signature)
+    async def list_all(self, request: Request) -> Response:
+        read_query(request.scope, self._state.context.options.strict)
         return _json(ModelList(list(self._cards.values())))
 
     async def get(self, request: Request) -> Response:
+        read_query(request.scope, self._state.context.options.strict)
         name = request.path_params["model"]
         self._state.check_model(name)
         return _json(self._cards[name])

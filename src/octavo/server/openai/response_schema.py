@@ -108,6 +108,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True, frozen=True):
     priority: int | None = None
     cache_salt: Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
 
 
 # Fields that a chat has too, under the same name and with the same meaning.

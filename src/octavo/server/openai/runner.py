@@ -13,6 +13,7 @@ import msgspec
 
 from octavo.engine.client import EngineClient, EngineDeadError
 from octavo.protocol.outputs import FinishReason, TokenOutput
+from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.server.context import ServerState
@@ -79,6 +80,7 @@ class Run:
         self._num_made = body.best_of or body.n or 1  # choices of one prompt
         self.wish: Wish | None = None  # what constrains all completions; written by the endpoint ahead of `add`
         self.grammar: str | None = None  # the same, compiled; written likewise
+        self.reasoning: ReasoningMarks | None = None  # see Request; written likewise, of the one prompt of a chat
         self._num_prompt_tokens = 0
         self._cost = RequestCost(state.context.options.max_request_cost)
         self._feeds: list[_Feed] = []
@@ -107,6 +109,7 @@ class Run:
                 priority=self._body.priority or 0,
                 cache_salt=self._body.cache_salt,
                 grammar=self.grammar,
+                reasoning=self.reasoning,
             )
             try:
                 generation = Generation(self._tokenizer, own, token_ids)
@@ -233,7 +236,7 @@ class _Feed:
         reason = output.finish_reason
         if reason in ("error", "abort"):
             self._finish(reason)
-            raise failure(output)
+            raise failure(output, self._run.wish)
         delta = self._generation.push(output)
         if delta.finish_reason is not None:
             self._finish(delta.finish_reason)
@@ -246,9 +249,12 @@ class _Feed:
         self._record.finish(reason)
 
 
-def failure(output: TokenOutput) -> APIError:
-    """What the client is told of a request that the engine gave up or failed on."""
+def failure(output: TokenOutput, wish: Wish | None = None) -> APIError:
+    """What the client is told of a request that the engine gave up, refused or failed on. wish: what constrained its
+    text, which is then at fault for a refusal."""
     if output.finish_reason == "abort":
         return unavailable("the engine gave the request up")
     logger.warning("request %s failed: %s", output.request_id, output.error)
+    if output.refused:
+        return invalid(output.error or "the engine refused this request", None if wish is None else wish.path)
     return internal(output.error or "the engine failed on this request")

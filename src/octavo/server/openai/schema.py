@@ -184,3 +184,4 @@ class ChatBody(GenerationBody, kw_only=True, frozen=True):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None

@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response as HTTPResponse
 
+from octavo.server.openai.decode import read_query
 from octavo.server.openai.errors import APIError, invalid
 from octavo.server.openai.response_schema import DeletedResponse, InputItemList
 from octavo.server.openai.response_store import ResponseStore, StoredResponse
@@ -23,12 +24,12 @@ class StoredResponses:
 
     async def get(self, request: Request) -> HTTPResponse:
         """The response as it was answered."""
-        _only(request)
+        read_query(request.scope, strict=True)
         return _json(self._find(request).response)
 
     async def delete(self, request: Request) -> HTTPResponse:
         """Forget the response."""
-        _only(request)
+        read_query(request.scope, strict=True)
         stored = self._find(request)
         assert self._store is not None
         self._store.delete(stored.response.id)
@@ -39,7 +40,7 @@ class StoredResponses:
 
         order: "asc" or "desc". limit: 1..100 items, by default 20. after: the id of the item before the page.
         """
-        _only(request, "order", "limit", "after")
+        read_query(request.scope, strict=True, known=("order", "limit", "after"))
         stored, query = self._find(request), request.query_params
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
@@ -74,14 +75,6 @@ def _limit(given: str | None) -> int:
     if not given.isascii() or not given.isdigit() or len(given) > 9 or not 1 <= int(given) <= _MAX_ITEMS:
         raise invalid(f"limit={given[:64]!r} is not allowed; allowed: 1..{_MAX_ITEMS}", "limit")
     return int(given)
-
-
-def _only(request: Request, *names: str) -> None:
-    for name in request.query_params:
-        if name not in names:
-            allowed = ", ".join(names) or "none"
-            message = f"unknown parameter {name[:64]!r}; allowed: {allowed}"
-            raise invalid(message, name[:128], "unknown_parameter")
 
 
 def _json(value: msgspec.Struct) -> HTTPResponse:

@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 
 from octavo.config import ServerOptions
+from octavo.protocol.reasoning import ReasoningMarks
+from octavo.protocol.sampling import SamplingParams
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.server.openai.errors import invalid
 from octavo.server.openai.schema import ChatBody, NamedToolChoice
 from octavo.server.openai.structured import Wish, wish_of
-from octavo.structured.chat_output import output_parser
+from octavo.structured.chat_output import after_reasoning, output_parser
 from octavo.structured.events import OutputParser
-from octavo.structured.reasoning.registry import SPECIAL_MARKS
+from octavo.structured.reasoning.registry import SPECIAL_MARKS, check_budget, reasoning_marks
 from octavo.structured.tools.base import Functions
 from octavo.structured.tools.constrained import NamedCallParser, RequiredCallsParser
 from octavo.structured.tools.registry import detect_tool_parser
@@ -28,8 +30,8 @@ from octavo.text.described_tools import PARSER as DESCRIBED_PARSER
 class OutputFormat:
     """How the outputs of one request are to be parsed. functions: those that may be called.
 
-    constrained: the output is held to a schema, so that it is calls and nothing else; of `named` alone, where that is
-    given. strict: it may be anything, but calls in it are held to their schemas.
+    constrained: after its reasoning, the output is held to a schema, so that it is calls and nothing else; of `named`
+    alone, where that is given. strict: it may be anything, but calls in it are held to their schemas.
     """
 
     tool_parser: str | None
@@ -42,14 +44,14 @@ class OutputFormat:
     @property
     def needs_special_tokens(self) -> bool:
         """Whether the marks to look for may be special tokens, so that the text must show these."""
-        return not self.constrained and (self.tool_parser is not None or self.reasoning_parser in SPECIAL_MARKS)
+        return self.reasoning_parser in SPECIAL_MARKS or (self.tool_parser is not None and not self.constrained)
 
     def parser(self, prompt: str) -> OutputParser | None:
         """A new one, for one output that follows `prompt`; None where the text is the content."""
         if self.named is not None:
-            return NamedCallParser(self.functions, self.named)
+            return after_reasoning(self.reasoning_parser, NamedCallParser(self.functions, self.named), prompt)
         if self.constrained:
-            return RequiredCallsParser(self.functions)
+            return after_reasoning(self.reasoning_parser, RequiredCallsParser(self.functions), prompt)
         return output_parser(self.tool_parser, self.reasoning_parser, self.functions, prompt, self.strict)
 
 
@@ -93,6 +95,18 @@ class ToolCalling:
                 "--reasoning-parser NAME",
                 "include_reasoning",
             )
+        if body.thinking_token_budget not in (None, -1):
+            try:
+                check_budget(self._options.reasoning_parser)
+            except ValueError as error:
+                raise invalid(f"{error} (--reasoning-parser NAME)", "thinking_token_budget") from None
+
+    def marks(self, prompt: str, params: SamplingParams) -> ReasoningMarks | None:
+        """The marks that outputs after `prompt` are to be watched for; None where these decide nothing."""
+        parser = self._options.reasoning_parser
+        if parser is None or (params.structured_outputs is None and params.thinking_token_budget is None):
+            return None
+        return reasoning_marks(parser, prompt)
 
     def format(self, body: ChatBody) -> OutputFormat:
         """For a body that has been checked."""

@@ -14,6 +14,9 @@ from octavo.worker.sampler.token_lists import TokenLists, token_lists
 
 Ids = NDArray[np.int64]
 
+# Beyond these, a logit times or over the penalty leaves float32.
+_PENALTY_RANGE = (1e-30, 1e30)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotParams:
@@ -26,7 +29,7 @@ class SlotParams:
     num_logprobs: alternatives wanted beside the sampled token, or None. logprob_ids: which ones; empty for the most
     likely ones.
     lists: what may not be drawn, or None. processors: the caller's functions of the logits.
-    is_masked: each step's plan says which tokens may be drawn.
+    is_masked: the step's plan may say which tokens may be drawn.
     """
 
     temperature: float
@@ -74,7 +77,7 @@ def slot_params(
         top_p=sampling.top_p,
         top_k=sampling.top_k if 0 < sampling.top_k < vocab_size else 0,
         min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=min(max(sampling.repetition_penalty, _PENALTY_RANGE[0]), _PENALTY_RANGE[1]),
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         random_stream=stream_of(sampling.seed),
@@ -84,7 +87,7 @@ def slot_params(
         bias_ids=np.array(list(bias), dtype=np.int64),
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         num_logprobs=sampling.logprobs,
-        is_masked=sampling.structured_outputs is not None,
+        is_masked=sampling.structured_outputs is not None or sampling.thinking_token_budget is not None,
         logprob_ids=tuple(sampling.logprob_token_ids or ()),
         lists=token_lists(sampling, vocab_size),
         processors=tuple(sampling.logits_processors or ()),
