@@ -9,10 +9,9 @@ two runs part, the first position is printed with the gap between the two candid
 it is a tie, which rounding decides, and counted apart; the rest of that output is not compared.
 Constrained: greedy outputs that are held to schemas, patterns, choices and token lists, some of a batch in each way and
 some in none, equal to the CPU's and of the shape asked for. Embeddings: equal to the CPU's.
-bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32 on the same weights, rounded to
-bfloat16 first: what differs is the arithmetic. How far that may be off is the model's own affair, so the CPU's bfloat16
-is the measure: the mean may be 1.25 times as far off, the largest 1.5 times, and either may be 2e-2 in any case. fp8
-is held to a bound that only a wrong scale or layout exceeds.
+bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32. How far that may be off is the model's
+own affair, so the CPU's bfloat16 is the measure: the mean may be 1.25 times as far off, the largest 1.5 times, and
+either may be 2e-2 in any case. fp8 is held to a bound that only a wrong scale or layout exceeds.
 Prints PASS or FAIL a check, in the order of the list, and ends with status 1 if one fails.
 """
 
@@ -23,15 +22,13 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import stepping
 
 from octavo import LLM, CompletionOutput, RequestOutput, SamplingParams
-from octavo.models.base import CausalLM
 from octavo.protocol.structured import StructuredOutputsParams
 
 TIE = 1e-4
@@ -70,17 +67,6 @@ class Outcome:
     passed: bool
     summary: str
     notes: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def rounded_weights() -> Iterator[None]:
-    """Models that are loaded meanwhile have weights that bfloat16 can hold, whatever their dtype."""
-    load = CausalLM.load_weights
-    CausalLM.load_weights = lambda self, weights: load(self, ((name, w.bfloat16().to(w.dtype)) for name, w in weights))
-    try:
-        yield
-    finally:
-        CausalLM.load_weights = load
 
 
 @dataclass(frozen=True)
@@ -149,9 +135,8 @@ class Setup:
         return outputs
 
     def score(self, **options: Any) -> list[float]:
-        """Log-probabilities of the tokens of TEXTS, each given those before it, by a model of bfloat16 weights."""
-        with rounded_weights():
-            llm = self.open(enable_prefix_caching=False, **options)
+        """Log-probabilities of the tokens of TEXTS, each given those before it."""
+        llm = self.open(enable_prefix_caching=False, **options)
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         scores = []
         for output in llm.generate(list(TEXTS), params, use_tqdm=False):

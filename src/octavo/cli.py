@@ -23,7 +23,16 @@ from octavo.engine.client import EngineDeadError
 
 _MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 _FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
-_NAMES = frozenset(_FIELDS) | {"input_file", "output_file", "url", "max_tokens"}
+_NAMES = frozenset(_FIELDS) | {
+    "input_file",
+    "output_file",
+    "url",
+    "max_tokens",
+    "output",
+    "calibration",
+    "group_size",
+    "scheme",
+}
 # tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (
@@ -109,6 +118,42 @@ class Pull:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Write a quantized checkpoint of a model, which other engines load too (compressed-tensors)."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="MODEL", metavar="MODEL")]
+    """A folder of safetensors, a .gguf file, a hub id, or "smollm2"."""
+    scheme: Literal["awq", "fp8", "gptq", "q4"]
+    """awq, gptq: four bits, calibrated on a text (needs the extra octavo[quantize]); q4: four bits, rounded; fp8: one
+    scale a row, and one a token as they come."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Folder that is made."""
+    calibration: str | None = None
+    """Plain text in UTF-8 that awq and gptq watch the model read; 65,536 tokens of it are used."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Columns that share a scale of four bits. None: as many as every layer can have."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def run(self) -> int:
+        """Write the folder, and return the exit status. Raises ValueError or OSError where that cannot be."""
+        from octavo.quantizing import quantize
+
+        calibration = None if self.calibration is None else Path(self.calibration)
+        output = Path(self.output)
+        quantize(
+            self.name,
+            self.scheme,
+            output,
+            revision=self.revision,
+            group_size=self.group_size,
+            calibration=calibration,
+        )
+        print(output)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Check that this machine can serve: one line a check, exit status 1 if one fails."""
 
@@ -129,13 +174,14 @@ class Doctor:
         return 0 if all(check.ok for check in checks) else 1
 
 
-Command = Serve | RunBatch | Chat | Complete | Pull | Doctor
+Command = Serve | RunBatch | Chat | Complete | Pull | Quantize | Doctor
 _COMMANDS = {
     "serve": Serve,
     "run-batch": RunBatch,
     "chat": Chat,
     "complete": Complete,
     "pull": Pull,
+    "quantize": Quantize,
     "doctor": Doctor,
 }
 

@@ -22,7 +22,7 @@ from octavo.config import LONG_CHUNK, EngineConfig, ModelFacts
 from octavo.distributed.executor import DeviceExecutor
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
-from octavo.loading.weights import load_model
+from octavo.loading.weights import as_loaded, load_model
 from octavo.quantization.registry import method_of
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
@@ -47,7 +47,8 @@ def build_cuda(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.zeros(1, device=device)
     lap("CUDA")
-    method = method_of(config.quantization, source.config.get("quantization_config"))
+    values, option = as_loaded(source, device, config.quantization)
+    method = method_of(option, values.get("quantization_config"))
     compiling = compile_kernels(config, facts, method, _DTYPES[config.dtype], device)
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)

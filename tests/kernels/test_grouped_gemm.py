@@ -22,18 +22,21 @@ CASES = [(4, 128, 256), (4, 64, 128), (4, 32, 96), (4, 192, 192), (8, 128, 256),
 
 def weight(
     bits: int, group_size: int, k: int, kind: str, n: int = 40, dtype: torch.dtype = torch.float16
-) -> tuple[Tensor, Tensor, Tensor | None, int, torch.dtype]:
-    """What the kernels take. kind: of "plain", "zeros", "minimums"; dtype: of the scales."""
+) -> tuple[Tensor, Tensor, Tensor | None, int, torch.dtype, Tensor | None]:
+    """What the kernels take. kind: of "plain", "zeros", "minimums", "table"; dtype: of the scales."""
     generator = torch.Generator().manual_seed(k + bits)
     code = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
     groups = n, k // group_size
     scale = (torch.rand(groups, generator=generator) / (1 << bits) + 0.01).to(dtype)
     zero = torch.randint(0, 1 << bits, groups, generator=generator, dtype=torch.uint8) if kind == "zeros" else None
     minimum = torch.randn(groups, generator=generator) if kind == "minimums" else None
+    table = torch.linspace(-1, 1, 16) ** 3 if kind == "table" else None
     chunk = chunk_size(bits, group_size, k)
     assert chunk is not None
-    made = weight_of(Codes(code, scale, zero, minimum), bits, group_size, chunk)
-    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:5])
+    made = weight_of(
+        Codes(code, scale.float() if kind == "table" else scale, zero, minimum, None, table), bits, group_size, chunk
+    )
+    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:6])
 
 
 def assert_close(got: Tensor, expected: Tensor, units: float) -> None:
@@ -83,3 +86,13 @@ def test_what_does_not_fit_is_refused() -> None:
         grouped_linear(x, *made[:3], 128, made[4])
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or"):
         grouped_linear(x.float(), *made)
+
+
+def test_codes_of_a_table() -> None:
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    for group_size in (64, 128, 32):
+        made = weight(4, group_size, 128, "table")
+        expected = reference.dequantize_grouped(*made, torch.float32)
+        torch.testing.assert_close(dequantize_grouped(*made, torch.float32), expected, rtol=1e-6, atol=1e-6)
+        for plan in PLANS:  # numbers of a table are rounded to the dtype, too
+            assert_close(grouped_linear(x, *made, plan=plan), reference.grouped_linear(x, *made), 4.0)

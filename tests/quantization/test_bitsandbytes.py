@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from quantized_checkpoints import encoded, load, logits, plain_tensors, relative
 from torch import Tensor
 
 from octavo.config import DeviceFacts, EngineOptions, ModelFacts, resolve
+from octavo.kernels.reference import grouped_gemm as grouped_reference
 from octavo.loading.source import resolve_source
 from octavo.quantization import four_bit as implementation
 from octavo.quantization.bitsandbytes import StoredFourBit, bitsandbytes
@@ -111,12 +113,15 @@ def test_load_format_implies_the_method(tmp_path: Path) -> None:
         resolve_source(str(tmp_path / "x.gguf"), load_format="bitsandbytes")
 
 
-def layer_of(scheme: FourBitScheme, in_features: int, rows: dict[int, Tensor]) -> LinearLayer:
-    """On a device whose memory is this machine's, and whose type is not "cpu" while weights are loaded."""
+def layer_of(in_features: int, rows: dict[int, Tensor]) -> LinearLayer:
+    """Loaded as on a device that keeps codes."""
+    scheme = FourBitScheme(StoredFourBit("nf4", False))
     layer = LinearLayer(scheme, in_features, sum(map(len, rows.values())), False, torch.float32, torch.device("cpu"))
     for row, weight in rows.items():
         scheme.load(layer, row, len(weight), four_bit(weight, table="nf4")[0])
-    layer.device = torch.device("meta")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(implementation, "keeps_codes", lambda _: True)
+        scheme.finish(layer)
     return layer
 
 
@@ -124,22 +129,18 @@ def test_on_a_gpu_it_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     rows = {4: torch.randn(8, 128, generator=generator), 0: torch.randn(4, 128, generator=generator)}
     plain = torch.cat([four_bit(rows[row], table="nf4")[1] for row in (0, 4)])
-    pairs = implementation._pairs("nf4", torch.device("cpu"))
-    monkeypatch.setattr(implementation, "_pairs", lambda *_: pairs)
-    layer = layer_of(FourBitScheme(StoredFourBit("nf4", False)), 128, rows)
-    layer.scheme.finish(layer)
+    layer = layer_of(128, rows)
     assert layer.weight is None
-    assert layer.scheme.num_bytes(layer) == 12 * 64 + 12 * 2 * 4
+    assert layer.scheme.num_bytes(layer) == 12 * 64 + 12 * 2 * 4 + 16 * 4
+    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(grouped_reference))
+    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
     x = torch.randn(3, 128, generator=generator)
     torch.testing.assert_close(layer.scheme.apply(layer, x), x @ plain.T)
 
 
-def test_blocks_across_rows_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_across_rows_are_dequantized() -> None:
     weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(2))
-    pairs = implementation._pairs("nf4", torch.device("cpu"))
-    monkeypatch.setattr(implementation, "_pairs", lambda *_: pairs)
-    layer = layer_of(FourBitScheme(StoredFourBit("nf4", False)), 96, {0: weight})
-    layer.scheme.finish(layer)
+    layer = layer_of(96, {0: weight})
     assert layer.held is None
     x = torch.eye(96)
     torch.testing.assert_close(UNQUANTIZED.apply(layer, x), four_bit(weight, table="nf4")[1].T)

@@ -67,7 +67,7 @@ async def test_old_names_work_and_say_so_once(caplog: pytest.LogCaptureFixture) 
 
 
 async def test_other_methods_and_odd_queries_and_headers_are_answered_in_shape() -> None:
-    async with running() as rig:
+    async with running(options=ServerOptions(drain_timeout=5.0)) as rig:
         methods = {operation.path: set[str]() for operation in OPERATIONS}
         for operation in OPERATIONS:
             methods[operation.path].add(operation.method.upper())

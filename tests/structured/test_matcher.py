@@ -8,7 +8,20 @@ import llguidance
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from structured_rig import BEGIN, EOS, OTHER_EOS, TOKENS, VOCABULARY, allowed, grammars, ids, matcher, request, took
+from structured_rig import (
+    BEGIN,
+    EOS,
+    OTHER_EOS,
+    SPECIAL,
+    TOKENS,
+    VOCABULARY,
+    allowed,
+    grammars,
+    ids,
+    matcher,
+    request,
+    took,
+)
 
 from octavo.protocol.structured import StructuredOutputsParams
 from octavo.structured.grammar import grammar_of
@@ -124,6 +137,19 @@ def test_min_tokens_bars_ends_while_the_grammar_can_go_on() -> None:
     short = matcher(StructuredOutputsParams(regex="a"), min_tokens=3)
     assert took(short, ids("a")) is None
     assert allowed(short.mask) == {EOS, OTHER_EOS}
+
+
+def test_a_dead_end_is_an_error_in_words() -> None:
+    """The tokens lack a byte that the text needs after what the model chose."""
+    lacking = Vocabulary([b"" if token == b"!" else token for token in TOKENS], [*SPECIAL], VOCABULARY.eos_ids)
+    store = Grammars(lambda: (lacking, lambda text: [token for token in ids(text) if token != ids("!")[0]]))
+    state = store.compile(request(grammar_of(StructuredOutputsParams(regex="a[!]|b[!?]|c"), lacking)))
+    state.accept(ids("a"))
+    assert state.mask is not None
+    assert "no token of the model spells" in (state.error or "")
+    other = store.compile(request(grammar_of(StructuredOutputsParams(regex="a[!]|b[!?]|c"), lacking)))
+    other.accept(ids("b"))
+    assert (other.error, allowed(other.mask or b"")) == (None, set(ids("?")))
 
 
 def test_special_tokens_come_only_where_a_grammar_names_them() -> None:

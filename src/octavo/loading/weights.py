@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,7 @@ def load_model(
 
     Raises ValueError naming the file or the source, and the tensors or the config field at fault.
     """
-    config = source.config
-    if source.path.suffix == ".gguf" and (device.type == "cpu" or quantization not in (None, "gguf")):
-        config, quantization = _without_blocks(config, quantization)
+    config, quantization = as_loaded(source, device, quantization)
     try:
         model = build_model(config, dtype, device, quantization)
     except ValueError as error:
@@ -59,12 +57,19 @@ def load_model(
     return model
 
 
-def _without_blocks(
-    config: Mapping[str, Any], quantization: Quantization | None
+def as_loaded(
+    source: ModelSource, device: torch.device, quantization: Quantization | None
 ) -> tuple[dict[str, Any], Quantization | None]:
-    """For weights that are dequantized before the model gets them. A CPU multiplies by dequantized ones anyway, and
-    they are made fastest tensor by tensor; what quantizes weights as they come wants to see weights."""
-    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    """The config and the option by which the model is built: of a GGUF file whose weights are dequantized before the
+    model gets them, without the file's own format.
+
+    A CPU multiplies by dequantized ones anyway, and they are made fastest tensor by tensor; what quantizes weights as
+    they come wants to see weights.
+    """
+    keeps_blocks = device.type != "cpu" and quantization in (None, "gguf")
+    if source.path.suffix != ".gguf" or keeps_blocks:
+        return source.config, quantization
+    plain = {name: value for name, value in source.config.items() if name != "quantization_config"}
     return plain, None if quantization == "gguf" else quantization
 
 

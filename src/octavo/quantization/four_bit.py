@@ -1,7 +1,7 @@
 """4-bit codes of a table, scaled by the largest magnitude of each block (NF4: Dettmers et al., 2023, "QLoRA"; FP4: a
 sign, two bits of exponent, one of mantissa), in memory: how bitsandbytes keeps weights.
 
-Blocks follow one another in the flat matrix. The products dequantize: what is saved is memory.
+Blocks follow one another in the flat matrix; where they end with its rows, they are groups of columns.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.quantization.grouped import (
+    Codes,
+    GroupedWeight,
+    chunk_size,
+    joined,
+    keeps_codes,
+    launches,
+    multiply,
+    weight_of,
+)
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
 from octavo.quantization.unquantized import UNQUANTIZED
 from octavo.quantization.values import pieces
@@ -62,7 +72,8 @@ class FourBitFormat(Protocol):
 
 @dataclass(frozen=True)
 class FourBitScheme:
-    """Keeps a FourBitWeight as `held`; on a CPU, and where blocks do not end with the rows, the dequantized weight."""
+    """Keeps a GroupedWeight with a table as `held`, or the dequantized weight where codes are not kept, or blocks do
+    not end with the rows."""
 
     format: FourBitFormat
 
@@ -87,34 +98,40 @@ class FourBitScheme:
     def finish(self, layer: LinearLayer) -> None:
         parts: list[FourBitWeight] = [part for _, part in sorted(layer.held, key=lambda placed: placed[0])]
         layer.held, size = None, parts[0].block_size
-        aligned = layer.in_features % size == 0 and all(part.block_size == size for part in parts)
-        if aligned and layer.device.type != "cpu":
-            packed, absmax = torch.cat([part.packed for part in parts]), torch.cat([part.absmax for part in parts])
-            layer.held = FourBitWeight(packed, absmax, size), _pairs(self.format.table, layer.device)
+        chunk = chunk_size(4, size, layer.in_features)
+        if chunk is not None and keeps_codes(layer.device) and all(part.block_size == size for part in parts):
+            layer.held = joined([self._grouped(part, layer.in_features, chunk) for part in parts])
             return
         pairs = _pairs(self.format.table, layer.device)
         plain = [dequantize(part, pairs, layer.in_features, layer.dtype) for part in parts]
         layer.weight = nn.Parameter(torch.cat(plain), requires_grad=False)
         UNQUANTIZED.finish(layer)
 
-    def num_bytes(self, layer: LinearLayer) -> int:
-        if layer.held is None:
-            return UNQUANTIZED.num_bytes(layer)
-        weight: FourBitWeight = layer.held[0]
-        return weight.packed.nbytes + weight.absmax.nbytes
+    def _grouped(self, part: FourBitWeight, in_features: int, chunk: int) -> GroupedWeight:
+        packed = part.packed.view(-1, in_features // 2)
+        code = torch.stack((packed >> 4, packed & 15), -1).view(-1, in_features)
+        table = torch.tensor(TABLES[self.format.table], device=packed.device)
+        absmax = part.absmax.view(-1, in_features // part.block_size)
+        return weight_of(Codes(code, absmax, table=table), 4, part.block_size, chunk)
 
-    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:  # noqa: ARG002
-        return {}
+    def num_bytes(self, layer: LinearLayer) -> int:
+        return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
+
+    def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+        """For blocks of 64."""
+        chunk = chunk_size(4, 64, shape.in_features)
+        if chunk is None:
+            return UNQUANTIZED.launches(shape)
+        packed = torch.zeros(shape.out_features * shape.in_features // 2, dtype=torch.uint8, device=shape.device)
+        absmax = torch.zeros(len(packed) // 32, device=shape.device)
+        return launches(self._grouped(FourBitWeight(packed, absmax, 64), shape.in_features, chunk), shape)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
-        if layer.held is None:
-            return UNQUANTIZED.apply(layer, x)
-        weight, pairs = layer.held
-        return F.linear(x, dequantize(weight, pairs, layer.in_features, x.dtype), layer.bias)
+        return UNQUANTIZED.apply(layer, x) if layer.held is None else multiply(x, layer.held, layer.bias)
 
 
 @dataclass(frozen=True)

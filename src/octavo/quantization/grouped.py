@@ -25,11 +25,12 @@ _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
 
 class Codes(NamedTuple):
     """A part's weights as a format gives them: W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], or with a minimum,
-    code[n, k] * scale[n, g] + minimum[n, g], where g = k // group_size.
+    code[n, k] * scale[n, g] + minimum[n, g], where g = k // group_size; or with a table, table[code[n, k]] *
+    scale[n, g].
 
     code: uint8 [num_rows, in_features], below 2**bits; scale: floating-point [num_rows, groups]; zero: uint8 as scale,
     None for 2**(bits - 1) everywhere; minimum: float32 as scale, or None; order: int64 [in_features]: column i of
-    `code` is multiplied by x[:, order[i]]; None for i.
+    `code` is multiplied by x[:, order[i]]; None for i. table: float32 [16], of codes of 4 bits that are no numbers.
     """
 
     code: Tensor
@@ -37,6 +38,7 @@ class Codes(NamedTuple):
     zero: Tensor | None = None
     minimum: Tensor | None = None
     order: Tensor | None = None
+    table: Tensor | None = None
 
 
 class GroupedFormat(Protocol):
@@ -66,12 +68,13 @@ class GroupedFormat(Protocol):
 
 
 class GroupedWeight(NamedTuple):
-    """What is kept: W[n, k] = scale * (code - half - zero) + minimum, where half = 2**(bits - 1), g = k // group_size.
+    """What is kept: W[n, k] = scale * (code - half - zero) + minimum, where half = 2**(bits - 1), g = k // group_size;
+    with a table, scale * table[code].
 
     packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j; 4 bits: column j in the low
     half of byte j, column j + chunk / 2 in the high half. Either half of a chunk (8 bits: the chunk) is in one group.
     scale: [groups, N], float32, or int32 that holds a scale of scale_dtype (float16 or bfloat16) in its low half and
-    zero in its high half: one load. minimum: float32 [groups, N], or None for 0; order: as in Codes.
+    zero in its high half: one load. minimum: float32 [groups, N], or None for 0; table, order: as in Codes.
     """
 
     packed: Tensor
@@ -79,11 +82,12 @@ class GroupedWeight(NamedTuple):
     minimum: Tensor | None
     group_size: int
     scale_dtype: torch.dtype
+    table: Tensor | None = None
     order: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.packed, self.scale, self.minimum, self.order)
+        tensors = (self.packed, self.scale, self.minimum, self.table, self.order)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -115,13 +119,13 @@ def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWe
     # Less zero, 8 bits could need a ninth, and bfloat16 has eight.
     if minimum is None and dtype.itemsize == 2 and (bits == 4 or codes.zero is None):
         words = torch.stack((scale.view(torch.int16), zero), -1).view(torch.int32)[..., 0]
-        return GroupedWeight(packed, words, None, group_size, dtype, codes.order)
+        return GroupedWeight(packed, words, None, group_size, dtype, codes.table, codes.order)
     scale = scale.float()
     if minimum is not None:
         minimum = (minimum.t().float() + half * scale).contiguous()
     elif codes.zero is not None:
         minimum = -zero * scale
-    return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.order)
+    return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.table, codes.order)
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -129,6 +133,31 @@ def keeps_codes(device: torch.device) -> bool:
     bfloat16 from some 16 tokens on, and 4 to 400 times as long in float32
     (benchmarks/results/integer-formats-2026-11-28.md)."""
     return device.type != "cpu"
+
+
+def multiply(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype: few tokens by the weight as it
+    lies, more by the dequantized weight."""
+    if weight.order is not None:
+        x = x[:, weight.order]
+    kernels = device_kernels.get()
+    if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
+        few: Tensor = kernels.grouped_linear(x, *weight[:6], bias)
+        return few
+    return F.linear(x, kernels.dequantize_grouped(*weight[:6], x.dtype), bias)
+
+
+def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
+    """As LinearScheme has them, for a layer that holds such a weight."""
+    kernels = device_kernels.get()
+
+    def run(num_tokens: int) -> None:
+        multiply(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
+
+    if shape.dtype.itemsize != 2:
+        return {}
+    counts = (8, 16, 32, 64, 128, 256, 512, kernels.GROUPED_MAX_M + 1)
+    return {("grouped", *shape, num_tokens): partial(run, num_tokens) for num_tokens in counts}
 
 
 @dataclass(frozen=True)
@@ -168,37 +197,22 @@ class GroupedScheme:
             layer.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
             UNQUANTIZED.finish(layer)
         else:
-            layer.held = parts[0] if len(parts) == 1 else _joined(parts)
+            layer.held = parts[0] if len(parts) == 1 else joined(parts)
 
     def num_bytes(self, layer: LinearLayer) -> int:
         return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
-        kernels = device_kernels.get()
+        """For scales in 16 bits: what has others compiles when it is launched."""
         rows, columns = shape.out_features, shape.in_features
         group_size = columns if self.format.group_size == -1 else self.format.group_size
         chunk = chunk_size(self.format.bits, group_size, columns)
         if chunk is None:
             return UNQUANTIZED.launches(shape)
-        if shape.dtype.itemsize != 2:
-            return {}
-        weight = GroupedWeight(
-            torch.zeros(columns // chunk, rows, chunk * self.format.bits // 8, dtype=torch.uint8, device=shape.device),
-            torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device),
-            None,
-            group_size,
-            torch.float16,
-        )
-
-        def multiply(num_tokens: int) -> None:
-            x = torch.zeros(num_tokens, columns, dtype=shape.dtype, device=shape.device)
-            kernels.grouped_linear(x, *weight[:5])
-
-        found: dict[Hashable, Callable[[], object]] = {
-            ("grouped", rows, columns, m): partial(multiply, m) for m in (8, 16, 32, 64, 128, 256, 512)
-        }
-        found["dequantize", weight.packed.shape[2]] = lambda: kernels.dequantize_grouped(*weight[:5], shape.dtype)
-        return found
+        packed = columns // chunk, rows, chunk * self.format.bits // 8
+        words = torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device)
+        codes = torch.zeros(packed, dtype=torch.uint8, device=shape.device)
+        return launches(GroupedWeight(codes, words, None, group_size, torch.float16), shape)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
@@ -206,16 +220,7 @@ class GroupedScheme:
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
         held: GroupedWeight | None = layer.held
-        if held is None:
-            return UNQUANTIZED.apply(layer, x)
-        if held.order is not None:
-            x = x[:, held.order]
-        kernels = device_kernels.get()
-        if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-            few: Tensor = kernels.grouped_linear(x, *held[:5], layer.bias)
-            return few
-        weight = kernels.dequantize_grouped(*held[:5], x.dtype)
-        return F.linear(x, weight, layer.bias)
+        return UNQUANTIZED.apply(layer, x) if held is None else multiply(x, held, layer.bias)
 
     def _group_size(self, layer: LinearLayer) -> int:
         return layer.in_features if self.format.group_size == -1 else self.format.group_size
@@ -234,7 +239,7 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     return plain if codes.order is None else torch.empty_like(plain).index_copy_(1, codes.order, plain)
 
 
-def _joined(parts: list[GroupedWeight]) -> GroupedWeight:
+def joined(parts: list[GroupedWeight]) -> GroupedWeight:
     """The rows of all, which have one format and no order."""
     kinds = {(part.scale.dtype, part.scale_dtype, part.minimum is None) for part in parts}
     assert len(kinds) == 1, f"parts of one format are kept in {len(kinds)} ways"

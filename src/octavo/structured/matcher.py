@@ -119,11 +119,15 @@ class GrammarMatcher:
         """The mask of the state, from the MaskMaker."""
         self._is_stale = False
         if self.state.is_error():
-            self._error = self._error or f"the grammar went beyond a limit: {reason(self.state)}"
-        elif mask.count(0) == len(mask):
-            self._error = self._error or "no token of the model spells what the grammar needs next"
+            self._error = self._error or _why(reason(self.state))
         elif self._num_before + self.num_accepted < self._min_tokens:
             mask = without(mask, self._end_ids)
         elif self._ignores_eos:
             mask = without(mask, self._eos_ids)
         self.last_mask = mask
+
+
+def _why(llguidance_says: str) -> str:
+    if llguidance_says == "NoExtensionBias":
+        return "no token of the model spells what the grammar needs next"
+    return f"the grammar went beyond a limit: {llguidance_says}"

@@ -3,7 +3,7 @@
 Recording a size takes tens of milliseconds, during which everybody waits. So as many as a second allows are recorded
 when the engine starts, the most useful first; a server records the others before it answers, and `LLM` each at its
 first use: launched one by one, a step of a small model takes 16 ms of the host's time, so that to wait for a better
-moment costs more (benchmarks/results/h200-2026-11-25.md).
+moment costs more (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -43,6 +43,16 @@ def test_repetition_multiplies_negative_logits():
     assert sample(Sampler(1, VOCAB, CPU), logits, [row]).token_ids.tolist() == [20]
 
 
+def test_the_smallest_and_largest_repetition_penalties_leave_numbers():
+    logits = torch.full((1, VOCAB), -10.0)
+    logits[0, 10], logits[0, 20], logits[0, 30] = 1.0, 0.0, -1.0
+    for penalty in (5e-324, 1e308):
+        sampling = SamplingParams(seed=0, temperature=0, repetition_penalty=penalty)
+        row = Sequence(sampling, [10, 20, 30], 3)
+        sampled = sample(Sampler(1, VOCAB, CPU), logits, [row])
+        assert (sampled.token_ids.tolist(), sampled.bad.tolist()) == ([10], [False]), penalty
+
+
 def test_a_slot_forgets_its_last_sequence():
     logits = torch.zeros(1, VOCAB)
     logits[0, 10], logits[0, 20] = 5.0, 4.0

@@ -12,17 +12,22 @@ def dequantize_grouped(
     minimum: Tensor | None,
     group_size: int,
     scale_dtype: torch.dtype,
+    table: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight [N, K] in `dtype`: scale * (code - half - zero) + minimum. packed: uint8 [chunks, N, width], two
-    4-bit codes a byte (columns j and j + width of a chunk) or one of 8 bits; scale: [groups, N], float32, or int32
-    with a scale of scale_dtype in the low half and the zero in the high half; minimum: float32 [groups, N]."""
+    """The weight [N, K] in `dtype`: scale * (code - half - zero) + minimum, or scale * table[code].
+
+    packed: uint8 [chunks, N, width], two 4-bit codes a byte (columns j and j + width of a chunk) or one of 8 bits;
+    scale: [groups, N], float32, or int32 with a scale of scale_dtype in the low half and the zero in the high half;
+    minimum: float32 [groups, N]; table: float32 [16].
+    """
     num_chunks, n, width = packed.shape
     k = scale.shape[0] * group_size
     if num_chunks * width == k:
         number = packed.double() - 128
     else:
-        number = torch.cat((packed & 15, packed >> 4), -1).double() - 8
+        code = torch.cat((packed & 15, packed >> 4), -1)
+        number = code.double() - 8 if table is None else table.double()[code.int()]
     number = number.transpose(0, 1).reshape(n, -1, group_size)
     if scale.dtype == torch.int32:
         halves = scale.contiguous().view(torch.int16).view(*scale.shape, 2)
@@ -41,8 +46,9 @@ def grouped_linear(
     minimum: Tensor | None,
     group_size: int,
     scale_dtype: torch.dtype,
+    table: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + bias in float64, rounded once to x's dtype. x: [M, K]; bias: [N]."""
-    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, scale_dtype, torch.float64).T
+    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, scale_dtype, table, torch.float64).T
     return (product if bias is None else product + bias.double()).to(x.dtype)

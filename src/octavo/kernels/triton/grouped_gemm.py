@@ -146,9 +146,13 @@ def _bf16_bytes(raw):
 
 
 @triton.jit
-def _low_and_high(raw, zero, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The numbers of 4-bit codes, less 8 and less `zero` int32 [BLOCK_N], in DTYPE, exactly."""
-    if FAST:
+def _low_and_high(raw, zero, table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
+    exactly."""
+    if HAS_TABLE:
+        low = tl.load(table_ptr + (raw & 15).to(tl.int32)).to(DTYPE)
+        high = tl.load(table_ptr + (raw >> 4).to(tl.int32)).to(DTYPE)
+    elif FAST:
         base = 136 if tl.bfloat16 == DTYPE else 1032
         base = tl.broadcast_to((zero + base).to(tl.float32).to(DTYPE)[:, None], raw.shape)
         if tl.bfloat16 == DTYPE:
@@ -225,6 +229,7 @@ def _grouped_kernel(
     packed_ptr,  # uint8 [chunks, N, WIDTH]
     scale_ptr,  # int32 or float32 [groups, N]
     minimum_ptr,  # float32 [groups, N] if HAS_MINIMUM
+    table_ptr,  # float32 [16] if HAS_TABLE
     bias_ptr,  # [N] if HAS_BIAS
     out_ptr,  # [M, N], contiguous
     partial_ptr,  # as in _reduce, if SPLIT_K > 1
@@ -238,6 +243,7 @@ def _grouped_kernel(
     GROUP: tl.constexpr,  # columns of a group; WIDTH divides it
     SCALE_DTYPE: tl.constexpr,  # in int32 scales
     HAS_MINIMUM: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -277,13 +283,13 @@ def _grouped_kernel(
                 acc = _accumulate(acc, w, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
             else:
                 x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
-                low, high = _low_and_high(raw, zero, DTYPE, FAST)
+                low, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
                 if GROUP % CHUNK:  # the high half may be in another group
                     scale, zero, minimum = _group_of(
                         scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
                     )
-                    _, high = _low_and_high(raw, zero, DTYPE, FAST)
+                    _, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, high, x_high, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
     if SWAP:
         acc = tl.trans(acc)
@@ -306,13 +312,14 @@ def grouped_linear(
     minimum: Tensor | None,
     group_size: int,
     scale_dtype: torch.dtype,
+    table: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     plan: GroupedPlan | None = None,
 ) -> Tensor:
     """x Wᵀ + bias, accumulated in float32 and rounded once. Returns a new tensor [M, N] in x's dtype.
 
-    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, scale_dtype: as in
+    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, scale_dtype, table: as in
     octavo.quantization.grouped.GroupedWeight; bias: [N]. plan: instead of the rule's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
@@ -335,13 +342,15 @@ def grouped_linear(
     if tiles * parts > _MAX_TILES:
         split_k = 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
-    pointers = x, packed, scale, scale if minimum is None else minimum, out if bias is None else bias, out
+    optional = (scale if tensor is None else tensor for tensor in (minimum, table, bias))  # scale: not read
+    pointers = x, packed, scale, *optional, out
     shared = {
         "BITS": bits,
         "WIDTH": width,
         "GROUP": group_size,
         "SCALE_DTYPE": _TRITON[scale_dtype],
         "HAS_MINIMUM": minimum is not None,
+        "HAS_TABLE": table is not None,
         "HAS_BIAS": bias is not None,
         "BLOCK_N": plan.block_n,
         "SPLIT_K": split_k,
@@ -372,6 +381,7 @@ def _dequantize_kernel(
     packed_ptr,  # as in _grouped_kernel
     scale_ptr,
     minimum_ptr,
+    table_ptr,
     out_ptr,  # [N, K], contiguous
     N,
     K,
@@ -380,6 +390,7 @@ def _dequantize_kernel(
     GROUP: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Program (tile, chunk): BLOCK_N rows of one chunk."""
@@ -392,8 +403,11 @@ def _dequantize_kernel(
         code = (raw >> (4 * half)) & (15 if BITS == 4 else 255)
         column = chunk * CHUNK + half * WIDTH
         scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, SCALE_DTYPE, HAS_MINIMUM)
-        number = code - (8 if BITS == 4 else 128) - zero[:, None]
-        value = number.to(tl.float32) * scale[:, None] + minimum[:, None]
+        if HAS_TABLE:
+            number = tl.load(table_ptr + code)
+        else:
+            number = (code - (8 if BITS == 4 else 128) - zero[:, None]).to(tl.float32)
+        value = number * scale[:, None] + minimum[:, None]
         to = n.to(tl.int64)[:, None] * K + column + byte[None, :]
         tl.store(out_ptr + to, value.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -404,6 +418,7 @@ def dequantize_grouped(
     minimum: Tensor | None,
     group_size: int,
     scale_dtype: torch.dtype,
+    table: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, K] in `dtype`, each element rounded once from float32. The rest as for `grouped_linear`."""
@@ -414,6 +429,7 @@ def dequantize_grouped(
         packed,
         scale,
         scale if minimum is None else minimum,
+        scale if table is None else table,
         out,
         n,
         k,
@@ -422,6 +438,7 @@ def dequantize_grouped(
         GROUP=group_size,
         SCALE_DTYPE=_TRITON[scale_dtype],
         HAS_MINIMUM=minimum is not None,
+        HAS_TABLE=table is not None,
         BLOCK_N=32,
     )
     return out

@@ -1,0 +1,1 @@
+"""Writing quantized checkpoints: what `octavo quantize` is made of."""
