@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def load_model(
         else:
             read = safetensors_weights if device.type == "cpu" else partial(streamed_weights, device=device)
             names = {tensor.name for file in source.files for tensor in read_header(file)}
-            model.load_weights(read(source.files), names)
+            unpacks = device.type == "cpu" and config.get("quantization_config") is not None
+            with _one_thread_an_operator() if unpacks else nullcontext():
+                model.load_weights(read(source.files), names)
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
@@ -84,8 +86,8 @@ def _load_gguf(model: CausalLM, path: Path, dtype: torch.dtype, device: torch.de
 
 @contextmanager
 def _one_thread_an_operator() -> Iterator[None]:
-    """Thousands of short operators stall on one another's barriers wherever a core is shared with other work;
-    threads that each take a tensor do not."""
+    """Thousands of short operators, as unpacking is, stall on one another's barriers wherever a core is shared with
+    other work; threads that each take a tensor do not, nor does a single one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
