@@ -146,6 +146,14 @@ def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert model.linear_bits == pytest.approx(8 * (kept + rest) / num_weights)
 
 
+def test_parts_of_one_matrix_have_scales_of_one_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+    name = "model.layers.1.self_attn.k_proj.scales"
+    scales = encoded(CASES["awq"][0])[0][name]
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*: the scales of its matrix are torch.bfloat16 and"):
+        load(written(tmp_path, "awq", {name: scales.bfloat16()}))
+
+
 @pytest.mark.parametrize("case", ["awq", "gptq, desc_act", "pack-quantized, 8 bits, asymmetric"])
 def test_in_bfloat16(case: str, tmp_path: Path) -> None:
     _, plain = encoded(CASES[case][0])

@@ -113,8 +113,8 @@ class _Loader:
         tensors = {end: tensor for end, tensor in taken.items() if tensor is not None}
         try:
             layer.scheme.load(layer, row, num_rows, tensors)
+            del self._taken[name]
+            if not self._taken:
+                layer.scheme.finish(layer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        del self._taken[name]
-        if not self._taken:
-            layer.scheme.finish(layer)

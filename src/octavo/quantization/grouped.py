@@ -240,9 +240,10 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
 
 
 def joined(parts: list[GroupedWeight]) -> GroupedWeight:
-    """The rows of all, which have one format and no order."""
-    kinds = {(part.scale.dtype, part.scale_dtype, part.minimum is None) for part in parts}
-    assert len(kinds) == 1, f"parts of one format are kept in {len(kinds)} ways"
+    """The rows of all, which have one format and no order. Raises ValueError where their scales differ in dtype."""
+    dtypes = sorted({str(part.scale_dtype) for part in parts})
+    if len(dtypes) > 1:
+        raise ValueError(f"the scales of its matrix are {' and '.join(dtypes)}, expected one dtype")
     minimums = [part.minimum for part in parts if part.minimum is not None]
     return parts[0]._replace(
         packed=torch.cat([part.packed for part in parts], 1),

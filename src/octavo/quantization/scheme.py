@@ -129,7 +129,8 @@ class LinearScheme(Protocol):
         ...
 
     def finish(self, layer: LinearLayer) -> None:
-        """All is loaded, the bias included: make the layer ready for `apply`."""
+        """All is loaded, the bias included: make the layer ready for `apply`. Raises as `load`, for parts that do not
+        go together."""
         ...
 
     def num_bytes(self, layer: LinearLayer) -> int:

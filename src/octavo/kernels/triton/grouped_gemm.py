@@ -65,59 +65,26 @@ def _split(tiles: int, num_chunks: int, programs_per_sm: int) -> int:
     return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // 4, 8))
 
 
-@triton.jit
-def _bf16_numbers(raw, zero):
-    """raw: uint8 of two codes each; zero: bfloat16, 136 and the code that stands for 0 less 8. The low codes and the
-    high ones, less what stands for 0, exactly: 0x43 in front of a code makes it the bfloat16 128 + code."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $4, 0, 0x4140;
-        prmt.b32 b, $4, 0, 0x4342;
-        shr.b32 c, a, 4;
-        shr.b32 d, b, 4;
-        lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-        sub.rn.bf16x2 $0, a, $5;
-        sub.rn.bf16x2 $1, b, $6;
-        sub.rn.bf16x2 $2, c, $5;
-        sub.rn.bf16x2 $3, d, $6;
-        }""",
-        "=r,=r,=r,=r,r,r,r",
-        [raw, zero],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _fp16_numbers(raw, zero):
-    """As _bf16_numbers for float16, where 0x64 in front of a code makes it 1024 + code; zero: 1032 and so on."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $4, 0, 0x4140;
-        prmt.b32 b, $4, 0, 0x4342;
-        shr.b32 c, a, 4;
-        shr.b32 d, b, 4;
-        lop3.b32 a, a, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 b, b, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 c, c, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 d, d, 0x000F000F, 0x64006400, 0xEA;
-        sub.rn.f16x2 $0, a, $5;
-        sub.rn.f16x2 $1, b, $6;
-        sub.rn.f16x2 $2, c, $5;
-        sub.rn.f16x2 $3, d, $6;
-        }""",
-        "=r,=r,=r,=r,r,r,r",
-        [raw, zero],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
+# Low and high codes of four bytes to two pairs of numbers each, less the operand: a magic byte in front of a code makes
+# it a number of a known exponent.
+_NUMBERS = """{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shr.b32 c, a, 4;
+    shr.b32 d, b, 4;
+    lop3.b32 a, a, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 b, b, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 c, c, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 d, d, 0x000F000F, MAGIC, 0xEA;
+    sub.rn.TYPE $0, a, $5;
+    sub.rn.TYPE $1, b, $6;
+    sub.rn.TYPE $2, c, $5;
+    sub.rn.TYPE $3, d, $6;
+    }"""
+_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r")
+_BF16_NUMBERS = tl.constexpr(_NUMBERS.replace("MAGIC", "0x43004300").replace("TYPE", "bf16x2"))  # 128 + code
+_FP16_NUMBERS = tl.constexpr(_NUMBERS.replace("MAGIC", "0x64006400").replace("TYPE", "f16x2"))  # 1024 + code
 
 
 @triton.jit
@@ -153,12 +120,16 @@ def _low_and_high(raw, zero, table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.const
         low = tl.load(table_ptr + (raw & 15).to(tl.int32)).to(DTYPE)
         high = tl.load(table_ptr + (raw >> 4).to(tl.int32)).to(DTYPE)
     elif FAST:
-        base = 136 if tl.bfloat16 == DTYPE else 1032
+        base = 136 if tl.bfloat16 == DTYPE else 1032  # what code 8 becomes
         base = tl.broadcast_to((zero + base).to(tl.float32).to(DTYPE)[:, None], raw.shape)
         if tl.bfloat16 == DTYPE:
-            low, high = _bf16_numbers(raw, base)
+            low, high = tl.inline_asm_elementwise(
+                _BF16_NUMBERS, _REGISTERS, [raw, base], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
         else:
-            low, high = _fp16_numbers(raw, base)
+            low, high = tl.inline_asm_elementwise(
+                _FP16_NUMBERS, _REGISTERS, [raw, base], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            )
     else:
         base = (zero + 8)[:, None]
         low = ((raw & 15).to(tl.int32) - base).to(tl.float32).to(DTYPE)
