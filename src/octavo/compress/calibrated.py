@@ -29,13 +29,16 @@ def write_calibrated(
     """folder: a plain model; calibration: UTF-8 text, of which the first 65,536 tokens are used; output: an empty
     folder, which gets the model and its config.json.
 
-    Raises ValueError for a text shorter than one sequence of 512 tokens, and for AWQ on a machine without a GPU, where
-    the library's does not run: it pins memory.
+    Raises ValueError for a text that is not UTF-8 or shorter than one sequence of 512 tokens, and for AWQ on a machine
+    without a GPU, where the library's does not run: it pins memory.
     """
     if method == "awq" and not torch.accelerator.is_available():
         raise ValueError("scheme='awq' needs a GPU here, as llm-compressor's does; allowed without: fp8, gptq, q4")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(calibration.read_text(encoding="utf-8"))["input_ids"]
+    try:
+        ids = tokenizer(calibration.read_text(encoding="utf-8"))["input_ids"]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration={str(calibration)!r} is not UTF-8: {error}") from error
     starts = range(0, len(ids) - _SEQUENCE + 1, _SEQUENCE)[:_MAX_SEQUENCES]
     if not starts:
         raise ValueError(f"calibration={str(calibration)!r} has {len(ids)} tokens; allowed: >= {_SEQUENCE}")
@@ -49,6 +52,7 @@ def write_calibrated(
         symmetric=method == "gptq",
         strategy=QuantizationStrategy.GROUP,
         group_size=group_size,
+        observer="memoryless_mse",
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}
     if method == "gptq":
