@@ -52,7 +52,8 @@ def write_calibrated(
         symmetric=method == "gptq",
         strategy=QuantizationStrategy.GROUP,
         group_size=group_size,
-        observer="memoryless_mse",
+        # AWQ looks for scales itself, and would ask an observer that searches as well at every step.
+        observer="memoryless_mse" if method == "gptq" else "memoryless_minmax",
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}
     if method == "gptq":
