@@ -72,8 +72,9 @@ class CausalLM(nn.Module, ABC):
         wrong: list[str] = []
         unexpected: list[str] = []
         if names is not None:
+            known = set(names)
             optional = [name for name, slot in slots.items() if not slot.spec.required]
-            self._skip(slots, [name for name in optional if not {name, name.removeprefix("model.")} & set(names)])
+            self._skip(slots, [name for name in optional if known.isdisjoint((name, name.removeprefix("model.")))])
         for name, tensor in weights:
             slot = slots.pop(name, None)
             if slot is None and self.config.head == "embeddings":

@@ -15,12 +15,19 @@ from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _AMAX_MIN, _FP8_MAX
 from octavo.kernels.triton.launch import _launch
-from octavo.kernels.triton.skinny_gemm import _MAX_TILES, _WORKSPACE_FLOATS, _finish, _reduce, _to_operand, _workspace
+from octavo.kernels.triton.skinny_gemm import (
+    _MAX_TILES,
+    _NUM_SMS,
+    _WORKSPACE_FLOATS,
+    _finish,
+    _reduce,
+    _to_operand,
+    _workspace,
+)
 
 _GROUP = tl.constexpr(128)
 _BLOCK = 128
 _LIMIT_M = 64  # tokens that skinny_linear_block_fp8 takes
-_NUM_SMS = 132  # of an H100 or H200
 _ROWS = 8  # tokens that share a group of programs' columns in the second-level cache
 
 

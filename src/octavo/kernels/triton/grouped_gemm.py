@@ -15,13 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.skinny_gemm import _reduce, _workspace
+from octavo.kernels.triton.skinny_gemm import (
+    _MAX_TILES,
+    _NUM_SMS,
+    _WORKSPACE_FLOATS,
+    _finish,
+    _reduce,
+    _workspace,
+)
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
-_NUM_SMS = 132  # of an H100 or H200
 _LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
-_WORKSPACE_FLOATS = 4 << 20  # as in skinny_gemm
-_MAX_TILES = 1 << 14
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -271,9 +275,7 @@ def _grouped_kernel(
         tile_of_all = part * tl.num_programs(0) + tile
         complete, acc = _reduce(acc, tile_of_all, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
     if complete:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, False)
 
 
 def grouped_linear(
