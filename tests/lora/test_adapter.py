@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from octavo.lora.adapter import Adapter, read_adapter
 
-Q, K, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
+Q = "model.layers.0.self_attn.q_proj"
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|mlp|feed_forward|ffn|dense).*?(?:q_proj|v_proj).*?)|"
     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|mlp)\.(?:(?:q_proj|v_proj)))"
@@ -90,6 +91,15 @@ def test_updates_are_those_of_peft(tmp_path: Path, fields: dict[str, Any], tied:
         assert torch.equal(table, next(state[key] for key in keys if key in state))
     listed = {name for entry in fields.get("modules_to_save", []) for name in TARGETS if name.endswith(entry)}
     assert listed <= adapter.replaced.keys()
+
+
+@pytest.mark.parametrize("word", ["all-linear", "ALL-LINEAR"])
+def test_all_linear_leaves_the_head_out(tmp_path: Path, word: str) -> None:
+    """PEFT writes what it stands for; a trainer of its own may write the word."""
+    model = adapted(target_modules="all-linear", exclude_modules=["down_proj"])
+    config = saved(tmp_path, model) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": word}))
+    assert_same_updates(read(tmp_path), model)
 
 
 def test_it_adds_up(tmp_path: Path) -> None:
