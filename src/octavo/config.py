@@ -236,6 +236,8 @@ class SchedulerConfig:
     chunk_alignment: int = 1
     """Long chunks of prompts end at multiples of it, which attention may serve faster."""
     policy: SchedulingPolicy = "fcfs"
+    max_loras: int = 0
+    """Adapters that sequences of one step may have between them; 0: none may have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
