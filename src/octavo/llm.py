@@ -50,6 +50,14 @@ LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
 
+class _Search(NamedTuple):
+    """A beam search, what it continues, and with which adapter."""
+
+    search: BeamSearch
+    prompt_token_ids: list[int]
+    lora: LoRARequest | None
+
+
 @dataclass(slots=True)
 class _Job:
     """One prompt under way: its completions by engine request id, in index order, or the search for them."""
@@ -60,16 +68,7 @@ class _Job:
     sampling: SamplingParams
     completions: dict[str, Generation] = field(default_factory=dict)
     num_unfinished: int = 0
-    search: BeamSearch | None = None
-    lora: LoRARequest | None = None
-
-
-class _Search(NamedTuple):
-    """A beam search, what it continues, and with which adapter."""
-
-    search: BeamSearch
-    prompt_token_ids: list[int]
-    lora: LoRARequest | None
+    search: _Search | None = None
 
 
 class LLM:
@@ -161,9 +160,7 @@ class LLM:
             job, own = self._prepare(prompt, sampling, rank, lora)
             jobs.append(job)
             requests += own
-        self._search(
-            {j.request_id: _Search(j.search, j.prompt_token_ids, j.lora) for j in jobs if j.search is not None}
-        )
+        self._search({job.request_id: job.search for job in jobs if job.search is not None})
         if requests:
             self._run([job for job in jobs if job.search is None], requests, use_tqdm)
         return [self._output(job) for job in jobs]
@@ -311,14 +308,13 @@ class LLM:
         room = self._room(token_ids)
         grammar = self._grammar(sampling)
         reasoning = self._marks(sampling, text, token_ids)
-        job = _Job(
-            str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions, lora=lora
-        )
+        job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
         requests: list[Request] = []
         if sampling.use_beam_search:
             if lora is not None:
                 raise ValueError("lora_request is not supported with use_beam_search; allowed: either")
-            job.search = BeamSearch(beams_of(sampling, min(room, sampling.max_tokens or room)), self._eos_token_ids)
+            beams = beams_of(sampling, min(room, sampling.max_tokens or room))
+            job.search = _Search(BeamSearch(beams, self._eos_token_ids), token_ids, lora)
             return job, requests
         for index, own in enumerate(sampling.completions(lambda: self._seeds.getrandbits(63))):
             request = Request(
@@ -455,7 +451,7 @@ class LLM:
     def _generations(self, job: _Job) -> list[Generation]:
         """What is returned of a prompt's completions: all, or the best, best first."""
         if job.search is not None:
-            found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.ended]
+            found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.search.ended]
             return found[: job.sampling.n]
         return best_first(list(job.completions.values()), job.sampling.n)
 

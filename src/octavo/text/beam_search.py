@@ -88,7 +88,8 @@ class BeamSearch:
     ) -> list[Request]:
         """One for each running beam: its next token, of which `advance` wants the log-probabilities.
 
-        like: whose arrival_time, priority, cache_salt and adapter they have, or that adapter alone. Beginnings come from the prefix cache.
+        like: whose arrival_time, priority, cache_salt and adapter they have, or the adapter alone. Beginnings come from
+        the prefix cache.
         """
         self._num_steps += 1
         if not isinstance(like, Request):
