@@ -79,7 +79,7 @@ class AdapterDesk:
     def audit(self) -> None:
         """I27: pins and users agree, and every loaded adapter has a place."""
         self._cache.audit()
-        users = Counter(self._pins.values()) + Counter(self._loading)
+        users = Counter([*self._pins.values(), *self._loading])
         counted = {number: count for number, count in self._cache.users().items() if count}
         require(users == counted, "I27: those who pin adapters in host memory are miscounted")
 
