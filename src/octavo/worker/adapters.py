@@ -13,8 +13,9 @@ from octavo.config import EngineConfig, LoRASizes
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear
 from octavo.layers.lora import ActiveAdapters, EmbeddingAdapters, LinearAdapters
-from octavo.lora.adapter import Adapter, Target, read_adapter
+from octavo.lora.adapter import Adapter, read_adapter
 from octavo.lora.source import adapter_folder
+from octavo.lora.targeting import Target
 from octavo.models.base import CausalLM
 from octavo.protocol.lora import LoRARequest
 from octavo.protocol.plan import NO_ADAPTER
@@ -60,7 +61,7 @@ class AdapterBank:
         self.active = ActiveAdapters()
         self.broken: dict[int, str] = {}  # by slot: why its adapter could not be brought in
         self._max_rank, self._dtype, self._device = sizes.max_lora_rank, dtype, device
-        self._rank = -(-sizes.max_lora_rank // _RANK_STEP) * _RANK_STEP
+        self._rank = storage_rank(sizes.max_lora_rank)
         self._parts: dict[str, _Part] = {}
         self._num_words = 0
         layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Linear | Embedding)]
@@ -191,6 +192,11 @@ class AdapterBank:
             layer.adapters = adapters = EmbeddingAdapters(self.active, a.view(num_slots, *first.a_shape), b, ranks)
         if len(names) == 1:
             self._layers[names[0]] = adapters
+
+
+def storage_rank(max_rank: int) -> int:
+    """What ranks are padded to in memory."""
+    return -(-max_rank // _RANK_STEP) * _RANK_STEP
 
 
 def adapter_bank(config: EngineConfig, model: CausalLM, dtype: torch.dtype, device: torch.device) -> AdapterBank | None:
