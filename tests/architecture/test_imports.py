@@ -27,6 +27,7 @@ RULES = {
     "models": {"layers", "quantization"},
     "compress": {"layers", "loading", "models", "text"},
     "loading": {"models", "quantization", "distributed"},
+    "lora": {"protocol", "loading.hub"},
     "layers": {"attention", "quantization", "kernels", "distributed"},
     "attention": {"kernels", "distributed"},
     "quantization": {"kernels", "distributed"},
