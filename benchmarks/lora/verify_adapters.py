@@ -19,8 +19,7 @@ from pathlib import Path
 from adapter_tasks import NUM_TOKENS, TASKS, greedy, held_out, load_reference, load_text
 from peft import PeftModel
 
-from octavo import LLM, SamplingParams
-from octavo.lora.request import LoRARequest
+from octavo import LLM, LoRARequest, SamplingParams
 from octavo.text.tokenizer import Tokenizer
 
 BASE = "base"
