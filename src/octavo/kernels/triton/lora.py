@@ -29,7 +29,8 @@ _MAX_BLOCK_R = 64
 class LoraPlan(NamedTuple):
     """How the two products are cut up.
 
-    shrink_m, expand_m: tokens of a program; block_k: columns of A a step; splits: shares of K; block_n: rows of B.
+    shrink_m, expand_m: tokens of a program; block_k: columns of A a step; splits: shares of K; block_n: rows of B;
+    expand_r: columns of B a step, at most.
     """
 
     shrink_m: int = 16
@@ -39,6 +40,7 @@ class LoraPlan(NamedTuple):
     shrink_stages: int = 4
     expand_m: int = 16
     block_n: int = 128
+    expand_r: int = 64
     expand_warps: int = 4
 
     @classmethod
@@ -50,7 +52,7 @@ class LoraPlan(NamedTuple):
         tiles = triton.cdiv(most, block_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
         wanted = min(_NUM_SMS // tiles, in_features // (2 * block_k), _MAX_SPLITS)
         splits = 1 << (max(1, wanted).bit_length() - 1)  # powers of two: few variants
-        return cls(block_m, block_k, splits, 4, 4, block_m, 128, 4)
+        return cls(block_m, block_k, splits, expand_m=block_m, expand_r=64 if few else 32)
 
     @classmethod
     def launches(
@@ -73,14 +75,14 @@ class LoraPlan(NamedTuple):
         found: dict[Hashable, Callable[[], object]] = {}
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, rank, 1, rank)
-            key = "lora embedding", dtype, ids_dtype, out_features, rank, plan.expand_m, plan.block_n
+            key = "lora embedding", dtype, ids_dtype, out_features, rank, plan[5:]
             found.setdefault(key, partial(_launch_embedding, out_features, rank, dtype, ids_dtype, device, plan))
         return found
 
 
-def _block_r(rank: int) -> int:
+def _block_r(rank: int, most: int = _MAX_BLOCK_R) -> int:
     """Ranks of one product on the tensor cores."""
-    return min(_MAX_BLOCK_R, triton.next_power_of_2(rank))
+    return min(most, triton.next_power_of_2(rank))
 
 
 @triton.jit
@@ -140,7 +142,7 @@ def _shrink_kernel(
             total += padded
         if block * BLOCK_R < total:
             a_slot = a_ptr + slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-            a_rows = a_slot + column.to(tl.int64)[:, None] * K + k[None, :]
+            a_rows = a_slot + column[:, None] * K + k[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for at in tl.range(first, last, BLOCK_K, num_stages=STAGES):
                 in_share = (at + k < last)[None, :]
@@ -195,33 +197,27 @@ def _expand_kernel(
         h_rows = hidden_ptr + tl.load(ids_ptr + t, mask=t < T, other=0).to(tl.int64)[:, None] * R
     else:
         h_rows = hidden_ptr + rows * (len(PARTS) * R) + part * R
+    per_split = T.to(tl.int64) * (len(PARTS) * R)
     todo = _slots_of_tile(token_slots_ptr, t, T, S, tl.program_id(2), tl.num_programs(2))
+    y = tl.load(y_at, mask=(todo < S)[:, None] & in_part, other=0.0)  # early: no slot writes another's rows
     slot = tl.min(todo, 0)
     while slot < S:
         mine = (todo == slot)[:, None]
         rank = tl.load(ranks_ptr + part * S + slot)
         if rank > 0:
-            y = tl.load(y_at, mask=mine & in_part, other=0.0)
-            b_slot = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16)
+            b_rows = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16) + n[:, None] * R
+            h_slot = h_rows
+            if IS_EMBEDDING:
+                h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
+            padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for at in tl.range(0, rank, BLOCK_R, num_stages=1):
-                r = at + tl.arange(0, BLOCK_R)
-                in_rank = r < rank
-                w = tl.load(
-                    b_slot + n.to(tl.int64)[:, None] * R + r[None, :],
-                    mask=(n < end)[:, None] & in_rank[None, :],
-                    other=0.0,
-                )
-                h_mask = mine & in_rank[None, :]
-                if IS_EMBEDDING:
-                    a_slot = slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-                    h = tl.load(h_rows + a_slot + r[None, :], mask=h_mask, other=0.0)
-                else:
-                    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                    for split in tl.static_range(SPLITS):
-                        h += tl.load(
-                            h_rows + split * T.to(tl.int64) * (len(PARTS) * R) + r[None, :], mask=h_mask, other=0.0
-                        )
+                r = (at + tl.arange(0, BLOCK_R))[None, :]
+                w = tl.load(b_rows + r, mask=(n < end)[:, None] & (r < padded), other=0.0)
+                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    h += tl.load(h_slot + split * per_split + r, mask=mine & (r < padded), other=0.0)
+                w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
                 acc = tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
             tl.store(y_at, (y.to(tl.float32) + acc).to(y.dtype), mask=mine & in_part)
         todo = tl.where(mine.reshape(BLOCK_M), S, todo)
@@ -348,7 +344,7 @@ def _expand(
         IS_EMBEDDING=splits == 0,
         BLOCK_M=plan.expand_m,
         BLOCK_N=plan.block_n,
-        BLOCK_R=_block_r(rank),
+        BLOCK_R=_block_r(rank, plan.expand_r),
         num_warps=plan.expand_warps,
     )
 
