@@ -24,6 +24,7 @@ _BUCKETS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)  # numbers of tokens up t
 _FEW = 512  # tokens: up to here tiles are the smallest that tensor cores take
 _MAX_SPLITS = 16
 _MAX_BLOCK_R = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class LoraPlan(NamedTuple):
@@ -254,30 +255,7 @@ def add_lora(
     if not num_tokens:
         return
     plan = LoraPlan.of(num_tokens, k, num_parts, rank) if plan is None else plan
-    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
-    block_r = _block_r(num_parts * rank)
-    tiles = triton.cdiv(num_tokens, plan.shrink_m)
-    grid = tiles * triton.cdiv(num_parts * rank, block_r), plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)
-    _shrink_kernel[grid](
-        x,
-        a,
-        ranks,
-        token_slots,
-        hidden,
-        num_tokens,
-        num_slots,
-        k // 8,
-        rank // 16,
-        x.stride(0) // 8,
-        a.stride(0) // 16,
-        PARTS=num_parts,
-        BLOCK_M=plan.shrink_m,
-        BLOCK_K=plan.block_k,
-        BLOCK_R=block_r,
-        STAGES=plan.shrink_stages,
-        num_warps=plan.shrink_warps,
-        num_stages=plan.shrink_stages,
-    )
+    hidden = _shrink(x, a, ranks, token_slots, plan)
     _expand(y, hidden, b, ranks, token_slots, token_slots, parts, 0, plan.splits, plan)
 
 
@@ -306,6 +284,35 @@ def add_lora_embedding(
     if num_tokens:
         plan = LoraPlan.of(num_tokens, rank, 1, rank) if plan is None else plan
         _expand(y, a, b, ranks, token_slots, ids, parts, a.stride(0), 0, plan)
+
+
+def _shrink(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: LoraPlan) -> Tensor:
+    """Each split's share of A x, float32 [splits, T, P * R]. What no token needs is left as it was in memory."""
+    (num_tokens, k), (num_slots, num_parts, rank, _) = x.shape, a.shape
+    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
+    block_r = _block_r(num_parts * rank)
+    tiles = triton.cdiv(num_tokens, plan.shrink_m) * triton.cdiv(num_parts * rank, block_r)
+    _shrink_kernel[tiles, plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)](
+        x,
+        a,
+        ranks,
+        token_slots,
+        hidden,
+        num_tokens,
+        num_slots,
+        k // 8,
+        rank // 16,
+        x.stride(0) // 8,
+        a.stride(0) // 16,
+        PARTS=num_parts,
+        BLOCK_M=plan.shrink_m,
+        BLOCK_K=plan.block_k,
+        BLOCK_R=block_r,
+        STAGES=plan.shrink_stages,
+        num_warps=plan.shrink_warps,
+        num_stages=plan.shrink_stages,
+    )
+    return hidden
 
 
 def _expand(
@@ -370,27 +377,26 @@ def _check(
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected contiguous int32 {list(shape)}")
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
 def _launch_linear(
     in_features: int, parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
-    shapes = (1, sum(parts)), (1, in_features), (1, len(parts), rank, in_features), (1, sum(parts), rank)
-    tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-    no_ranks = torch.zeros(len(parts), 1, dtype=torch.int32, device=device)
-    add_lora(*tensors, no_ranks, parts, torch.full((1,), -1, dtype=torch.int32, device=device), plan=plan)
+    """One token without an adapter."""
+    sizes = (1, sum(parts)), (1, in_features), (1, len(parts), rank, in_features), (1, sum(parts), rank)
+    y, x, a, b = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+    add_lora(y, x, a, b, _ints(0, len(parts), device), parts, _ints(-1, 1, device)[0], plan=plan)
 
 
 def _launch_embedding(
     out_features: int, rank: int, dtype: torch.dtype, ids_dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
+    """One token without an adapter."""
     y, a, b = (
-        torch.zeros(shape, dtype=dtype, device=device)
-        for shape in ((1, out_features), (1, 1, rank), (1, out_features, rank))
+        torch.zeros(size, dtype=dtype, device=device)
+        for size in ((1, out_features), (1, 1, rank), (1, out_features, rank))
     )
-    no_ranks, none = (
-        torch.zeros(1, 1, dtype=torch.int32, device=device),
-        torch.full((1,), -1, dtype=torch.int32, device=device),
-    )
-    add_lora_embedding(y, torch.zeros(1, dtype=ids_dtype, device=device), a, b, no_ranks, none, plan=plan)
+    ids = torch.zeros(1, dtype=ids_dtype, device=device)
+    add_lora_embedding(y, ids, a, b, _ints(0, 1, device), _ints(-1, 1, device)[0], plan=plan)
+
+
+def _ints(value: int, count: int, device: torch.device) -> Tensor:
+    return torch.full((count, 1), value, dtype=torch.int32, device=device)
