@@ -41,7 +41,7 @@ class LoraPlan(NamedTuple):
     shrink_stages: int = 4
     expand_m: int = 16
     block_n: int = 128
-    expand_r: int = 64
+    expand_r: int = 32
     expand_warps: int = 4
 
     @classmethod
@@ -53,7 +53,7 @@ class LoraPlan(NamedTuple):
         tiles = triton.cdiv(most, block_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
         wanted = min(_NUM_SMS // tiles, in_features // (2 * block_k), _MAX_SPLITS)
         splits = 1 << (max(1, wanted).bit_length() - 1)  # powers of two: few variants
-        return cls(block_m, block_k, splits, expand_m=block_m, expand_r=64 if few else 32)
+        return cls(block_m, block_k, splits, expand_m=block_m, expand_warps=4 if few else 8)
 
     @classmethod
     def launches(
@@ -357,8 +357,9 @@ def _expand(
 
 
 def _groups(num_tokens: int, num_slots: int, block_m: int) -> int:
-    """Programs that share the slots of a tile: about as many as a tile of sorted tokens has slots."""
-    return min(num_slots, num_tokens, 1 + block_m * num_slots // num_tokens)
+    """Programs that share the slots of a tile: about as many as a tile of sorted tokens has slots, and one where most
+    tiles have one."""
+    return min(num_slots, num_tokens, 1 + 2 * block_m * num_slots // num_tokens)
 
 
 def _check(
