@@ -70,7 +70,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
         qk_norm=family.startswith("Qwen3"),
     )
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
-    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options)
+    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options, lora=None)
     with launches() as compiled:
         for job in kernel_jobs(engine_config, facts, PLAIN, DTYPE, CPU):
             if "skinny" not in str(job):  # on a CPU, no layer asks for it
