@@ -60,12 +60,15 @@ class LoraPlan(NamedTuple):
         cls, in_features: int, parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device
     ) -> dict[Hashable, Callable[[], object]]:
         """What `add_lora` is compiled for, whatever the tokens, slots and true ranks: each call launches one variant of
-        a kernel, or two, on a token without an adapter."""
-        sizes = in_features, parts, rank, dtype, device
+        one kernel on a token without an adapter. Keys are equal where variants are, of whatever shapes they are."""
         found: dict[Hashable, Callable[[], object]] = {}
+        ranks = len(parts) * rank
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, in_features, len(parts), rank)
-            found.setdefault(("lora", dtype, parts, rank, plan), partial(_launch_linear, *sizes, plan))
+            key: Hashable = "lora shrink", dtype, len(parts), _block_r(ranks), plan._replace(splits=0)[:5]
+            found.setdefault(key, partial(_launch_shrink, in_features, len(parts), rank, dtype, device, plan))
+            key = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
+            found.setdefault(key, partial(_launch_expand, parts, rank, dtype, device, plan))
         return found
 
     @classmethod
@@ -76,7 +79,7 @@ class LoraPlan(NamedTuple):
         found: dict[Hashable, Callable[[], object]] = {}
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, rank, 1, rank)
-            key = "lora embedding", dtype, ids_dtype, out_features, rank, plan[5:]
+            key = "lora embedding", dtype, ids_dtype, out_features, _block_r(rank, plan.expand_r), plan[5:]
             found.setdefault(key, partial(_launch_embedding, out_features, rank, dtype, ids_dtype, device, plan))
         return found
 
@@ -378,19 +381,26 @@ def _check(
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected contiguous int32 {list(shape)}")
 
 
-def _launch_linear(
-    in_features: int, parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan
+def _launch_shrink(
+    in_features: int, num_parts: int, rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
-    """One token without an adapter."""
-    sizes = (1, sum(parts)), (1, in_features), (1, len(parts), rank, in_features), (1, sum(parts), rank)
-    y, x, a, b = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
-    add_lora(y, x, a, b, _ints(0, len(parts), device), parts, _ints(-1, 1, device)[0], plan=plan)
+    """One token without an adapter, as the next two."""
+    x = torch.zeros(1, in_features, dtype=dtype, device=device)
+    a = torch.zeros(1, num_parts, rank, in_features, dtype=dtype, device=device)
+    _shrink(x, a, _ints(0, num_parts, device), _ints(-1, 1, device)[0], plan)
+
+
+def _launch_expand(parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
+    y = torch.zeros(1, sum(parts), dtype=dtype, device=device)
+    b = torch.zeros(1, sum(parts), rank, dtype=dtype, device=device)
+    hidden = torch.zeros(plan.splits, 1, len(parts) * rank, device=device)
+    slots = _ints(-1, 1, device)[0]
+    _expand(y, hidden, b, _ints(0, len(parts), device), slots, slots, parts, 0, plan.splits, plan)
 
 
 def _launch_embedding(
     out_features: int, rank: int, dtype: torch.dtype, ids_dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
-    """One token without an adapter."""
     y, a, b = (
         torch.zeros(size, dtype=dtype, device=device)
         for size in ((1, out_features), (1, 1, rank), (1, out_features, rank))
