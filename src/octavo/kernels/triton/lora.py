@@ -393,7 +393,7 @@ def _launch_shrink(
 def _launch_expand(parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
     y = torch.zeros(1, sum(parts), dtype=dtype, device=device)
     b = torch.zeros(1, sum(parts), rank, dtype=dtype, device=device)
-    hidden = torch.zeros(plan.splits, 1, len(parts) * rank, device=device)
+    hidden = torch.zeros(plan.splits, 1, len(parts) * rank, dtype=torch.float32, device=device)
     slots = _ints(-1, 1, device)[0]
     _expand(y, hidden, b, _ints(0, len(parts), device), slots, slots, parts, 0, plan.splits, plan)
 
