@@ -2,8 +2,9 @@
 
 The weight lies in chunks of columns, as octavo.quantization.grouped packs it. A program takes BLOCK_N rows and walks
 along the chunks: bytes come in by asynchronous copies, become numbers in registers by setting the exponent around the
-bits (exact), and go into the tensor cores. Few tokens multiply the whole numbers, and the sum of each group is scaled
-in float32; many tokens multiply scaled numbers, rounded to the activations' dtype, so that sums stay in the cores.
+bits (exact), or by permuting the bytes of a table, and go into the tensor cores. Few tokens multiply the whole numbers,
+and the sum of each group is scaled in float32; many tokens multiply scaled numbers, rounded to the activations' dtype,
+so that sums stay in the cores.
 """
 
 from __future__ import annotations
@@ -116,11 +117,76 @@ def _bf16_bytes(raw):
     )
 
 
+# The numbers of a table of 16, by permutations of bytes. Operands: four bytes with two codes each; then the table as
+# `_table_words` has it, every word four times, once for each byte. Bits 0 to 2 of a code choose among eight bytes, bit
+# 3 between two such choices; low and high bytes are chosen apart and then put together.
+_LOOKED_UP = tl.constexpr("""{
+    .reg .b32 index, upper, next_index, next_upper, a, b, c, d;
+    and.b32 index, $4, 0x77777777;
+    shr.b32 upper, $4, 1;
+    lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;
+    shr.b32 next_index, index, 16;
+    shr.b32 next_upper, upper, 16;
+    prmt.b32 a, $5, $9, index;
+    prmt.b32 b, $13, $17, index;
+    prmt.b32 c, $21, $25, index;
+    prmt.b32 d, $29, $33, index;
+    prmt.b32 a, a, b, upper;
+    prmt.b32 c, c, d, upper;
+    prmt.b32 $0, a, c, 0x6240;
+    prmt.b32 $2, a, c, 0x7351;
+    prmt.b32 a, $5, $9, next_index;
+    prmt.b32 b, $13, $17, next_index;
+    prmt.b32 c, $21, $25, next_index;
+    prmt.b32 d, $29, $33, next_index;
+    prmt.b32 a, a, b, next_upper;
+    prmt.b32 c, c, d, next_upper;
+    prmt.b32 $1, a, c, 0x6240;
+    prmt.b32 $3, a, c, 0x7351;
+    }""")
+_TABLE_REGISTERS = tl.constexpr("=r,=r,=r,=r" + 33 * ",r")
+
+
 @triton.jit
-def _low_and_high(raw, zero, table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
-    exactly."""
+def _four_numbers(at, DTYPE: tl.constexpr):
+    """at: of four float32. The low bytes of these numbers in DTYPE, of 16 bits, as a word [1, 1], and their high bytes.
+
+    Tensors, not scalars: what is broadcast from those would keep the compiler from looking codes up in the layout in
+    which a product takes its numbers, and they would go through shared memory.
+    """
+    low, high = tl.zeros((1, 1), tl.uint32), tl.zeros((1, 1), tl.uint32)
+    for index in tl.static_range(4):
+        bits = tl.load(at + index + tl.zeros((1, 1), tl.int32)).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        low |= (bits & 0xFF) << 8 * index
+        high |= (bits >> 8) << 8 * index
+    return low, high
+
+
+@triton.jit
+def _table_words(table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr):
+    """The low bytes of a table's 16 numbers in DTYPE, in four words, and the high bytes in four more."""
     if HAS_TABLE:
+        low_0, high_0 = _four_numbers(table_ptr, DTYPE)
+        low_1, high_1 = _four_numbers(table_ptr + 4, DTYPE)
+        low_2, high_2 = _four_numbers(table_ptr + 8, DTYPE)
+        low_3, high_3 = _four_numbers(table_ptr + 12, DTYPE)
+        words = (low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3)
+    else:
+        words = ()
+    return words
+
+
+@triton.jit
+def _low_and_high(raw, zero, table_ptr, words, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
+    exactly. words: from _table_words, of the same table."""
+    if HAS_TABLE and FAST:
+        operands = (raw,) + words  # noqa: RUF005 (Triton has no unpacking)
+        low, high = tl.inline_asm_elementwise(
+            _LOOKED_UP, _TABLE_REGISTERS, operands, dtype=(tl.uint16, tl.uint16), is_pure=True, pack=4
+        )
+        low, high = low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
+    elif HAS_TABLE:
         low = tl.load(table_ptr + (raw & 15).to(tl.int32)).to(DTYPE)
         high = tl.load(table_ptr + (raw >> 4).to(tl.int32)).to(DTYPE)
     elif FAST:
@@ -240,6 +306,7 @@ def _grouped_kernel(
     byte, in_rows, in_columns = tl.arange(0, WIDTH), m < M, n < N
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
+    words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):
@@ -258,13 +325,14 @@ def _grouped_kernel(
                 acc = _accumulate(acc, w, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
             else:
                 x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
-                low, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
+                low, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
                 if GROUP % CHUNK:  # the high half may be in another group
                     scale, zero, minimum = _group_of(
                         scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
                     )
-                    _, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
+                    if not HAS_TABLE:
+                        _, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, high, x_high, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
     if SWAP:
         acc = tl.trans(acc)
