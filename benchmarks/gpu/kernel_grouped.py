@@ -81,10 +81,10 @@ def best(name: str, m: int, copies: list[GroupedWeight], x: Tensor, expected: Te
     plan_of: dict[str, GroupedPlan] = {}
     for plan in plans(m, n, num_chunks):
         label = f"{name} M={m} {short(plan)}"
-        got = attempt(label, lambda p=plan: grouped_linear(x, *copies[0][:6], plan=p))
+        got = attempt(label, lambda p=plan: grouped_linear(x, *copies[0][:5], plan=p))
         if got is None or wrong(label, got, expected):
             continue
-        us = attempt(label, lambda p=plan: replay_us([partial(grouped_linear, x, *c[:6], plan=p) for c in copies]))
+        us = attempt(label, lambda p=plan: replay_us([partial(grouped_linear, x, *c[:5], plan=p) for c in copies]))
         if us is not None:
             times[short(plan)], plan_of[short(plan)] = us, plan
     found = min(times, key=lambda label: times[label], default=None)
@@ -99,9 +99,9 @@ def table(case: str, bits: int, group_size: int, zeros: bool, tokens: list[int],
         size = first.packed.nbytes
         count = max(2, -(-ROTATED_BYTES // size))
         copies = [first, *(first._replace(packed=first.packed.clone()) for _ in range(count - 1))]
-        wide = dequantize_grouped(*first[:6], torch.float32)
+        wide = dequantize_grouped(*first[:5], torch.float32)
         narrow = [wide.bfloat16() for _ in range(max(2, ROTATED_BYTES // (2 * n * k)))]
-        unpack = replay_us([partial(dequantize_grouped, *c[:6], torch.bfloat16) for c in copies])
+        unpack = replay_us([partial(dequantize_grouped, *c[:5], torch.bfloat16) for c in copies])
         print(f"{name:8} dequantize {unpack:.1f} us ({(size + 2 * n * k) / unpack / 1e6:.2f} TB/s)")
         for m in tokens:
             if time.monotonic() > deadline:
@@ -110,7 +110,7 @@ def table(case: str, bits: int, group_size: int, zeros: bool, tokens: list[int],
             x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
             entry = best(f"{case} {name}", m, copies, x, F.linear(x.float(), wide))
             entry["cublas_us"] = replay_us([partial(F.linear, x, w) for w in narrow])
-            entry["default_us"] = replay_us([partial(grouped_linear, x, *c[:6]) for c in copies])
+            entry["default_us"] = replay_us([partial(grouped_linear, x, *c[:5]) for c in copies])
             result[f"{name} M={m}"] = entry
             us = entry["us"] or float("nan")
             rates = f"{size / us / 1e6:.2f}; {2 * m * n * k / us / 1e6:.0f}"
@@ -132,7 +132,7 @@ def compile_all(tokens: list[int], cases: dict[str, tuple[int, int, bool]]) -> N
             for m in tokens:
                 x = torch.zeros(m, k, device=DEVICE, dtype=torch.bfloat16)
                 for plan in plans(m, n, len(made.packed)):
-                    jobs.setdefault((case, plan), partial(grouped_linear, x, *made[:6], plan=plan))
+                    jobs.setdefault((case, plan), partial(grouped_linear, x, *made[:5], plan=plan))
     skinny_gemm._workspace(torch.device("cuda", torch.cuda.current_device()))
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: attempt(f"{item[0][0]} {short(item[0][1])}", item[1]), jobs.items()))

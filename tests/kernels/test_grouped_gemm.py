@@ -34,7 +34,7 @@ CASES = [(4, 128, 256), (4, 64, 128), (4, 32, 96), (4, 192, 192), (8, 128, 256),
 
 def weight(
     bits: int, group_size: int, k: int, kind: str, n: int = 40, dtype: torch.dtype = torch.float16
-) -> tuple[Tensor, Tensor, Tensor | None, int, torch.dtype, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]:
     """What the kernels take. kind: of "plain", "zeros", "minimums", "table"; dtype: of the scales."""
     generator = torch.Generator().manual_seed(k + bits)
     code = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
@@ -48,7 +48,7 @@ def weight(
     made = weight_of(
         Codes(code, scale.float() if kind == "table" else scale, zero, minimum, None, table), bits, group_size, chunk
     )
-    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:6])
+    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:5])
 
 
 def assert_close(got: Tensor, expected: Tensor, units: float) -> None:
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         grouped_linear(x[:, :96], *made)
     with pytest.raises(ValueError, match=r"expected \[1, 40\]"):
-        grouped_linear(x, *made[:3], 128, made[4])
+        grouped_linear(x, *made[:3], 128)
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or"):
         grouped_linear(x.float(), *made)
 

@@ -124,14 +124,18 @@ def test_logits_are_those_of_the_dequantized_model(case: str, tmp_path: Path) ->
     assert relative_error(got, expected) < 1e-5
 
 
+def use_reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(reference))
+    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
+    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes are kept, and multiplied by the kernels' references."""
     _, plain = encoded(CASES[case][0])
     expected = logits(load(write(tmp_path / "plain", plain)))
-    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(reference))
-    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
-    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+    use_reference_kernels(monkeypatch)
     model = load(written(tmp_path / "packed", case))
     assert relative_error(logits(model), expected) < 1e-5
     packed = [
@@ -146,12 +150,16 @@ def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert model.linear_bits == pytest.approx(8 * (kept + rest) / num_weights)
 
 
-def test_parts_of_one_matrix_have_scales_of_one_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+def test_scales_of_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 16 bits go together, and lose nothing; those of 32 do not go with them."""
     name = "model.layers.1.self_attn.k_proj.scales"
     scales = encoded(CASES["awq"][0])[0][name]
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*: the scales of its matrix are torch.bfloat16 and"):
-        load(written(tmp_path, "awq", {name: scales.bfloat16()}))
+    mixed = written(tmp_path / "mixed", "awq", {name: (scales * 0.7).bfloat16()})
+    expected = logits(load(mixed))
+    use_reference_kernels(monkeypatch)
+    assert relative_error(logits(load(mixed)), expected) < 1e-5
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*: the scales of its matrix are of 16 bits and"):
+        load(written(tmp_path / "wide", "awq", {name: scales.float()}))
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq, desc_act", "pack-quantized, 8 bits, asymmetric"])

@@ -73,15 +73,15 @@ class GroupedWeight(NamedTuple):
 
     packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j; 4 bits: column j in the low
     half of byte j, column j + chunk / 2 in the high half. Either half of a chunk (8 bits: the chunk) is in one group.
-    scale: [groups, N], float32, or int32 that holds a scale of scale_dtype (float16 or bfloat16) in its low half and
-    zero in its high half: one load. minimum: float32 [groups, N], or None for 0; table, order: as in Codes.
+    scale: [groups, N], float32, or of 4 bits int32 that holds zero in its low byte and in the others those of a float32
+    scale whose low byte is 0, as it is of float16 and bfloat16: one load, and one kernel for both. minimum: float32
+    [groups, N], or None for 0; table, order: as in Codes.
     """
 
     packed: Tensor
     scale: Tensor
     minimum: Tensor | None
     group_size: int
-    scale_dtype: torch.dtype
     table: Tensor | None = None
     order: Tensor | None = None
 
@@ -111,21 +111,20 @@ def pack(code: Tensor, bits: int, chunk: int) -> Tensor:
 
 def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:
     """The same weights as `codes`. group_size: not -1; chunk: from `chunk_size`."""
-    half, dtype = 1 << bits - 1, codes.scale.dtype
-    packed, scale, minimum = pack(codes.code, bits, chunk), codes.scale.t().contiguous(), codes.minimum
-    zero = torch.zeros_like(scale, dtype=torch.int16)
+    half = 1 << bits - 1
+    packed, scale, minimum = pack(codes.code, bits, chunk), codes.scale.t().float().contiguous(), codes.minimum
+    zero = torch.zeros_like(scale, dtype=torch.int32)
     if codes.zero is not None:
-        zero = codes.zero.t().contiguous().to(torch.int16) - half
+        zero = codes.zero.t().contiguous().to(torch.int32) - half
     # Less zero, 8 bits could need a ninth, and bfloat16 has eight.
-    if minimum is None and dtype.itemsize == 2 and (bits == 4 or codes.zero is None):
-        words = torch.stack((scale.view(torch.int16), zero), -1).view(torch.int32)[..., 0]
-        return GroupedWeight(packed, words, None, group_size, dtype, codes.table, codes.order)
-    scale = scale.float()
+    if bits == 4 and minimum is None and codes.scale.dtype.itemsize == 2:
+        words = scale.view(torch.int32) | zero & 255
+        return GroupedWeight(packed, words, None, group_size, codes.table, codes.order)
     if minimum is not None:
         minimum = (minimum.t().float() + half * scale).contiguous()
     elif codes.zero is not None:
         minimum = -zero * scale
-    return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.table, codes.order)
+    return GroupedWeight(packed, scale, minimum, group_size, codes.table, codes.order)
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -142,9 +141,9 @@ def multiply(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
         x = x[:, weight.order]
     kernels = device_kernels.get()
     if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-        few: Tensor = kernels.grouped_linear(x, *weight[:6], bias)
+        few: Tensor = kernels.grouped_linear(x, *weight[:5], bias)
         return few
-    return F.linear(x, kernels.dequantize_grouped(*weight[:6], x.dtype), bias)
+    return F.linear(x, kernels.dequantize_grouped(*weight[:5], x.dtype), bias)
 
 
 def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
@@ -212,7 +211,7 @@ class GroupedScheme:
         packed = columns // chunk, rows, chunk * self.format.bits // 8
         words = torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device)
         codes = torch.zeros(packed, dtype=torch.uint8, device=shape.device)
-        return launches(GroupedWeight(codes, words, None, group_size, torch.float16), shape)
+        return launches(GroupedWeight(codes, words, None, group_size), shape)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
@@ -240,10 +239,9 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
 
 
 def joined(parts: list[GroupedWeight]) -> GroupedWeight:
-    """The rows of all, which have one format and no order. Raises ValueError where their scales differ in dtype."""
-    dtypes = sorted({str(part.scale_dtype) for part in parts})
-    if len(dtypes) > 1:
-        raise ValueError(f"the scales of its matrix are {' and '.join(dtypes)}, expected one dtype")
+    """The rows of all, which have one format and no order. Raises ValueError for scales that do not go together."""
+    if len({part.scale.dtype for part in parts}) > 1:
+        raise ValueError("the scales of its matrix are of 16 bits and of more, expected one kind")
     minimums = [part.minimum for part in parts if part.minimum is not None]
     return parts[0]._replace(
         packed=torch.cat([part.packed for part in parts], 1),

@@ -27,7 +27,6 @@ from octavo.kernels.triton.skinny_gemm import (
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
-_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class GroupedPlan(NamedTuple):
@@ -251,7 +250,7 @@ def _accumulate(
 
 
 @triton.jit
-def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, HAS_MINIMUM: tl.constexpr):
     """(scale float32, zero int32, minimum float32) [BLOCK_N] of a group of columns; what is not there is 0."""
     at = group * N + columns
     stored = tl.load(scale_ptr + at, mask=mask, other=0)
@@ -259,8 +258,8 @@ def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.c
     if stored.dtype == tl.float32:
         scale, zero = stored, tl.zeros(columns.shape, tl.int32)
     else:
-        scale = (stored & 0xFFFF).to(tl.uint16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
-        zero = stored >> 16
+        scale = (stored & -256).to(tl.float32, bitcast=True)
+        zero = stored.to(tl.int8).to(tl.int32)
     return scale, zero, minimum
 
 
@@ -282,7 +281,6 @@ def _grouped_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,  # bytes of a row's chunk
     GROUP: tl.constexpr,  # columns of a group; WIDTH divides it
-    SCALE_DTYPE: tl.constexpr,  # in int32 scales
     HAS_MINIMUM: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -314,9 +312,7 @@ def _grouped_kernel(
             at = chunk * CHUNK
             raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
             x = tl.load(x_rows + at, mask=in_rows[:, None], other=0.0)
-            scale, zero, minimum = _group_of(
-                scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
-            )
+            scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, HAS_MINIMUM)
             if BITS == 8:
                 if FAST and tl.bfloat16 == DTYPE:
                     w = _bf16_bytes(raw)
@@ -329,7 +325,7 @@ def _grouped_kernel(
                 acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
                 if GROUP % CHUNK:  # the high half may be in another group
                     scale, zero, minimum = _group_of(
-                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
+                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, HAS_MINIMUM
                     )
                     if not HAS_TABLE:
                         _, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
@@ -352,7 +348,6 @@ def grouped_linear(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -360,7 +355,7 @@ def grouped_linear(
 ) -> Tensor:
     """x Wᵀ + bias, accumulated in float32 and rounded once. Returns a new tensor [M, N] in x's dtype.
 
-    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, scale_dtype, table: as in
+    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, table: as in
     octavo.quantization.grouped.GroupedWeight; bias: [N]. plan: instead of the rule's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
@@ -389,7 +384,6 @@ def grouped_linear(
         "BITS": bits,
         "WIDTH": width,
         "GROUP": group_size,
-        "SCALE_DTYPE": _TRITON[scale_dtype],
         "HAS_MINIMUM": minimum is not None,
         "HAS_TABLE": table is not None,
         "HAS_BIAS": bias is not None,
@@ -429,7 +423,6 @@ def _dequantize_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -443,7 +436,7 @@ def _dequantize_kernel(
     for half in tl.static_range(8 // BITS):
         code = (raw >> (4 * half)) & (15 if BITS == 4 else 255)
         column = chunk * CHUNK + half * WIDTH
-        scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, SCALE_DTYPE, HAS_MINIMUM)
+        scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, HAS_MINIMUM)
         if HAS_TABLE:
             number = tl.load(table_ptr + code)
         else:
@@ -458,7 +451,6 @@ def dequantize_grouped(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -477,7 +469,6 @@ def dequantize_grouped(
         BITS=8 * num_chunks * width // k,
         WIDTH=width,
         GROUP=group_size,
-        SCALE_DTYPE=_TRITON[scale_dtype],
         HAS_MINIMUM=minimum is not None,
         HAS_TABLE=table is not None,
         BLOCK_N=32,
