@@ -7,7 +7,7 @@ consecutive bytes, whatever rows and columns it is cut into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -45,7 +45,7 @@ class GroupedFormat(Protocol):
     """How a checkpoint spells such weights. Equal formats compare equal.
 
     bits: of a code in memory, 4 or 8 (fewer bits of a checkpoint widen to these); group_size: columns that share a
-    scale, -1 for all; is_ordered: whether Codes have an order, which parts need not share.
+    scale, -1 for all.
     """
 
     @property
@@ -53,9 +53,6 @@ class GroupedFormat(Protocol):
 
     @property
     def group_size(self) -> int: ...
-
-    @property
-    def is_ordered(self) -> bool: ...
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         """As LinearScheme.tensors."""
@@ -134,9 +131,17 @@ def keeps_codes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def multiply(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
-    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype: few tokens by the weight as it
-    lies, more by the dequantized weight."""
+def multiply(x: Tensor, weights: Sequence[GroupedWeight], bias: Tensor | None) -> Tensor:
+    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype, where W has the rows of all
+    weights: few tokens by the weights as they lie, more by dequantized ones."""
+    if len(weights) == 1:
+        return _product(x, weights[0], bias)
+    rows = [weight.packed.shape[1] for weight in weights]
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    return torch.cat([_product(x, weight, part) for weight, part in zip(weights, biases)], -1)
+
+
+def _product(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
     if weight.order is not None:
         x = x[:, weight.order]
     kernels = device_kernels.get()
@@ -151,7 +156,7 @@ def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callab
     kernels = device_kernels.get()
 
     def run(num_tokens: int) -> None:
-        multiply(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
+        _product(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
 
     if shape.dtype.itemsize != 2:
         return {}
@@ -161,14 +166,12 @@ def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callab
 
 @dataclass(frozen=True)
 class GroupedScheme:
-    """A LinearScheme of one format. Keeps a GroupedWeight as `held`, or the dequantized weight where codes are not
-    kept, or the columns cannot be cut into chunks."""
+    """A LinearScheme of one format. Keeps GroupedWeights as `held`, as few as there can be, or the dequantized weight
+    where codes are not kept, or the columns cannot be cut into chunks."""
 
     format: GroupedFormat
 
-    @property
-    def fuses(self) -> bool:
-        return not self.format.is_ordered
+    fuses = True
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         return self.format.tensors(in_features, num_rows)
@@ -196,10 +199,10 @@ class GroupedScheme:
             layer.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
             UNQUANTIZED.finish(layer)
         else:
-            layer.held = parts[0] if len(parts) == 1 else joined(parts)
+            layer.held = joined(parts)
 
     def num_bytes(self, layer: LinearLayer) -> int:
-        return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
+        return UNQUANTIZED.num_bytes(layer) if layer.held is None else held_bytes(layer.held)
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
         """For scales in 16 bits: what has others compiles when it is launched."""
@@ -218,7 +221,7 @@ class GroupedScheme:
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
-        held: GroupedWeight | None = layer.held
+        held: tuple[GroupedWeight, ...] | None = layer.held
         return UNQUANTIZED.apply(layer, x) if held is None else multiply(x, held, layer.bias)
 
     def _group_size(self, layer: LinearLayer) -> int:
@@ -238,13 +241,36 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     return plain if codes.order is None else torch.empty_like(plain).index_copy_(1, codes.order, plain)
 
 
-def joined(parts: list[GroupedWeight]) -> GroupedWeight:
-    """The rows of all, which have one format and no order. Raises ValueError for scales that do not go together."""
-    if len({part.scale.dtype for part in parts}) > 1:
-        raise ValueError("the scales of its matrix are of 16 bits and of more, expected one kind")
-    minimums = [part.minimum for part in parts if part.minimum is not None]
-    return parts[0]._replace(
-        packed=torch.cat([part.packed for part in parts], 1),
-        scale=torch.cat([part.scale for part in parts], 1),
+def joined(parts: Sequence[GroupedWeight]) -> tuple[GroupedWeight, ...]:
+    """The rows of all, which have one format, in as few weights as there can be: neighbours become one where they have
+    their columns in one order, and scales of one kind. Parts that are made of the same activations do as a rule."""
+    found: list[list[GroupedWeight]] = []
+    for part in parts:
+        if found and _go_together(found[-1][0], part):
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return tuple(_one(run) for run in found)
+
+
+def _go_together(first: GroupedWeight, second: GroupedWeight) -> bool:
+    if first.scale.dtype != second.scale.dtype or (first.minimum is None) != (second.minimum is None):
+        return False
+    if first.order is None or second.order is None:
+        return first.order is second.order
+    return torch.equal(first.order, second.order)
+
+
+def _one(run: Sequence[GroupedWeight]) -> GroupedWeight:
+    if len(run) == 1:
+        return run[0]
+    minimums = [part.minimum for part in run if part.minimum is not None]
+    return run[0]._replace(
+        packed=torch.cat([part.packed for part in run], 1),
+        scale=torch.cat([part.scale for part in run], 1),
         minimum=torch.cat(minimums, 1) if minimums else None,
     )
+
+
+def held_bytes(weights: Sequence[GroupedWeight]) -> int:
+    return sum(weight.num_bytes for weight in weights)
