@@ -21,6 +21,7 @@ from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, Tens
 from octavo.quantization.unquantized import UNQUANTIZED
 
 _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
+_FEW_ROWS = 32  # of a part: every format can have so many
 
 
 class Codes(NamedTuple):
@@ -161,7 +162,8 @@ def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callab
     if shape.dtype.itemsize != 2:
         return {}
     counts = (8, 16, 32, 64, 128, 256, 512, kernels.GROUPED_MAX_M + 1)
-    return {("grouped", *shape, num_tokens): partial(run, num_tokens) for num_tokens in counts}
+    kind = weight.packed.shape, weight.scale.shape, weight.scale.dtype, weight.minimum is None, weight.table is None
+    return {("grouped", *shape, kind, num_tokens): partial(run, num_tokens) for num_tokens in counts}
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class GroupedScheme:
         # Moved before they are unpacked: fewer bytes, and the device unpacks them.
         moved = {end: tensor.to(layer.device) for end, tensor in tensors.items()}
         codes = self.format.codes(layer.in_features, num_rows, moved)
-        group_size = self._group_size(layer)
+        group_size = self._group_size(layer.in_features)
         chunk = chunk_size(self.format.bits, group_size, layer.in_features)
         if chunk is None or not keeps_codes(layer.device):
             layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
@@ -205,16 +207,20 @@ class GroupedScheme:
         return UNQUANTIZED.num_bytes(layer) if layer.held is None else held_bytes(layer.held)
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
-        """For scales in 16 bits: what has others compiles when it is launched."""
-        rows, columns = shape.out_features, shape.in_features
-        group_size = columns if self.format.group_size == -1 else self.format.group_size
-        chunk = chunk_size(self.format.bits, group_size, columns)
+        """For weights of the kind that the format's dummies make. Codes of 4 bits with scales of 32, where those have
+        16, compile when they are launched."""
+        group_size = self._group_size(shape.in_features)
+        chunk = chunk_size(self.format.bits, group_size, shape.in_features)
         if chunk is None:
             return UNQUANTIZED.launches(shape)
-        packed = columns // chunk, rows, chunk * self.format.bits // 8
-        words = torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device)
-        codes = torch.zeros(packed, dtype=torch.uint8, device=shape.device)
-        return launches(GroupedWeight(codes, words, None, group_size), shape)
+        try:
+            specs = self.format.tensors(shape.in_features, _FEW_ROWS)
+        except ValueError:
+            return {}  # no layer can have this size, and the first that should says so
+        generator = torch.Generator(shape.device).manual_seed(0)
+        few = {end: spec.make_dummy(generator) for end, spec in specs.items() if spec.required or spec.dummy}
+        like = weight_of(self.format.codes(shape.in_features, _FEW_ROWS, few), self.format.bits, group_size, chunk)
+        return launches(_of_rows(like, shape.out_features), shape)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
@@ -224,8 +230,20 @@ class GroupedScheme:
         held: tuple[GroupedWeight, ...] | None = layer.held
         return UNQUANTIZED.apply(layer, x) if held is None else multiply(x, held, layer.bias)
 
-    def _group_size(self, layer: LinearLayer) -> int:
-        return layer.in_features if self.format.group_size == -1 else self.format.group_size
+    def _group_size(self, in_features: int) -> int:
+        return in_features if self.format.group_size == -1 else self.format.group_size
+
+
+def _of_rows(like: GroupedWeight, num_rows: int) -> GroupedWeight:
+    """A weight of zeros of the same kind, in order."""
+    num_chunks, _, width = like.packed.shape
+    scale = like.scale.new_zeros(len(like.scale), num_rows)
+    return like._replace(
+        packed=like.packed.new_zeros(num_chunks, num_rows, width),
+        scale=scale,
+        minimum=None if like.minimum is None else torch.zeros_like(scale),
+        order=None,
+    )
 
 
 def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:

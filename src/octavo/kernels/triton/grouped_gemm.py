@@ -374,7 +374,9 @@ def grouped_linear(
     plan = GroupedPlan.of(m, n, num_chunks) if plan is None else plan
     tiles, parts = triton.cdiv(n, plan.block_n), triton.cdiv(m, plan.block_m)
     unroll = 1 if num_chunks % plan.unroll else plan.unroll
-    split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (m * n)))
+    # By the most tokens that share the plan: what is compiled does not depend on how many there are.
+    most = max(8, triton.next_power_of_2(m))
+    split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (most * n)))
     if tiles * parts > _MAX_TILES:
         split_k = 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
