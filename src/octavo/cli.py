@@ -269,23 +269,25 @@ def _spell_out(args: Sequence[str]) -> list[str]:
 
 
 def _gathered(args: Sequence[str]) -> list[str]:
-    """Put the values of a flag that takes several, and is there several times, behind the first: tyro would keep the
-    last ones alone."""
+    """Flags that take several values, once each and at the end: of one that is there twice, tyro would keep the last
+    values alone."""
     lists = {_flag(name) for name in _LISTS}
-    kept: list[list[str]] = [[]]  # each, but for the first, a flag and what follows it
+    found: dict[str, list[str]] = {}
+    others: list[str] = []
+    into = others
     for arg in args:
         word, equals, value = arg.partition("=")
-        if arg.startswith("--"):
-            name = word.replace("_", "-")
-            kept.append([name, *([value] if equals else [])] if name in lists else [arg])
-        else:
-            kept[-1].append(arg)
-    found: dict[str, list[str]] = {}
-    for group in kept[1:]:
-        if group[0] in lists and found.setdefault(group[0], group) is not group:
-            found[group[0]] += group[1:]
-            group.clear()
-    return [arg for group in kept for arg in group]
+        name = word.replace("_", "-")
+        if name not in lists:
+            into = others if arg.startswith("-") else into
+            into.append(arg)
+            continue
+        values = found.setdefault(name, [])
+        into = others if equals else values
+        values += [value] if equals else []
+    for name, values in found.items():
+        others += [f"{name}={values[0]}"] if len(values) == 1 else [name, *values]
+    return others
 
 
 def _with_model(options: EngineOptions, name: str | None) -> EngineOptions:
