@@ -227,8 +227,9 @@ class DeviceRunner:
         decodes = num_tokens == len(rows)
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
         adapters = any(slot != NO_ADAPTER for slot in slots)
+        replaces = self._adapters is not None and self._adapters.set_replaces(slots)
         graph = None
-        if self.graphs is not None and not (self._adapters and self._adapters.set_replaces(slots)):
+        if self.graphs is not None and not replaces:
             graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
         if graph is None:
