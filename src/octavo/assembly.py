@@ -98,7 +98,14 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     _log.info("%s on %s in %s, ready in %s", source.name, device.name, config.dtype, watch)
     gc.collect()
     gc.freeze()  # what is there now stays: collections need not look at it again
-    ready = Ready(ledger.max_model_len, config.max_num_seqs, ledger.num_blocks, config.block_size, facts.vocab_size)
+    ready = Ready(
+        ledger.max_model_len,
+        config.max_num_seqs,
+        ledger.num_blocks,
+        config.block_size,
+        facts.vocab_size,
+        0 if config.lora is None else config.lora.max_loras,
+    )
     return BuiltEngine(engine, config, source, ledger, ready)
 
 

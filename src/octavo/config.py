@@ -169,6 +169,13 @@ class ServerOptions:
     """Leave tools out of the prompt of a request whose tool_choice is none."""
     reasoning_parser: ReasoningParserName | None = None
     """Format of the model's reasoning, which answers then carry apart from their content. None: it stays in there."""
+    lora_modules: tuple[str, ...] = ()
+    """LoRA adapters that requests may name as their model: name=path, or a JSON object with name, path and
+    base_model_name. A path is a folder, or a hub id. Needs --enable-lora."""
+    allow_runtime_lora: bool = False
+    """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter. Needs --enable-lora, --lora-dir, and one API process."""
+    lora_dir: str | None = None
+    """Folder in which adapters that are loaded by request must lie. Needs --allow-runtime-lora."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages that are logged."""
 

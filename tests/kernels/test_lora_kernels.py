@@ -12,7 +12,7 @@ from kernel_launches import launches
 from torch import Tensor
 
 from octavo.kernels.reference import lora as reference
-from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding
+from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding, expand_lora, shrink_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = float("nan")
@@ -93,6 +93,19 @@ def check(x: Tensor, made: Adapters, token_slots: Tensor, plan: LoraPlan | None 
             compute(y, x, made.a, made.b, made.ranks, made.parts, token_slots)
         assert_close(y, want, before)
         assert torch.equal(y[token_slots < 0], before[token_slots < 0])
+
+
+def test_the_halves_are_those_of_the_reference() -> None:
+    made = adapters(64, (24, 8), 32, [[3, 20], [0, 32]])
+    x, slots = tokens(5, 64), slots_of(1, 0, -1, 1, 0)
+    for shrink, expand in ((shrink_lora, reference.expand_lora), (reference.shrink_lora, expand_lora)):
+        before = tokens(5, 32, seed=2)
+        y = before.clone()
+        hidden = shrink(x, made.a, made.ranks, slots)
+        # What no token needs was never written.
+        hidden[:, slots < 0] = 0
+        expand(y, hidden.nan_to_num(), made.b, made.ranks, made.parts, slots)
+        assert_close(y, expected(before, x, made, slots), before)
 
 
 PLANS = [
@@ -220,10 +233,10 @@ def test_what_does_not_fit_is_refused() -> None:
     wrong = [
         ("y", y[:, :16], r"expected \[2, 24\]"),
         ("y", y.double(), "y is torch.float64"),
-        ("x", x[:, :24], "do not fit"),
-        ("x", x.half(), "do not fit"),
+        ("x", x[:, :24], "does not fit"),
+        ("x", x.half(), "does not fit"),
         ("x", tokens(2, 36)[:, :32], "strides"),
-        ("a", made.a[:, :1], "do not fit"),
+        ("a", made.a[:, :1], "ranks: torch.int32"),
         ("b", made.b[:, :, :8], "a multiple of 16"),
         ("b", made.b.half(), "they must be the same"),
         ("ranks", made.ranks.long(), "ranks: torch.int64"),

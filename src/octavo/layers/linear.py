@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from octavo.layers.lora import LinearAdapters
 from octavo.layers.slot import WeightSlot
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec, layers_of
 from octavo.quantization.unquantized import UNQUANTIZED
 
 
@@ -41,11 +40,8 @@ class Linear(nn.Module):
         Raises ValueError naming a part whose size its format cannot have.
         """
         parts = self.part_rows(path)
-        schemes = {name: method.scheme_of(name) for name in parts}
-        for _, group in groupby(parts, key=lambda name: schemes[name] if schemes[name].fuses else name):
-            names = list(group)
-            sizes = {name: parts[name] for name in names}
-            scheme, num_rows = schemes[names[0]], sum(sizes.values())
+        for scheme, sizes in layers_of(parts, method):
+            num_rows = sum(sizes.values())
             layer = LinearLayer(scheme, self.in_features, num_rows, self._bias, self._dtype, self._device)
             self.layers.append(layer)
             self._loaders.append(_Loader(layer, sizes))
@@ -63,12 +59,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
         """x: [T, in_features], quantised only if `takes_fp8`. Returns [T, out_features]."""
-        products = [layer.scheme.apply(layer, x) for layer in self.layers]
-        y = products[0] if len(products) == 1 else torch.cat(products, -1)
         if self.adapters is None or not self.adapters.are_active:
-            return y
+            return self._product(x)
         assert isinstance(x, Tensor)
-        return self.adapters.add(y, x)
+        return self.adapters.add(self._product, x)
+
+    def _product(self, x: Tensor | Fp8Tokens) -> Tensor:
+        products = [layer.scheme.apply(layer, x) for layer in self.layers]
+        return products[0] if len(products) == 1 else torch.cat(products, -1)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:  # noqa: ARG002
         return {name: slot for loader in self._loaders for name, slot in loader.slots().items()}

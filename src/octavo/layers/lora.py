@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +19,13 @@ class ActiveAdapters:
     it before each pass over them.
 
     slots: int32 [T], -1 for a token without one; None where no token has one, which costs a layer nothing more.
-    replaces: whether an adapter among them has whole tables of its own.
+    replaces: whether an adapter among them has whole tables of its own. side: on a GPU, the stream that computes beside
+    that of the step.
     """
 
     slots: Tensor | None = None
     replaces: bool = False
+    side: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +48,32 @@ class LinearAdapters:
     def are_active(self) -> bool:
         return self.active.slots is not None
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y: [T, N], the layer's own product with x: [T, K]; it may be overwritten. Returns what the adapters make
-        of it."""
-        slots = self.active.slots
-        if slots is None:
+    def add(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: [T, K], some of which has an adapter. product: the layer's own. Returns it with what adapters make of it.
+
+        On a GPU, A x is computed beside the product, in a stream of its own: neither fills the device alone.
+        """
+        active, slots = self.active, self.active.slots
+        assert slots is not None
+        if active.side is None:
+            y = self._replaced(product(x), x)
+            torch_kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
             return y
+        kernels, stream = device_kernels.get(), torch.cuda.current_stream()
+        active.side.wait_stream(stream)
+        with torch.cuda.stream(active.side):
+            hidden = kernels.shrink_lora(x, self.a, self.ranks, slots)
+        y = self._replaced(product(x), x)
+        # What frees hidden later needs no event: all that the side stream computes next waits for this stream first.
+        stream.wait_stream(active.side)
+        kernels.expand_lora(y, hidden, self.b, self.ranks, self.parts, slots)
+        return y
+
+    def _replaced(self, y: Tensor, x: Tensor) -> Tensor:
+        """y where no adapter has a weight of its own."""
         if self.active.replaces:
             for slot, weight in self.replaced.items():
-                y = torch.where((slots == slot)[:, None], F.linear(x, weight), y)
-        kernels = device_kernels.get() if x.is_cuda else torch_kernels
-        kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
+                y = torch.where((self.active.slots == slot)[:, None], F.linear(x, weight), y)  # type: ignore[union-attr]
         return y
 
 

@@ -58,7 +58,7 @@ class AdapterBank:
 
     def __init__(self, model: CausalLM, sizes: LoRASizes, dtype: torch.dtype, device: torch.device) -> None:
         """Gives every linear layer and embedding of the model its stacks. dtype: of the activations."""
-        self.active = ActiveAdapters()
+        self.active = ActiveAdapters(side=torch.cuda.Stream(device) if device.type == "cuda" else None)
         self.broken: dict[int, str] = {}  # by slot: why its adapter could not be brought in
         self._max_rank, self._dtype, self._device = sizes.max_lora_rank, dtype, device
         self._rank = storage_rank(sizes.max_lora_rank)
