@@ -12,16 +12,19 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
 from octavo.config import Quantization
 from octavo.kernels import triton
 from octavo.layers.linear import Linear
+from octavo.quantization.gguf import PACKED_TYPES
 from octavo.quantization.registry import method_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 IN_FEATURES, PARTS = 1024, {"gate_proj": 768, "up_proj": 384}
+BLOCK = "model.layers.0.mlp"
 TOKENS = (1, 5, 16, 40, 100, 300, 700)
 FULL, NARROW = 6e-3, 5e-2  # relative error with activations in bfloat16, and in 8 bits
 
@@ -34,6 +37,13 @@ def compressed(format_name: str, weights: dict[str, Any], activations: dict[str,
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
 CHANNEL = {"strategy": "channel", "symmetric": True, "dynamic": False}
 TOKEN = {"strategy": "token", "symmetric": True, "dynamic": True}
+
+
+def of_gguf(*kinds: int) -> dict[str, Any]:
+    """kinds: ggml type numbers of the parts."""
+    return {"quant_method": "gguf", "types": {f"{BLOCK}.{part}": kind for part, kind in zip(PARTS, kinds, strict=True)}}
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 CASES: dict[str, tuple[Quantization | None, dict[str, Any] | None, float]] = {
@@ -43,6 +53,7 @@ CASES: dict[str, tuple[Quantization | None, dict[str, Any] | None, float]] = {
     "gptq 4 bits by activations": (None, GPTQ | {"desc_act": True, "sym": False}, FULL),
     "gptq 3 bits": (None, GPTQ | {"bits": 3}, FULL),
     "gptq 8 bits": (None, GPTQ | {"bits": 8, "sym": False}, FULL),
+    "gptq 8 bits, symmetric": (None, GPTQ | {"bits": 8}, FULL),
     "pack-quantized": (None, compressed("pack-quantized", INT4), FULL),
     "float-quantized": (
         None,
@@ -66,7 +77,13 @@ CASES: dict[str, tuple[Quantization | None, dict[str, Any] | None, float]] = {
     "bitsandbytes nf4": (None, NF4, FULL),
     "bitsandbytes nf4, nested": (None, NF4 | {"bnb_4bit_use_double_quant": True}, FULL),
     "bitsandbytes int8": (None, {"quant_method": "bitsandbytes", "load_in_8bit": True}, FULL),
+    "bitsandbytes fp4": (None, NF4 | {"bnb_4bit_quant_type": "fp4"}, FULL),
     "bitsandbytes while loaded": ("bitsandbytes", None, FULL),
+    **{
+        f"gguf {gguf.GGMLQuantizationType(kind).name}": (None, of_gguf(kind, kind), FULL)
+        for kind in sorted(PACKED_TYPES)
+    },
+    "gguf Q4_K and Q6_K": (None, of_gguf(gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K), FULL),
 }
 
 
@@ -75,7 +92,7 @@ def layer(
 ) -> Linear:
     """A fused layer with the same tensors for every dtype and device."""
     made = Linear(IN_FEATURES, PARTS, False, dtype, device)
-    made.create_weights("model.layers.0.mlp.gate_up_proj", method_of(option, config))
+    made.create_weights(f"{BLOCK}.gate_up_proj", method_of(option, config))
     generator = torch.Generator(CPU).manual_seed(0)
     for slot in made.weight_slots("").values():
         slot.load(slot.spec.make_dummy(generator).to(device) if slot.spec.required or slot.spec.dummy else None)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.reference import grouped_gemm as reference
-from octavo.kernels.triton.grouped_gemm import GroupedPlan, dequantize_grouped, grouped_linear
+from octavo.kernels.triton.grouped_gemm import (
+    _LOOKED_UP,
+    GroupedPlan,
+    _table_words,
+    dequantize_grouped,
+    grouped_linear,
+)
+from octavo.quantization.four_bit import TABLES, CodeTable
 from octavo.quantization.grouped import Codes, chunk_size, weight_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +34,7 @@ CASES = [(4, 128, 256), (4, 64, 128), (4, 32, 96), (4, 192, 192), (8, 128, 256),
 
 def weight(
     bits: int, group_size: int, k: int, kind: str, n: int = 40, dtype: torch.dtype = torch.float16
-) -> tuple[Tensor, Tensor, Tensor | None, int, torch.dtype, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]:
     """What the kernels take. kind: of "plain", "zeros", "minimums", "table"; dtype: of the scales."""
     generator = torch.Generator().manual_seed(k + bits)
     code = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
@@ -36,7 +48,7 @@ def weight(
     made = weight_of(
         Codes(code, scale.float() if kind == "table" else scale, zero, minimum, None, table), bits, group_size, chunk
     )
-    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:6])
+    return tuple(part.to(DEVICE) if isinstance(part, Tensor) else part for part in made[:5])
 
 
 def assert_close(got: Tensor, expected: Tensor, units: float) -> None:
@@ -83,7 +95,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         grouped_linear(x[:, :96], *made)
     with pytest.raises(ValueError, match=r"expected \[1, 40\]"):
-        grouped_linear(x, *made[:3], 128, made[4])
+        grouped_linear(x, *made[:3], 128)
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or"):
         grouped_linear(x.float(), *made)
 
@@ -96,3 +108,59 @@ def test_codes_of_a_table() -> None:
         torch.testing.assert_close(dequantize_grouped(*made, torch.float32), expected, rtol=1e-6, atol=1e-6)
         for plan in PLANS:  # numbers of a table are rounded to the dtype, too
             assert_close(grouped_linear(x, *made, plan=plan), reference.grouped_linear(x, *made), 4.0)
+
+
+@triton.jit
+def _store_table_words(table_ptr, out_ptr, DTYPE: tl.constexpr):
+    words = _table_words(table_ptr, True, DTYPE)
+    for index in tl.static_range(8):
+        tl.store(out_ptr + index + tl.zeros((1, 1), tl.int32), words[index])
+
+
+def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """prmt.b32: byte i is that of the eight of b:a which bits 4i to 4i + 2 of the selector name; with bit 4i + 3 its
+    sign, eight times."""
+    bytes_of = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(bytes_of)
+    for index in range(4):
+        chosen = selector.astype(np.uint64) >> np.uint64(4 * index) & np.uint64(15)
+        byte = bytes_of >> (chosen & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+        byte = np.where(chosen & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(255), byte)
+        result |= byte << np.uint64(8 * index)
+    return result.astype(np.uint32)
+
+
+def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Registers, uint32, after the instructions that look codes up."""
+    registers = dict(inputs)
+    for line in text.strip("{}").split(";"):
+        name, *operands = re.findall(r"[^\s,]+", line)[:6] or [""]
+        if name in ("", ".reg"):
+            continue
+        target, *read = operands
+        values = [registers[word] if word in registers else np.uint32(int(word, 0)) for word in read]
+        if name == "lop3.b32":
+            assert int(read[3], 0) == 0xEA  # (a & b) | c
+            registers[target] = values[0] & values[1] | values[2]
+        else:
+            compute = {"and.b32": np.bitwise_and, "shr.b32": np.right_shift, "prmt.b32": permuted}[name]
+            registers[target] = compute(*values)
+    return registers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_instructions_that_look_codes_up(name: CodeTable, dtype: torch.dtype) -> None:
+    table = torch.tensor(TABLES[name], device=DEVICE)
+    words = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    _store_table_words[(1,)](table, words, DTYPE=tl.bfloat16 if dtype == torch.bfloat16 else tl.float16)
+    codes = np.stack([np.roll(np.arange(256, dtype=np.uint32), 37 * position) for position in range(4)])
+    inputs = {"$4": codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24}
+    for index, word in enumerate(words.cpu().numpy().view(np.uint32)):
+        inputs |= {f"${5 + 4 * index + copy}": np.full(256, word) for copy in range(4)}
+    found = run_ptx(_LOOKED_UP.value, inputs)
+    expected = table.cpu().to(dtype).view(torch.int16).numpy().view(np.uint16)
+    for position in range(4):
+        for first, code in (("$0", codes[position] & 15), ("$2", codes[position] >> 4)):
+            register = found[f"${int(first[1]) + position // 2}"]
+            np.testing.assert_array_equal(register >> 16 * (position % 2) & 0xFFFF, expected[code])

@@ -68,10 +68,11 @@ def awq(weight: Tensor, group_size: int, symmetric: bool = False) -> tuple[dict[
 
 
 def gptq(
-    weight: Tensor, bits: int, group_size: int, symmetric: bool, version: int = 1, desc_act: bool = False
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, version: int = 1, desc_act: bool = False, seed: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
+    """seed: of the order of columns that desc_act finds."""
     size = weight.shape[1] if group_size == -1 else group_size
-    group_of = shuffled(weight.shape[1], size) if desc_act else in_order(weight.shape[1], size)
+    group_of = shuffled(weight.shape[1], size, seed) if desc_act else in_order(weight.shape[1], size)
     code, scale, zero, stands_for = codes_of(weight, bits, size, symmetric, group_of)
     zeros = stream(zero.T, bits)
     if version == 1 and bits == 3:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from integer_encoders import awq, gptq, pack_quantized, padded, stream
-from quantized_checkpoints import Encoder, encoded, load, logits, relative_error, write
+from quantized_checkpoints import Encoder, encoded, load, logits, plain_tensors, relative_error, write
 from torch import Tensor
 
 from octavo.kernels.reference import grouped_gemm as reference
@@ -124,34 +124,66 @@ def test_logits_are_those_of_the_dequantized_model(case: str, tmp_path: Path) ->
     assert relative_error(got, expected) < 1e-5
 
 
+def use_reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(reference))
+    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
+    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_packed_as_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes are kept, and multiplied by the kernels' references."""
     _, plain = encoded(CASES[case][0])
     expected = logits(load(write(tmp_path / "plain", plain)))
-    kernels = SimpleNamespace(GROUPED_MAX_M=0, **vars(reference))
-    monkeypatch.setattr("octavo.quantization.grouped.device_kernels", SimpleNamespace(get=lambda: kernels))
-    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+    use_reference_kernels(monkeypatch)
     model = load(written(tmp_path / "packed", case))
     assert relative_error(logits(model), expected) < 1e-5
     packed = [
         layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers if layer.held
     ]
-    num_bits = max(8 * layer.held.packed.nbytes / (layer.in_features * layer.out_features) for layer in packed)
+    num_bytes = [(layer, sum(weight.packed.nbytes for weight in layer.held)) for layer in packed]
+    num_bits = max(8 * size / (layer.in_features * layer.out_features) for layer, size in num_bytes)
     assert num_bits == packed[0].scheme.format.bits
-    kept = sum(layer.held.num_bytes for layer in packed)
+    kept = sum(weight.num_bytes for layer in packed for weight in layer.held)
     assert model.weight_bytes > kept > 0
     rest = sum(4 * layer.in_features * layer.out_features for layer in all_layers(model) if layer.held is None)
-    num_weights = sum(layer.in_features * layer.out_features for layer in all_layers(model))
-    assert model.linear_bits == pytest.approx(8 * (kept + rest) / num_weights)
+    size = sum(layer.in_features * layer.out_features for layer in all_layers(model))
+    assert model.linear_bits == pytest.approx(8 * (kept + rest) / size)
 
 
-def test_parts_of_one_matrix_have_scales_of_one_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+def num_weights(model: CausalLM) -> list[int]:
+    """Of every layer that keeps codes: into how many weights its parts were put."""
+    return [len(layer.held) for layer in all_layers(model) if layer.held is not None]
+
+
+def test_scales_of_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 16 bits go together, and lose nothing; those of 32 bits lie beside them."""
     name = "model.layers.1.self_attn.k_proj.scales"
-    scales = encoded(CASES["awq"][0])[0][name]
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn.*: the scales of its matrix are torch.bfloat16 and"):
-        load(written(tmp_path, "awq", {name: scales.bfloat16()}))
+    scales = encoded(CASES["awq"][0])[0][name].float()
+    folders = [
+        written(tmp_path / str(number), "awq", {name: changed})
+        for number, changed in enumerate(((scales * 0.7).bfloat16(), scales * 0.7123))
+    ]
+    expected = [logits(load(folder)) for folder in folders]
+    use_reference_kernels(monkeypatch)
+    models = [load(folder) for folder in folders]
+    assert [relative_error(logits(model), of) < 1e-5 for model, of in zip(models, expected)] == [True, True]
+    assert [max(num_weights(model)) for model in models] == [1, 3]
+
+
+@pytest.mark.parametrize(("seed", "expected_weights"), [(0, 1), (1, 3)])
+def test_parts_of_one_order_share_a_product(
+    seed: int, expected_weights: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, case = "model.layers.1.self_attn.k_proj", "gptq, desc_act"
+    tensors, _ = gptq(plain_tensors()[f"{name}.weight"], 4, 32, True, desc_act=True, seed=seed)
+    folder = written(tmp_path, case, {f"{name}.{end}": tensor for end, tensor in tensors.items()})
+    expected = logits(load(folder))
+    use_reference_kernels(monkeypatch)
+    model = load(folder)
+    assert relative_error(logits(model), expected) < 1e-5
+    assert max(num_weights(model)) == expected_weights
+    assert min(num_weights(model)) == 1
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq, desc_act", "pack-quantized, 8 bits, asymmetric"])
@@ -176,10 +208,12 @@ def test_dummies_have_weights_of_a_model(case: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parts_without_an_order_share_a_layer(case: str, tmp_path: Path) -> None:
+def test_parts_share_a_layer(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_reference_kernels(monkeypatch)
     model = load(write(tmp_path, {}, CASES[case][1]), load_format="dummy")
     parts = [len(module.layers) for name, module in model.named_modules() if name.endswith("qkv_proj")]
-    assert set(parts) == ({3} if "desc_act" in case or "actorder" in case else {1})
+    assert set(parts) == {1}
+    assert set(num_weights(model)) <= {1}
 
 
 def test_groups_in_order_need_no_order() -> None:

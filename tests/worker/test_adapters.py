@@ -150,7 +150,7 @@ def test_random_mixes_against_merged_weights(
     rng = random.Random(kind)
     wanted: dict[str, list[TokenOutput]] = {}
     worst, num_differing = 0.0, 0
-    for mix in range(min(examples, 500)):
+    for mix in range(examples if kind == "cpu" else max(1, examples // 3)):  # the latter's sampler is interpreted
         which = [rng.randint(0, NUM_ADAPTERS) for _ in range(rng.randint(1, 7))]
         prompts = [[rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 17, 30]))] for _ in which]
         found = rig.run([request_for(f"{mix}-{i}", p, loras[w]) for i, (w, p) in enumerate(zip(which, prompts))])

@@ -5,25 +5,29 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from kernel_launches import launches
 
 from octavo.attention.long_prefill import CudnnPrefill, LongPrefillShape, NoLongPrefill, Thresholds
 from octavo.attention.triton import TritonAttention
-from octavo.config import ModelFacts, SchedulerConfig
+from octavo.config import SchedulerConfig
 from octavo.distributed.executor import DeviceExecutor
 from octavo.engine.engine import Engine
 from octavo.kernels import triton
+from octavo.layers.linear import Linear
 from octavo.loading.weights import dummy_weights
-from octavo.models.registry import build_model
+from octavo.models.registry import build_model, model_facts
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
+from octavo.quantization.registry import method_of
+from octavo.quantization.scheme import LinearShape
 from octavo.quantization.unquantized import PLAIN
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.sampler.device_sampler import DeviceSampler
-from octavo.worker.warm_up import kernel_jobs
+from octavo.worker.warm_up import _Shapes, kernel_jobs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads what Triton's interpreter is told")
 CPU = torch.device("cpu")
@@ -38,11 +42,8 @@ def dense(query: torch.Tensor, *_rest: Any) -> Any:
     return part, torch.zeros(1, heads, tokens)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize(("family", "max_model_len"), [("Qwen3ForCausalLM", 96), ("LlamaForCausalLM", 604)])
-def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> None:
-    triton.load()
-    config = {
+def config_of(family: str, max_model_len: int) -> dict[str, Any]:
+    return {
         "architectures": [family],
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -56,19 +57,16 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
         "tie_word_embeddings": False,
         "hidden_act": "silu",
     }
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize(("family", "max_model_len"), [("Qwen3ForCausalLM", 96), ("LlamaForCausalLM", 604)])
+def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> None:
+    triton.load()
+    config = config_of(family, max_model_len)
     model = build_model(config, DTYPE, CPU)
     model.load_weights(dummy_weights(model, 0, CPU))
-    facts = ModelFacts(
-        max_position_embeddings=max_model_len,
-        vocab_size=VOCAB,
-        num_layers=1,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        num_heads=HEADS,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        qk_norm=family.startswith("Qwen3"),
-    )
+    facts = model_facts(config)
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options, lora=None)
     with launches() as compiled:
@@ -104,3 +102,66 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     missing = launched - compiled
     names = {found[0] for found in missing}
     assert not missing, "\n".join(map(str, missing | {found for found in compiled if found[0] in names}))
+
+
+def of_gptq(bits: int, **fields: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": 128, "sym": False, "desc_act": False} | fields
+
+
+def of_gguf(*types: str, num_layers: int = 1) -> dict[str, Any]:
+    """types: of the parts in turn."""
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    names = [f"model.layers.{index}.{part}" for index in range(num_layers) for part in parts]
+    values = [gguf.GGMLQuantizationType[kind].value for kind in types]
+    return {"quant_method": "gguf", "types": {name: values[at % len(values)] for at, name in enumerate(names)}}
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "gptq, 4 bits, desc_act": of_gptq(4, desc_act=True),
+    "gptq, 8 bits": of_gptq(8),
+    "gptq, 8 bits, symmetric": of_gptq(8, sym=True),
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    **{kind: of_gguf(kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_packed_layer_finds_its_kernels_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every format, whatever the number of tokens: in these sizes K is split as often as the workspace allows."""
+    triton.load()
+    monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
+    monkeypatch.setattr("octavo.quantization.four_bit.keeps_codes", lambda _: True)
+    made = Linear(4096, {"gate_proj": 768, "up_proj": 512}, False, DTYPE, CPU)
+    made.create_weights("model.layers.0.mlp.gate_up_proj", method_of(None, PACKED[name]))
+    generator = torch.Generator().manual_seed(0)
+    for slot in made.weight_slots("").values():
+        slot.load(slot.spec.make_dummy(generator) if slot.spec.required or slot.spec.dummy else None)
+    (layer,) = made.layers
+    assert layer.held is not None
+    with launches(run_kernels=False) as compiled:
+        for job in layer.scheme.launches(LinearShape(1280, 4096, DTYPE, CPU)).values():
+            job()
+    with launches(run_kernels=False) as launched:
+        for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 100, 129, 200, 257, 300, 512, 513):
+            made(torch.zeros(num_tokens, 4096, dtype=DTYPE))
+    assert {found[0] for found in launched} == {"_grouped_kernel", "_dequantize_kernel"}
+    assert launched <= compiled, "\n".join(map(str, [*(launched - compiled), *compiled]))
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_every_layer_of_a_model_is_compiled_for(family: str) -> None:
+    """Also where layers and parts of one matrix differ in format."""
+    values = config_of(family, 96) | {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512}
+    values["quantization_config"] = of_gguf("Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q5_K", num_layers=3)
+    model = build_model(values, DTYPE, CPU)
+    method = method_of(None, values["quantization_config"])
+    options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
+    engine_config: Any = SimpleNamespace(max_model_len=96, block_size=BLOCK, options=options)
+    products = _Shapes(engine_config, model_facts(values), method, DTYPE, CPU).products()
+    layers = [layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers]
+    assert set(products) == {
+        (layer.scheme, LinearShape(layer.out_features, layer.in_features, DTYPE, CPU)) for layer in layers
+    }
+    assert len({scheme for scheme, _ in products}) == 4

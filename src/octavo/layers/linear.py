@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from octavo.layers.lora import LinearAdapters
 from octavo.layers.slot import WeightSlot
-from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec
+from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec, layers_of
 from octavo.quantization.unquantized import UNQUANTIZED
 
 
@@ -41,11 +40,8 @@ class Linear(nn.Module):
         Raises ValueError naming a part whose size its format cannot have.
         """
         parts = self.part_rows(path)
-        schemes = {name: method.scheme_of(name) for name in parts}
-        for _, group in groupby(parts, key=lambda name: schemes[name] if schemes[name].fuses else name):
-            names = list(group)
-            sizes = {name: parts[name] for name in names}
-            scheme, num_rows = schemes[names[0]], sum(sizes.values())
+        for scheme, sizes in layers_of(parts, method):
+            num_rows = sum(sizes.values())
             layer = LinearLayer(scheme, self.in_features, num_rows, self._bias, self._dtype, self._device)
             self.layers.append(layer)
             self._loaders.append(_Loader(layer, sizes))

@@ -32,7 +32,6 @@ class Awq:
     group_size: int
     symmetric: bool
     bits = _BITS
-    is_ordered = False
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         if num_rows % _PER_WORD:

@@ -52,7 +52,6 @@ class Int8Rows:
 
     bits = 8
     group_size = -1
-    is_ordered = False
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         shape = num_rows, in_features

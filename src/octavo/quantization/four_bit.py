@@ -18,6 +18,7 @@ from octavo.quantization.grouped import (
     Codes,
     GroupedWeight,
     chunk_size,
+    held_bytes,
     joined,
     keeps_codes,
     launches,
@@ -72,7 +73,7 @@ class FourBitFormat(Protocol):
 
 @dataclass(frozen=True)
 class FourBitScheme:
-    """Keeps a GroupedWeight with a table as `held`, or the dequantized weight where codes are not kept, or blocks do
+    """Keeps GroupedWeights with a table as `held`, or the dequantized weight where codes are not kept, or blocks do
     not end with the rows."""
 
     format: FourBitFormat
@@ -115,7 +116,7 @@ class FourBitScheme:
         return weight_of(Codes(code, absmax, table=table), 4, part.block_size, chunk)
 
     def num_bytes(self, layer: LinearLayer) -> int:
-        return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
+        return UNQUANTIZED.num_bytes(layer) if layer.held is None else held_bytes(layer.held)
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
         """For blocks of 64."""

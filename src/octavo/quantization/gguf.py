@@ -124,7 +124,6 @@ class GgufFormat:
     """A GroupedFormat. kind: one of PACKED_TYPES."""
 
     kind: int
-    is_ordered = False
 
     @property
     def bits(self) -> int:

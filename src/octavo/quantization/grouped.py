@@ -7,7 +7,7 @@ consecutive bytes, whatever rows and columns it is cut into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -21,6 +21,7 @@ from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, Tens
 from octavo.quantization.unquantized import UNQUANTIZED
 
 _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
+_FEW_ROWS = 32  # of a part: every format can have so many
 
 
 class Codes(NamedTuple):
@@ -45,7 +46,7 @@ class GroupedFormat(Protocol):
     """How a checkpoint spells such weights. Equal formats compare equal.
 
     bits: of a code in memory, 4 or 8 (fewer bits of a checkpoint widen to these); group_size: columns that share a
-    scale, -1 for all; is_ordered: whether Codes have an order, which parts need not share.
+    scale, -1 for all.
     """
 
     @property
@@ -53,9 +54,6 @@ class GroupedFormat(Protocol):
 
     @property
     def group_size(self) -> int: ...
-
-    @property
-    def is_ordered(self) -> bool: ...
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         """As LinearScheme.tensors."""
@@ -73,15 +71,15 @@ class GroupedWeight(NamedTuple):
 
     packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j; 4 bits: column j in the low
     half of byte j, column j + chunk / 2 in the high half. Either half of a chunk (8 bits: the chunk) is in one group.
-    scale: [groups, N], float32, or int32 that holds a scale of scale_dtype (float16 or bfloat16) in its low half and
-    zero in its high half: one load. minimum: float32 [groups, N], or None for 0; table, order: as in Codes.
+    scale: [groups, N], float32, or of 4 bits int32 that holds zero in its low byte and in the others those of a float32
+    scale whose low byte is 0, as it is of float16 and bfloat16: one load, and one kernel for both. minimum: float32
+    [groups, N], or None for 0; table, order: as in Codes.
     """
 
     packed: Tensor
     scale: Tensor
     minimum: Tensor | None
     group_size: int
-    scale_dtype: torch.dtype
     table: Tensor | None = None
     order: Tensor | None = None
 
@@ -111,21 +109,20 @@ def pack(code: Tensor, bits: int, chunk: int) -> Tensor:
 
 def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:
     """The same weights as `codes`. group_size: not -1; chunk: from `chunk_size`."""
-    half, dtype = 1 << bits - 1, codes.scale.dtype
-    packed, scale, minimum = pack(codes.code, bits, chunk), codes.scale.t().contiguous(), codes.minimum
-    zero = torch.zeros_like(scale, dtype=torch.int16)
+    half = 1 << bits - 1
+    packed, scale, minimum = pack(codes.code, bits, chunk), codes.scale.t().float().contiguous(), codes.minimum
+    zero = torch.zeros_like(scale, dtype=torch.int32)
     if codes.zero is not None:
-        zero = codes.zero.t().contiguous().to(torch.int16) - half
+        zero = codes.zero.t().contiguous().to(torch.int32) - half
     # Less zero, 8 bits could need a ninth, and bfloat16 has eight.
-    if minimum is None and dtype.itemsize == 2 and (bits == 4 or codes.zero is None):
-        words = torch.stack((scale.view(torch.int16), zero), -1).view(torch.int32)[..., 0]
-        return GroupedWeight(packed, words, None, group_size, dtype, codes.table, codes.order)
-    scale = scale.float()
+    if bits == 4 and minimum is None and codes.scale.dtype.itemsize == 2:
+        words = scale.view(torch.int32) | zero & 255
+        return GroupedWeight(packed, words, None, group_size, codes.table, codes.order)
     if minimum is not None:
         minimum = (minimum.t().float() + half * scale).contiguous()
     elif codes.zero is not None:
         minimum = -zero * scale
-    return GroupedWeight(packed, scale, minimum, group_size, torch.float32, codes.table, codes.order)
+    return GroupedWeight(packed, scale, minimum, group_size, codes.table, codes.order)
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -135,16 +132,24 @@ def keeps_codes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def multiply(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
-    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype: few tokens by the weight as it
-    lies, more by the dequantized weight."""
+def multiply(x: Tensor, weights: Sequence[GroupedWeight], bias: Tensor | None) -> Tensor:
+    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype, where W has the rows of all
+    weights: few tokens by the weights as they lie, more by dequantized ones."""
+    if len(weights) == 1:
+        return _product(x, weights[0], bias)
+    rows = [weight.packed.shape[1] for weight in weights]
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    return torch.cat([_product(x, weight, part) for weight, part in zip(weights, biases)], -1)
+
+
+def _product(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
     if weight.order is not None:
         x = x[:, weight.order]
     kernels = device_kernels.get()
     if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-        few: Tensor = kernels.grouped_linear(x, *weight[:6], bias)
+        few: Tensor = kernels.grouped_linear(x, *weight[:5], bias)
         return few
-    return F.linear(x, kernels.dequantize_grouped(*weight[:6], x.dtype), bias)
+    return F.linear(x, kernels.dequantize_grouped(*weight[:5], x.dtype), bias)
 
 
 def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
@@ -152,24 +157,23 @@ def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callab
     kernels = device_kernels.get()
 
     def run(num_tokens: int) -> None:
-        multiply(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
+        _product(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
 
     if shape.dtype.itemsize != 2:
         return {}
     counts = (8, 16, 32, 64, 128, 256, 512, kernels.GROUPED_MAX_M + 1)
-    return {("grouped", *shape, num_tokens): partial(run, num_tokens) for num_tokens in counts}
+    kind = weight.packed.shape, weight.scale.shape, weight.scale.dtype, weight.minimum is None, weight.table is None
+    return {("grouped", *shape, kind, num_tokens): partial(run, num_tokens) for num_tokens in counts}
 
 
 @dataclass(frozen=True)
 class GroupedScheme:
-    """A LinearScheme of one format. Keeps a GroupedWeight as `held`, or the dequantized weight where codes are not
-    kept, or the columns cannot be cut into chunks."""
+    """A LinearScheme of one format. Keeps GroupedWeights as `held`, as few as there can be, or the dequantized weight
+    where codes are not kept, or the columns cannot be cut into chunks."""
 
     format: GroupedFormat
 
-    @property
-    def fuses(self) -> bool:
-        return not self.format.is_ordered
+    fuses = True
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         return self.format.tensors(in_features, num_rows)
@@ -183,7 +187,7 @@ class GroupedScheme:
         # Moved before they are unpacked: fewer bytes, and the device unpacks them.
         moved = {end: tensor.to(layer.device) for end, tensor in tensors.items()}
         codes = self.format.codes(layer.in_features, num_rows, moved)
-        group_size = self._group_size(layer)
+        group_size = self._group_size(layer.in_features)
         chunk = chunk_size(self.format.bits, group_size, layer.in_features)
         if chunk is None or not keeps_codes(layer.device):
             layer.held.append((row, plain_weight(codes, self.format.bits, group_size).to(layer.dtype)))
@@ -197,33 +201,49 @@ class GroupedScheme:
             layer.weight = nn.Parameter(torch.cat(parts), requires_grad=False)
             UNQUANTIZED.finish(layer)
         else:
-            layer.held = parts[0] if len(parts) == 1 else joined(parts)
+            layer.held = joined(parts)
 
     def num_bytes(self, layer: LinearLayer) -> int:
-        return UNQUANTIZED.num_bytes(layer) if layer.held is None else layer.held.num_bytes
+        return UNQUANTIZED.num_bytes(layer) if layer.held is None else held_bytes(layer.held)
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
-        """For scales in 16 bits: what has others compiles when it is launched."""
-        rows, columns = shape.out_features, shape.in_features
-        group_size = columns if self.format.group_size == -1 else self.format.group_size
-        chunk = chunk_size(self.format.bits, group_size, columns)
+        """For weights of the kind that the format's dummies make. Codes of 4 bits with scales of 32, where those have
+        16, compile when they are launched."""
+        group_size = self._group_size(shape.in_features)
+        chunk = chunk_size(self.format.bits, group_size, shape.in_features)
         if chunk is None:
             return UNQUANTIZED.launches(shape)
-        packed = columns // chunk, rows, chunk * self.format.bits // 8
-        words = torch.zeros(columns // group_size, rows, dtype=torch.int32, device=shape.device)
-        codes = torch.zeros(packed, dtype=torch.uint8, device=shape.device)
-        return launches(GroupedWeight(codes, words, None, group_size, torch.float16), shape)
+        try:
+            specs = self.format.tensors(shape.in_features, _FEW_ROWS)
+        except ValueError:
+            return {}  # no layer can have this size, and the first that should says so
+        generator = torch.Generator(shape.device).manual_seed(0)
+        few = {end: spec.make_dummy(generator) for end, spec in specs.items() if spec.required or spec.dummy}
+        like = weight_of(self.format.codes(shape.in_features, _FEW_ROWS, few), self.format.bits, group_size, chunk)
+        return launches(_of_rows(like, shape.out_features), shape)
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
-        held: GroupedWeight | None = layer.held
+        held: tuple[GroupedWeight, ...] | None = layer.held
         return UNQUANTIZED.apply(layer, x) if held is None else multiply(x, held, layer.bias)
 
-    def _group_size(self, layer: LinearLayer) -> int:
-        return layer.in_features if self.format.group_size == -1 else self.format.group_size
+    def _group_size(self, in_features: int) -> int:
+        return in_features if self.format.group_size == -1 else self.format.group_size
+
+
+def _of_rows(like: GroupedWeight, num_rows: int) -> GroupedWeight:
+    """A weight of zeros of the same kind, in order."""
+    num_chunks, _, width = like.packed.shape
+    scale = like.scale.new_zeros(len(like.scale), num_rows)
+    return like._replace(
+        packed=like.packed.new_zeros(num_chunks, num_rows, width),
+        scale=scale,
+        minimum=None if like.minimum is None else torch.zeros_like(scale),
+        order=None,
+    )
 
 
 def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
@@ -239,14 +259,36 @@ def plain_weight(codes: Codes, bits: int, group_size: int) -> Tensor:
     return plain if codes.order is None else torch.empty_like(plain).index_copy_(1, codes.order, plain)
 
 
-def joined(parts: list[GroupedWeight]) -> GroupedWeight:
-    """The rows of all, which have one format and no order. Raises ValueError where their scales differ in dtype."""
-    dtypes = sorted({str(part.scale_dtype) for part in parts})
-    if len(dtypes) > 1:
-        raise ValueError(f"the scales of its matrix are {' and '.join(dtypes)}, expected one dtype")
-    minimums = [part.minimum for part in parts if part.minimum is not None]
-    return parts[0]._replace(
-        packed=torch.cat([part.packed for part in parts], 1),
-        scale=torch.cat([part.scale for part in parts], 1),
+def joined(parts: Sequence[GroupedWeight]) -> tuple[GroupedWeight, ...]:
+    """The rows of all, which have one format, in as few weights as there can be: neighbours become one where they have
+    their columns in one order, and scales of one kind. Parts that are made of the same activations do as a rule."""
+    found: list[list[GroupedWeight]] = []
+    for part in parts:
+        if found and _go_together(found[-1][0], part):
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return tuple(_one(run) for run in found)
+
+
+def _go_together(first: GroupedWeight, second: GroupedWeight) -> bool:
+    if first.scale.dtype != second.scale.dtype or (first.minimum is None) != (second.minimum is None):
+        return False
+    if first.order is None or second.order is None:
+        return first.order is second.order
+    return torch.equal(first.order, second.order)
+
+
+def _one(run: Sequence[GroupedWeight]) -> GroupedWeight:
+    if len(run) == 1:
+        return run[0]
+    minimums = [part.minimum for part in run if part.minimum is not None]
+    return run[0]._replace(
+        packed=torch.cat([part.packed for part in run], 1),
+        scale=torch.cat([part.scale for part in run], 1),
         minimum=torch.cat(minimums, 1) if minimums else None,
     )
+
+
+def held_bytes(weights: Sequence[GroupedWeight]) -> int:
+    return sum(weight.num_bytes for weight in weights)

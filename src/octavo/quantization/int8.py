@@ -43,7 +43,6 @@ class Int8Groups:
     group_size: int
 
     bits = 8
-    is_ordered = False
 
     def tensors(self, in_features: int, num_rows: int) -> dict[str, TensorSpec]:
         size = in_features if self.group_size == -1 else self.group_size

@@ -119,12 +119,13 @@ def scale_spec(shape: tuple[int, ...], bits: int, symmetric: bool) -> TensorSpec
 
 
 def g_idx_spec(in_features: int, group_size: int, shuffled: bool, required: bool = True) -> TensorSpec:
-    """The group of each column; int64 too, as some packers write it."""
+    """The group of each column; int64 too, as some packers write it. In a dummy, the same for all parts of a size: in
+    a checkpoint, those that are made of the same activations share it."""
 
     def dummy(generator: torch.Generator) -> Tensor:
         groups = groups_in_order(in_features, group_size, generator.device)
-        order = torch.randperm(in_features, device=generator.device, generator=generator)
-        return groups[order] if shuffled else groups
+        order = torch.randperm(in_features, generator=torch.Generator().manual_seed(in_features))
+        return groups[order.to(generator.device)] if shuffled else groups
 
     return TensorSpec(shape=(in_features,), dtypes=(torch.int32, torch.int64), required=required, dummy=dummy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -159,3 +160,14 @@ class QuantizationMethod(Protocol):
     def scheme_of(self, name: str) -> LinearScheme:
         """name: of a part, as the checkpoint's tensors carry it ("model.layers.0.self_attn.q_proj")."""
         ...
+
+
+def layers_of(parts: Mapping[str, int], method: QuantizationMethod) -> list[tuple[LinearScheme, dict[str, int]]]:
+    """The LinearLayers that a matrix is cut into: neighbouring parts in one format share one, where it fuses.
+
+    parts: rows of each by name, in order, as for `scheme_of`. Returns the scheme and the parts of each layer.
+    """
+    schemes = {name: method.scheme_of(name) for name in parts}
+    groups = groupby(parts, key=lambda name: schemes[name] if schemes[name].fuses else name)
+    runs = [list(names) for _, names in groups]
+    return [(schemes[run[0]], {name: parts[name] for name in run}) for run in runs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
 from octavo.quantization.fp8 import Fp8Scheme
-from octavo.quantization.scheme import LinearScheme, LinearShape, QuantizationMethod
+from octavo.quantization.scheme import LinearScheme, LinearShape, QuantizationMethod, layers_of
 from octavo.worker.adapters import storage_rank
 from octavo.worker.step_buffers import NUM_PARAMS
 
@@ -152,20 +152,10 @@ class _Shapes:
         self.kernels.merge_attention([part] * count, [sums] * count, self.zeros(tokens, heads, dim))
 
     def product_jobs(self) -> list[Callable[[], object]]:
-        """Those of a layer's projections, and of the output head, in the formats of the first layer."""
-        facts = self.facts
-        heads, hidden, inner = facts.num_heads * facts.head_dim, facts.hidden_size, facts.intermediate_size
-        sizes = {
-            "self_attn.q_proj": (self.num_all * facts.head_dim, hidden),
-            "self_attn.o_proj": (hidden, heads),
-            "mlp.gate_proj": (2 * inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-        products = [(self.scheme_of(name), size) for name, size in sizes.items()]
-        products.append((self.method.scheme_of("lm_head"), (facts.vocab_size, hidden)))
+        """Those of every layer's projections, which may differ in format, and of the output head."""
         found: dict[Hashable, Callable[[], object]] = {}
-        for scheme, size in products:
-            found |= scheme.launches(LinearShape(*size, self.dtype, self.device))
+        for scheme, shape in self.products():
+            found |= scheme.launches(shape)
         return list(found.values())
 
     def adapter_jobs(self, max_rank: int) -> list[Callable[[], object]]:
@@ -180,6 +170,29 @@ class _Shapes:
             found |= plan.launches(columns, parts, rank, self.dtype, self.device)
         found |= plan.embedding_launches(hidden, rank, self.dtype, torch.int32, self.device)
         return list(found.values())
+
+    def products(self) -> Iterable[tuple[LinearScheme, LinearShape]]:
+        """Each kind of linear layer once."""
+        facts = self.facts
+        heads, kv_heads = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+        hidden, inner = facts.hidden_size, facts.intermediate_size
+        of_layer = (
+            (hidden, {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads}),
+            (heads, {"self_attn.o_proj": hidden}),
+            (hidden, {"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+            (inner, {"mlp.down_proj": hidden}),
+        )
+        matrices = [
+            (in_features, {f"model.layers.{index}.{part}": rows for part, rows in parts.items()})
+            for index in range(facts.num_layers)
+            for in_features, parts in of_layer
+        ]
+        matrices.append((hidden, {"lm_head": facts.vocab_size}))
+        return dict.fromkeys(
+            (scheme, LinearShape(sum(sizes.values()), in_features, self.dtype, self.device))
+            for in_features, parts in matrices
+            for scheme, sizes in layers_of(parts, self.method)
+        )
 
     def scheme_of(self, name: str) -> LinearScheme:
         return self.method.scheme_of(f"model.layers.0.{name}")

@@ -11,14 +11,13 @@ def dequantize_grouped(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, K] in `dtype`: scale * (code - half - zero) + minimum, or scale * table[code].
 
     packed: uint8 [chunks, N, width], two 4-bit codes a byte (columns j and j + width of a chunk) or one of 8 bits;
-    scale: [groups, N], float32, or int32 with a scale of scale_dtype in the low half and the zero in the high half;
+    scale: [groups, N], float32, or int32 with the zero in its low byte and the rest of a float32 in the others;
     minimum: float32 [groups, N]; table: float32 [16].
     """
     num_chunks, n, width = packed.shape
@@ -30,9 +29,8 @@ def dequantize_grouped(
         number = code.double() - 8 if table is None else table.double()[code.int()]
     number = number.transpose(0, 1).reshape(n, -1, group_size)
     if scale.dtype == torch.int32:
-        halves = scale.contiguous().view(torch.int16).view(*scale.shape, 2)
-        number -= halves[..., 1].t()[..., None].double()
-        scale = halves[..., 0].contiguous().view(scale_dtype)
+        number -= scale.to(torch.int8).t()[..., None].double()
+        scale = (scale & -256).view(torch.float32)
     weight = number * scale.t()[..., None].double()
     if minimum is not None:
         weight += minimum.t()[..., None].double()
@@ -45,10 +43,9 @@ def grouped_linear(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + bias in float64, rounded once to x's dtype. x: [M, K]; bias: [N]."""
-    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, scale_dtype, table, torch.float64).T
+    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, table, torch.float64).T
     return (product if bias is None else product + bias.double()).to(x.dtype)

@@ -2,8 +2,9 @@
 
 The weight lies in chunks of columns, as octavo.quantization.grouped packs it. A program takes BLOCK_N rows and walks
 along the chunks: bytes come in by asynchronous copies, become numbers in registers by setting the exponent around the
-bits (exact), and go into the tensor cores. Few tokens multiply the whole numbers, and the sum of each group is scaled
-in float32; many tokens multiply scaled numbers, rounded to the activations' dtype, so that sums stay in the cores.
+bits (exact), or by permuting the bytes of a table, and go into the tensor cores. Few tokens multiply the whole numbers,
+and the sum of each group is scaled in float32; many tokens multiply scaled numbers, rounded to the activations' dtype,
+so that sums stay in the cores.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from octavo.kernels.triton.skinny_gemm import (
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
-_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class GroupedPlan(NamedTuple):
@@ -116,11 +116,76 @@ def _bf16_bytes(raw):
     )
 
 
+# The numbers of a table of 16, by permutations of bytes. Operands: four bytes with two codes each; then the table as
+# `_table_words` has it, every word four times, once for each byte. Bits 0 to 2 of a code choose among eight bytes, bit
+# 3 between two such choices; low and high bytes are chosen apart and then put together.
+_LOOKED_UP = tl.constexpr("""{
+    .reg .b32 index, upper, next_index, next_upper, a, b, c, d;
+    and.b32 index, $4, 0x77777777;
+    shr.b32 upper, $4, 1;
+    lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;
+    shr.b32 next_index, index, 16;
+    shr.b32 next_upper, upper, 16;
+    prmt.b32 a, $5, $9, index;
+    prmt.b32 b, $13, $17, index;
+    prmt.b32 c, $21, $25, index;
+    prmt.b32 d, $29, $33, index;
+    prmt.b32 a, a, b, upper;
+    prmt.b32 c, c, d, upper;
+    prmt.b32 $0, a, c, 0x6240;
+    prmt.b32 $2, a, c, 0x7351;
+    prmt.b32 a, $5, $9, next_index;
+    prmt.b32 b, $13, $17, next_index;
+    prmt.b32 c, $21, $25, next_index;
+    prmt.b32 d, $29, $33, next_index;
+    prmt.b32 a, a, b, next_upper;
+    prmt.b32 c, c, d, next_upper;
+    prmt.b32 $1, a, c, 0x6240;
+    prmt.b32 $3, a, c, 0x7351;
+    }""")
+_TABLE_REGISTERS = tl.constexpr("=r,=r,=r,=r" + 33 * ",r")
+
+
 @triton.jit
-def _low_and_high(raw, zero, table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
-    exactly."""
+def _four_numbers(at, DTYPE: tl.constexpr):
+    """at: of four float32. The low bytes of these numbers in DTYPE, of 16 bits, as a word [1, 1], and their high bytes.
+
+    Tensors, not scalars: what is broadcast from those would keep the compiler from looking codes up in the layout in
+    which a product takes its numbers, and they would go through shared memory.
+    """
+    low, high = tl.zeros((1, 1), tl.uint32), tl.zeros((1, 1), tl.uint32)
+    for index in tl.static_range(4):
+        bits = tl.load(at + index + tl.zeros((1, 1), tl.int32)).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        low |= (bits & 0xFF) << 8 * index
+        high |= (bits >> 8) << 8 * index
+    return low, high
+
+
+@triton.jit
+def _table_words(table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr):
+    """The low bytes of a table's 16 numbers in DTYPE, in four words, and the high bytes in four more."""
     if HAS_TABLE:
+        low_0, high_0 = _four_numbers(table_ptr, DTYPE)
+        low_1, high_1 = _four_numbers(table_ptr + 4, DTYPE)
+        low_2, high_2 = _four_numbers(table_ptr + 8, DTYPE)
+        low_3, high_3 = _four_numbers(table_ptr + 12, DTYPE)
+        words = (low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3)
+    else:
+        words = ()
+    return words
+
+
+@triton.jit
+def _low_and_high(raw, zero, table_ptr, words, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
+    exactly. words: from _table_words, of the same table."""
+    if HAS_TABLE and FAST:
+        operands = (raw,) + words  # noqa: RUF005 (Triton has no unpacking)
+        low, high = tl.inline_asm_elementwise(
+            _LOOKED_UP, _TABLE_REGISTERS, operands, dtype=(tl.uint16, tl.uint16), is_pure=True, pack=4
+        )
+        low, high = low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
+    elif HAS_TABLE:
         low = tl.load(table_ptr + (raw & 15).to(tl.int32)).to(DTYPE)
         high = tl.load(table_ptr + (raw >> 4).to(tl.int32)).to(DTYPE)
     elif FAST:
@@ -185,7 +250,7 @@ def _accumulate(
 
 
 @triton.jit
-def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, HAS_MINIMUM: tl.constexpr):
     """(scale float32, zero int32, minimum float32) [BLOCK_N] of a group of columns; what is not there is 0."""
     at = group * N + columns
     stored = tl.load(scale_ptr + at, mask=mask, other=0)
@@ -193,8 +258,8 @@ def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, SCALE_DTYPE: tl.c
     if stored.dtype == tl.float32:
         scale, zero = stored, tl.zeros(columns.shape, tl.int32)
     else:
-        scale = (stored & 0xFFFF).to(tl.uint16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
-        zero = stored >> 16
+        scale = (stored & -256).to(tl.float32, bitcast=True)
+        zero = stored.to(tl.int8).to(tl.int32)
     return scale, zero, minimum
 
 
@@ -216,7 +281,6 @@ def _grouped_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,  # bytes of a row's chunk
     GROUP: tl.constexpr,  # columns of a group; WIDTH divides it
-    SCALE_DTYPE: tl.constexpr,  # in int32 scales
     HAS_MINIMUM: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -240,6 +304,7 @@ def _grouped_kernel(
     byte, in_rows, in_columns = tl.arange(0, WIDTH), m < M, n < N
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
+    words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):
@@ -247,9 +312,7 @@ def _grouped_kernel(
             at = chunk * CHUNK
             raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
             x = tl.load(x_rows + at, mask=in_rows[:, None], other=0.0)
-            scale, zero, minimum = _group_of(
-                scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
-            )
+            scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, HAS_MINIMUM)
             if BITS == 8:
                 if FAST and tl.bfloat16 == DTYPE:
                     w = _bf16_bytes(raw)
@@ -258,13 +321,14 @@ def _grouped_kernel(
                 acc = _accumulate(acc, w, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
             else:
                 x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
-                low, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
+                low, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
                 if GROUP % CHUNK:  # the high half may be in another group
                     scale, zero, minimum = _group_of(
-                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, SCALE_DTYPE, HAS_MINIMUM
+                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, HAS_MINIMUM
                     )
-                    _, high = _low_and_high(raw, zero, table_ptr, HAS_TABLE, DTYPE, FAST)
+                    if not HAS_TABLE:
+                        _, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
                 acc = _accumulate(acc, high, x_high, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
     if SWAP:
         acc = tl.trans(acc)
@@ -284,7 +348,6 @@ def grouped_linear(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -292,7 +355,7 @@ def grouped_linear(
 ) -> Tensor:
     """x Wᵀ + bias, accumulated in float32 and rounded once. Returns a new tensor [M, N] in x's dtype.
 
-    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, scale_dtype, table: as in
+    x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, table: as in
     octavo.quantization.grouped.GroupedWeight; bias: [N]. plan: instead of the rule's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
@@ -311,7 +374,9 @@ def grouped_linear(
     plan = GroupedPlan.of(m, n, num_chunks) if plan is None else plan
     tiles, parts = triton.cdiv(n, plan.block_n), triton.cdiv(m, plan.block_m)
     unroll = 1 if num_chunks % plan.unroll else plan.unroll
-    split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (m * n)))
+    # By the most tokens that share the plan: what is compiled does not depend on how many there are.
+    most = max(8, triton.next_power_of_2(m))
+    split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (most * n)))
     if tiles * parts > _MAX_TILES:
         split_k = 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
@@ -321,7 +386,6 @@ def grouped_linear(
         "BITS": bits,
         "WIDTH": width,
         "GROUP": group_size,
-        "SCALE_DTYPE": _TRITON[scale_dtype],
         "HAS_MINIMUM": minimum is not None,
         "HAS_TABLE": table is not None,
         "HAS_BIAS": bias is not None,
@@ -361,7 +425,6 @@ def _dequantize_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -375,7 +438,7 @@ def _dequantize_kernel(
     for half in tl.static_range(8 // BITS):
         code = (raw >> (4 * half)) & (15 if BITS == 4 else 255)
         column = chunk * CHUNK + half * WIDTH
-        scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, SCALE_DTYPE, HAS_MINIMUM)
+        scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, HAS_MINIMUM)
         if HAS_TABLE:
             number = tl.load(table_ptr + code)
         else:
@@ -390,7 +453,6 @@ def dequantize_grouped(
     scale: Tensor,
     minimum: Tensor | None,
     group_size: int,
-    scale_dtype: torch.dtype,
     table: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -409,7 +471,6 @@ def dequantize_grouped(
         BITS=8 * num_chunks * width // k,
         WIDTH=width,
         GROUP=group_size,
-        SCALE_DTYPE=_TRITON[scale_dtype],
         HAS_MINIMUM=minimum is not None,
         HAS_TABLE=table is not None,
         BLOCK_N=32,

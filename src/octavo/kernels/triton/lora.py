@@ -24,12 +24,14 @@ _BUCKETS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)  # numbers of tokens up t
 _FEW = 512  # tokens: up to here tiles are the smallest that tensor cores take
 _MAX_SPLITS = 16
 _MAX_BLOCK_R = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class LoraPlan(NamedTuple):
     """How the two products are cut up.
 
-    shrink_m, expand_m: tokens of a program; block_k: columns of A a step; splits: shares of K; block_n: rows of B.
+    shrink_m, expand_m: tokens of a program; block_k: columns of A a step; splits: shares of K; block_n: rows of B;
+    expand_r: columns of B a step, at most.
     """
 
     shrink_m: int = 16
@@ -39,6 +41,7 @@ class LoraPlan(NamedTuple):
     shrink_stages: int = 4
     expand_m: int = 16
     block_n: int = 128
+    expand_r: int = 32
     expand_warps: int = 4
 
     @classmethod
@@ -50,19 +53,22 @@ class LoraPlan(NamedTuple):
         tiles = triton.cdiv(most, block_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
         wanted = min(_NUM_SMS // tiles, in_features // (2 * block_k), _MAX_SPLITS)
         splits = 1 << (max(1, wanted).bit_length() - 1)  # powers of two: few variants
-        return cls(block_m, block_k, splits, 4, 4, block_m, 128, 4)
+        return cls(block_m, block_k, splits, expand_m=block_m, expand_warps=4 if few else 8)
 
     @classmethod
     def launches(
         cls, in_features: int, parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device
     ) -> dict[Hashable, Callable[[], object]]:
         """What `add_lora` is compiled for, whatever the tokens, slots and true ranks: each call launches one variant of
-        a kernel, or two, on a token without an adapter."""
-        sizes = in_features, parts, rank, dtype, device
+        one kernel on a token without an adapter. Keys are equal where variants are, of whatever shapes they are."""
         found: dict[Hashable, Callable[[], object]] = {}
+        ranks = len(parts) * rank
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, in_features, len(parts), rank)
-            found.setdefault(("lora", dtype, parts, rank, plan), partial(_launch_linear, *sizes, plan))
+            key: Hashable = "lora shrink", dtype, len(parts), _block_r(ranks), plan._replace(splits=0)[:5]
+            found.setdefault(key, partial(_launch_shrink, in_features, len(parts), rank, dtype, device, plan))
+            key = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
+            found.setdefault(key, partial(_launch_expand, parts, rank, dtype, device, plan))
         return found
 
     @classmethod
@@ -73,14 +79,14 @@ class LoraPlan(NamedTuple):
         found: dict[Hashable, Callable[[], object]] = {}
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, rank, 1, rank)
-            key = "lora embedding", dtype, ids_dtype, out_features, rank, plan.expand_m, plan.block_n
+            key = "lora embedding", dtype, ids_dtype, out_features, _block_r(rank, plan.expand_r), plan[5:]
             found.setdefault(key, partial(_launch_embedding, out_features, rank, dtype, ids_dtype, device, plan))
         return found
 
 
-def _block_r(rank: int) -> int:
+def _block_r(rank: int, most: int = _MAX_BLOCK_R) -> int:
     """Ranks of one product on the tensor cores."""
-    return min(_MAX_BLOCK_R, triton.next_power_of_2(rank))
+    return min(most, triton.next_power_of_2(rank))
 
 
 @triton.jit
@@ -140,7 +146,7 @@ def _shrink_kernel(
             total += padded
         if block * BLOCK_R < total:
             a_slot = a_ptr + slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-            a_rows = a_slot + column.to(tl.int64)[:, None] * K + k[None, :]
+            a_rows = a_slot + column[:, None] * K + k[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for at in tl.range(first, last, BLOCK_K, num_stages=STAGES):
                 in_share = (at + k < last)[None, :]
@@ -195,33 +201,27 @@ def _expand_kernel(
         h_rows = hidden_ptr + tl.load(ids_ptr + t, mask=t < T, other=0).to(tl.int64)[:, None] * R
     else:
         h_rows = hidden_ptr + rows * (len(PARTS) * R) + part * R
+    per_split = T.to(tl.int64) * (len(PARTS) * R)
     todo = _slots_of_tile(token_slots_ptr, t, T, S, tl.program_id(2), tl.num_programs(2))
+    y = tl.load(y_at, mask=(todo < S)[:, None] & in_part, other=0.0)  # early: no slot writes another's rows
     slot = tl.min(todo, 0)
     while slot < S:
         mine = (todo == slot)[:, None]
         rank = tl.load(ranks_ptr + part * S + slot)
         if rank > 0:
-            y = tl.load(y_at, mask=mine & in_part, other=0.0)
-            b_slot = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16)
+            b_rows = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16) + n[:, None] * R
+            h_slot = h_rows
+            if IS_EMBEDDING:
+                h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
+            padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for at in tl.range(0, rank, BLOCK_R, num_stages=1):
-                r = at + tl.arange(0, BLOCK_R)
-                in_rank = r < rank
-                w = tl.load(
-                    b_slot + n.to(tl.int64)[:, None] * R + r[None, :],
-                    mask=(n < end)[:, None] & in_rank[None, :],
-                    other=0.0,
-                )
-                h_mask = mine & in_rank[None, :]
-                if IS_EMBEDDING:
-                    a_slot = slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-                    h = tl.load(h_rows + a_slot + r[None, :], mask=h_mask, other=0.0)
-                else:
-                    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                    for split in tl.static_range(SPLITS):
-                        h += tl.load(
-                            h_rows + split * T.to(tl.int64) * (len(PARTS) * R) + r[None, :], mask=h_mask, other=0.0
-                        )
+                r = (at + tl.arange(0, BLOCK_R))[None, :]
+                w = tl.load(b_rows + r, mask=(n < end)[:, None] & (r < padded), other=0.0)
+                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    h += tl.load(h_slot + split * per_split + r, mask=mine & (r < padded), other=0.0)
+                w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
                 acc = tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
             tl.store(y_at, (y.to(tl.float32) + acc).to(y.dtype), mask=mine & in_part)
         todo = tl.where(mine.reshape(BLOCK_M), S, todo)
@@ -258,30 +258,7 @@ def add_lora(
     if not num_tokens:
         return
     plan = LoraPlan.of(num_tokens, k, num_parts, rank) if plan is None else plan
-    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
-    block_r = _block_r(num_parts * rank)
-    tiles = triton.cdiv(num_tokens, plan.shrink_m)
-    grid = tiles * triton.cdiv(num_parts * rank, block_r), plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)
-    _shrink_kernel[grid](
-        x,
-        a,
-        ranks,
-        token_slots,
-        hidden,
-        num_tokens,
-        num_slots,
-        k // 8,
-        rank // 16,
-        x.stride(0) // 8,
-        a.stride(0) // 16,
-        PARTS=num_parts,
-        BLOCK_M=plan.shrink_m,
-        BLOCK_K=plan.block_k,
-        BLOCK_R=block_r,
-        STAGES=plan.shrink_stages,
-        num_warps=plan.shrink_warps,
-        num_stages=plan.shrink_stages,
-    )
+    hidden = _shrink(x, a, ranks, token_slots, plan)
     _expand(y, hidden, b, ranks, token_slots, token_slots, parts, 0, plan.splits, plan)
 
 
@@ -310,6 +287,35 @@ def add_lora_embedding(
     if num_tokens:
         plan = LoraPlan.of(num_tokens, rank, 1, rank) if plan is None else plan
         _expand(y, a, b, ranks, token_slots, ids, parts, a.stride(0), 0, plan)
+
+
+def _shrink(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: LoraPlan) -> Tensor:
+    """Each split's share of A x, float32 [splits, T, P * R]. What no token needs is left as it was in memory."""
+    (num_tokens, k), (num_slots, num_parts, rank, _) = x.shape, a.shape
+    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
+    block_r = _block_r(num_parts * rank)
+    tiles = triton.cdiv(num_tokens, plan.shrink_m) * triton.cdiv(num_parts * rank, block_r)
+    _shrink_kernel[tiles, plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)](
+        x,
+        a,
+        ranks,
+        token_slots,
+        hidden,
+        num_tokens,
+        num_slots,
+        k // 8,
+        rank // 16,
+        x.stride(0) // 8,
+        a.stride(0) // 16,
+        PARTS=num_parts,
+        BLOCK_M=plan.shrink_m,
+        BLOCK_K=plan.block_k,
+        BLOCK_R=block_r,
+        STAGES=plan.shrink_stages,
+        num_warps=plan.shrink_warps,
+        num_stages=plan.shrink_stages,
+    )
+    return hidden
 
 
 def _expand(
@@ -348,14 +354,15 @@ def _expand(
         IS_EMBEDDING=splits == 0,
         BLOCK_M=plan.expand_m,
         BLOCK_N=plan.block_n,
-        BLOCK_R=_block_r(rank),
+        BLOCK_R=_block_r(rank, plan.expand_r),
         num_warps=plan.expand_warps,
     )
 
 
 def _groups(num_tokens: int, num_slots: int, block_m: int) -> int:
-    """Programs that share the slots of a tile: about as many as a tile of sorted tokens has slots."""
-    return min(num_slots, num_tokens, 1 + block_m * num_slots // num_tokens)
+    """Programs that share the slots of a tile: about as many as a tile of sorted tokens has slots, and one where most
+    tiles have one."""
+    return min(num_slots, num_tokens, 1 + 2 * block_m * num_slots // num_tokens)
 
 
 def _check(
@@ -374,27 +381,33 @@ def _check(
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected contiguous int32 {list(shape)}")
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _launch_linear(
-    in_features: int, parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan
+def _launch_shrink(
+    in_features: int, num_parts: int, rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
-    shapes = (1, sum(parts)), (1, in_features), (1, len(parts), rank, in_features), (1, sum(parts), rank)
-    tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-    no_ranks = torch.zeros(len(parts), 1, dtype=torch.int32, device=device)
-    add_lora(*tensors, no_ranks, parts, torch.full((1,), -1, dtype=torch.int32, device=device), plan=plan)
+    """One token without an adapter, as the next two."""
+    x = torch.zeros(1, in_features, dtype=dtype, device=device)
+    a = torch.zeros(1, num_parts, rank, in_features, dtype=dtype, device=device)
+    _shrink(x, a, _ints(0, num_parts, device), _ints(-1, 1, device)[0], plan)
+
+
+def _launch_expand(parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
+    y = torch.zeros(1, sum(parts), dtype=dtype, device=device)
+    b = torch.zeros(1, sum(parts), rank, dtype=dtype, device=device)
+    hidden = torch.zeros(plan.splits, 1, len(parts) * rank, dtype=torch.float32, device=device)
+    slots = _ints(-1, 1, device)[0]
+    _expand(y, hidden, b, _ints(0, len(parts), device), slots, slots, parts, 0, plan.splits, plan)
 
 
 def _launch_embedding(
     out_features: int, rank: int, dtype: torch.dtype, ids_dtype: torch.dtype, device: torch.device, plan: LoraPlan
 ) -> None:
     y, a, b = (
-        torch.zeros(shape, dtype=dtype, device=device)
-        for shape in ((1, out_features), (1, 1, rank), (1, out_features, rank))
+        torch.zeros(size, dtype=dtype, device=device)
+        for size in ((1, out_features), (1, 1, rank), (1, out_features, rank))
     )
-    no_ranks, none = (
-        torch.zeros(1, 1, dtype=torch.int32, device=device),
-        torch.full((1,), -1, dtype=torch.int32, device=device),
-    )
-    add_lora_embedding(y, torch.zeros(1, dtype=ids_dtype, device=device), a, b, no_ranks, none, plan=plan)
+    ids = torch.zeros(1, dtype=ids_dtype, device=device)
+    add_lora_embedding(y, ids, a, b, _ints(0, 1, device), _ints(-1, 1, device)[0], plan=plan)
+
+
+def _ints(value: int, count: int, device: torch.device) -> Tensor:
+    return torch.full((count, 1), value, dtype=torch.int32, device=device)
