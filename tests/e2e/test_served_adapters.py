@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import openai
@@ -24,6 +24,7 @@ from octavo.serving import _ENGINE_COMMAND
 PROMPTS = [[5, 9, 33, 2], [7, 7], [40, 1, 13]]
 NAMES = ("base", "static", "dynamic")
 NUM_TOKENS = 24
+LONG = 200
 
 
 @dataclass
@@ -52,7 +53,7 @@ def options(folders: Folders) -> dict[str, Any]:
     return {
         "model": folders.model,
         "dtype": "float32",
-        "max_model_len": 64,
+        "max_model_len": 512,
         "max_num_seqs": 9,
         "kv_cache_memory": "1MiB",
         "skip_tokenizer_init": True,
@@ -62,25 +63,30 @@ def options(folders: Folders) -> dict[str, Any]:
     }
 
 
+class Expected(NamedTuple):
+    """Greedy tokens by adapter: NUM_TOKENS of each prompt, and LONG of the first."""
+
+    tokens: dict[str, list[list[int]]]
+    long: dict[str, list[int]]
+
+
 @pytest.fixture(scope="module")
-def expected(folders: Folders, options: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """Greedy tokens of each prompt, by adapter, from LLM."""
+def expected(folders: Folders, options: dict[str, Any]) -> Expected:
+    """What LLM says."""
     llm = LLM(**options)
     loras = [None, *(LoRARequest(name, n, str(folders.loras / name)) for n, name in enumerate(NAMES[1:], 1))]
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    found = {
-        name: [
-            output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, lora_request=lora, use_tqdm=False)
-        ]
-        for name, lora in zip(NAMES, loras)
-    }
-    assert len({str(tokens) for tokens in found.values()}) == 3
-    return found
+
+    def generate(prompts: list[list[int]], lora: Any, num_tokens: int) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        found = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in found]
+
+    tokens = {name: generate(PROMPTS, lora, NUM_TOKENS) for name, lora in zip(NAMES, loras)}
+    assert len({str(each) for each in tokens.values()}) == 3
+    return Expected(tokens, dict(zip(NAMES, generate(PROMPTS[:1] * 3, loras, LONG))))
 
 
-async def test_adapters_beside_each_other(
-    folders: Folders, options: dict[str, Any], expected: dict[str, list[list[int]]]
-) -> None:
+async def test_adapters_beside_each_other(folders: Folders, options: dict[str, Any], expected: Expected) -> None:
     engine_options = EngineOptions(**options)
     server = ServerOptions(
         served_model_name=("base",),
@@ -88,32 +94,33 @@ async def test_adapters_beside_each_other(
         allow_runtime_lora=True,
         lora_dir=str(folders.loras),
     )
-    engine: Any = ProcessEngineClient(
-        _ENGINE_COMMAND, msgspec.json.encode({**asdict(engine_options), "log_level": "info"})
-    )
+    wire = msgspec.json.encode({**asdict(engine_options), "log_level": "info"})
+    engine: Any = ProcessEngineClient(_ENGINE_COMMAND, wire)
     try:
         await engine.wait_ready()
         adapters = AdapterRegistry(("base",))
         await serve_modules(read_modules(engine_options, server), adapters, engine, OutputFacts())
-        fields = {"served_model_names": ("base",), "max_model_len": 64, "tokenizer": None, "chat_template": None}
+        fields = {"served_model_names": ("base",), "max_model_len": 512, "tokenizer": None, "chat_template": None}
         async with running(engine, options=server, adapters=adapters, **fields) as rig:
             ask = Asking(rig.openai)
             answer = await rig.http.post(LOAD, json={"lora_name": "dynamic", "lora_path": "dynamic"})
             assert answer.status_code == 200, answer.text
             assert [card.id for card in (await rig.openai.models.list()).data] == list(NAMES)
-            assert await ask.all_at_once() == expected
+            assert await ask.all_at_once() == expected.tokens
             # While others stream: adapters that are no good, one replaced by itself, one unloaded.
-            streams = {name: asyncio.create_task(ask.stream(name, PROMPTS[0])) for name in NAMES}
+            began = {name: asyncio.Event() for name in NAMES}
+            streams = {name: asyncio.create_task(ask.stream(name, PROMPTS[0], began[name])) for name in NAMES}
+            await asyncio.gather(*(each.wait() for each in began.values()))
             for name, words in (("large", "17"), ("cut", "safetensors")):
                 answer = await rig.http.post(LOAD, json={"lora_name": name, "lora_path": name})
                 assert words in refusal(answer, 400, None)
             body = {"lora_name": "dynamic", "lora_path": "dynamic", "load_inplace": True}
             assert (await rig.http.post(LOAD, json=body)).status_code == 200
             assert (await rig.http.post(UNLOAD, json={"lora_name": "static"})).status_code == 200
-            assert {name: await task for name, task in streams.items()} == {n: expected[n][0] for n in NAMES}
+            assert {name: await task for name, task in streams.items()} == expected.long
             with pytest.raises(openai.NotFoundError):
                 await ask.whole("static", PROMPTS[0])
-            assert await ask.whole("dynamic", PROMPTS[1]) == expected["dynamic"][1]
+            assert await ask.whole("dynamic", PROMPTS[1]) == expected.tokens["dynamic"][1]
             stats = (await engine.control("audit"))["stats"]
             assert (stats["num_running"], stats["num_waiting"]) == (0, 0)
             assert stats["num_free_blocks"] == stats["num_blocks"]
@@ -134,11 +141,15 @@ class Asking:
         [choice] = answer.choices
         return choice.model_extra["token_ids"]  # type: ignore[index,no-any-return]
 
-    async def stream(self, name: str, prompt: list[int]) -> list[int]:
-        chunks = await self.client.completions.create(**_fields(name, prompt), stream=True)
-        return [
-            token async for chunk in chunks for choice in chunk.choices for token in choice.model_extra["token_ids"]
-        ]
+    async def stream(self, name: str, prompt: list[int], began: asyncio.Event) -> list[int]:
+        """LONG tokens. began: set at the first."""
+        fields = {**_fields(name, prompt), "max_tokens": LONG, "stream": True}
+        found: list[int] = []
+        async for chunk in await self.client.completions.create(**fields):
+            began.set()
+            for choice in chunk.choices:
+                found += choice.model_extra["token_ids"]
+        return found
 
     async def all_at_once(self) -> dict[str, list[list[int]]]:
         found = await asyncio.gather(*(self.whole(name, prompt) for prompt in PROMPTS for name in NAMES))

@@ -33,7 +33,6 @@ _NEEDS = {
     r"--tensor-parallel-size [2-9]": "several GPUs",
     r"--quantization (awq|gptq)|quantization=.bitsandbytes": "a quantized checkpoint",
     r"--quantization fp8": "a GPU (fp8)",
-    r"--enable-lora|model=.customer-service": "LoRA adapters",
     r"run_bench_": "a benchmark command",
     r"-env/bin/activate": "a virtual environment with the package installed",
 }
@@ -174,7 +173,7 @@ def _without_comments(source: str) -> str:
 
 def _renamed(source: str) -> str:
     source = _without_comments(source)
-    source = re.sub(r"\bvllm\b", "octavo", source)
+    source = re.sub(r"\bvllm\b", "octavo", source).replace("/path/to/", "loras/")
     return re.sub(r"""((?:model|LLM)["']?\s*[:=(]?\s*["']?)[\w-]+/[\w.-]+""", r"\1smollm2", source)
 
 
@@ -200,7 +199,9 @@ def _defining(above: list[Snippet], names: set[str]) -> Snippet | None:
 
 
 def with_port(source: str, port: int) -> str:
-    """The same for a server on another port than 8000."""
+    """The same for a server on another port than 8000, which is where one listens that is not told."""
+    if re.search(r"octavo serve|openai\.api_server", source) and "--port" not in source:
+        source = source.rstrip() + " --port 8000\n"
     return re.sub(r"(localhost:|127\.0\.0\.1:|--port )8000\b", rf"\g<1>{port}", source)
 
 

@@ -35,7 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("snippet", "guide"), [(each, every) for each, every, _ in runs], ids=names)
 
 
-def test_snippet(snippet: Snippet, guide: list[Snippet], tmp_path: Path, server: ServerProcess) -> None:
+def test_snippet(snippet: Snippet, guide: list[Snippet], tmp_path: Path, server: ServerProcess, adapters: Path) -> None:
+    (tmp_path / "loras").symlink_to(adapters)
     port = free_port() if snippet.serves else server.port
     for each in guide:
         if each.file is not None:
