@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Octavo on one GPU, section by section, and reports beside the bar (bar.json).
 #
-#   benchmarks/gpu/run.sh all|SECTION …   sections: checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report
+#   benchmarks/gpu/run.sh all|SECTION …   sections: checks offline-8b offline-0.6b fp8 awq lora fp8-70b startup served long report
 #
 # Run it from anywhere, with python3, torch and triton there; Octavo is taken from src/ of this checkout. Each section
 # is one call of at most nine minutes; it appends rows to $OUT_DIR/gpu-rows.jsonl. `report` makes the table and the
@@ -99,6 +99,7 @@ section() {
     fp8) offline "$1" llama3-8b mixed,uniform,latency "$(with quantization fp8)" ;;
     long) offline "$1" llama3-8b long "$kwargs" ;;
     awq) offline "$1" llama3-8b-awq mixed,latency "$kwargs" ;;
+    lora) measure "$1" python3 $gpu/lora.py --model "$models/llama3-8b" --kwargs "$kwargs" ;;
     fp8-70b) offline "$1" llama3-70b-fp8 latency,uniform "$kwargs" ;;
     startup) measure "$1" python3 $gpu/startup.py --model "$models/llama3-8b" --kwargs "$kwargs" ;;
     served) (served) ;;
@@ -106,7 +107,7 @@ section() {
       python3 $gpu/report.py --rows "$out/gpu-rows.jsonl" --out "$out" \
         ${REPORT_SECTIONS:+--sections "$REPORT_SECTIONS"} ;;
     *)
-      echo "run.sh: unknown section $1; there are checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report" >&2
+      echo "run.sh: unknown section $1; there are checks offline-8b offline-0.6b fp8 awq lora fp8-70b startup served long report" >&2
       return 2 ;;
   esac
 }
@@ -115,7 +116,7 @@ if [ $# -eq 0 ]; then
   sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "$0"
   exit 2
 fi
-[ "$*" != all ] || set -- checks offline-8b offline-0.6b fp8 awq fp8-70b startup served long report
+[ "$*" != all ] || set -- checks offline-8b offline-0.6b fp8 awq lora fp8-70b startup served long report
 failed=()
 for name in "$@"; do
   began=$SECONDS

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
     from octavo.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
     from octavo.protocol.beam_search import BeamSearchParams
+    from octavo.protocol.lora import LoRARequest
     from octavo.protocol.sampling import SamplingParams
     from octavo.protocol.structured import StructuredOutputsParams
 
@@ -21,6 +22,7 @@ __all__ = [
     "BeamSearchSequence",
     "CompletionOutput",
     "EngineOptions",
+    "LoRARequest",
     "Logprob",
     "RequestOutput",
     "SamplingParams",
@@ -37,6 +39,7 @@ _HOMES = {
     "Logprob": "octavo.outputs",
     "RequestOutput": "octavo.outputs",
     "EngineOptions": "octavo.config",
+    "LoRARequest": "octavo.protocol.lora",
     "SamplingParams": "octavo.protocol.sampling",
     "StructuredOutputsParams": "octavo.protocol.structured",
 }

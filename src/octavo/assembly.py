@@ -16,6 +16,7 @@ import torch
 from octavo.attention.cpu import CpuAttention
 from octavo.config import DeviceFacts, EngineConfig, EngineOptions, ModelFacts, home, resolve
 from octavo.distributed.executor import InProcessExecutor
+from octavo.engine.adapters import AdapterDesk
 from octavo.engine.engine import Engine
 from octavo.engine.executor import Executor
 from octavo.engine.grammars import GrammarDesk
@@ -27,6 +28,7 @@ from octavo.protocol.messages import Ready
 from octavo.scheduler.scheduler import Scheduler
 from octavo.structured.vocabulary import Vocabulary, vocabulary_of
 from octavo.text.tokenizer import load_tokenizer
+from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.memory import MemoryLedger, free_host_bytes, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.sampler.sampler import Sampler
@@ -78,20 +80,32 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     config = resolve(options, facts, device)
     torch.set_num_threads(config.num_threads)
     if config.device == "cpu":
-        executor, ledger = _build_cpu(config, facts, source, watch)
+        built = _build_cpu(config, facts, source, watch)
     else:
         from octavo.device_assembly import build_cuda  # brings Triton
 
-        executor, ledger = build_cuda(config, facts, source, watch.lap)
+        built = build_cuda(config, facts, source, watch.lap)
+    executor, ledger, bank = built
     scheduler = Scheduler(config.scheduler(ledger.num_blocks, ledger.max_model_len))
     grammars = None if options.skip_tokenizer_init else _grammar_desk(source, facts.vocab_size)
-    engine = Engine(scheduler, executor, config.pipeline_depth, grammars=grammars)
+    adapters = None
+    if bank is not None and config.lora is not None:
+        _log.info("LoRA: an adapter takes %.0f MiB", bank.slot_bytes / 1024**2)
+        adapters = AdapterDesk(bank.load, bank.drop, config.lora.max_cpu_loras)
+    engine = Engine(scheduler, executor, config.pipeline_depth, grammars=grammars, adapters=adapters)
     for line in (*config.decisions, *ledger.lines()):
         _log.info("%s", line)
     _log.info("%s on %s in %s, ready in %s", source.name, device.name, config.dtype, watch)
     gc.collect()
     gc.freeze()  # what is there now stays: collections need not look at it again
-    ready = Ready(ledger.max_model_len, config.max_num_seqs, ledger.num_blocks, config.block_size, facts.vocab_size)
+    ready = Ready(
+        ledger.max_model_len,
+        config.max_num_seqs,
+        ledger.num_blocks,
+        config.block_size,
+        facts.vocab_size,
+        0 if config.lora is None else config.lora.max_loras,
+    )
     return BuiltEngine(engine, config, source, ledger, ready)
 
 
@@ -142,17 +156,18 @@ def _device(options: EngineOptions) -> DeviceFacts:
 
 def _build_cpu(
     config: EngineConfig, facts: ModelFacts, source: ModelSource, watch: Stopwatch
-) -> tuple[Executor, MemoryLedger]:
+) -> tuple[Executor, MemoryLedger, AdapterBank | None]:
     _log.info("%s", library.load(home() / "kernels"))
     dtype, cpu = _DTYPES[config.dtype], torch.device("cpu")
     model = load_model(source, dtype, cpu, config.options.seed, config.quantization)
     watch.lap("weights")
     _log.info("linear layers: %.1f bits a weight in memory", model.linear_bits)
+    bank = adapter_bank(config, model, dtype, cpu)
     ledger = plan_memory(config, model.weight_bytes, free_host_bytes())
     attention = CpuAttention(
         facts.num_layers, ledger.num_blocks, config.block_size, facts.num_kv_heads, facts.head_dim, dtype
     )
     sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
     slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
-    runner = ModelRunner(model, attention, sampler, slots)
-    return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger
+    runner = ModelRunner(model, attention, sampler, slots, bank)
+    return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger, bank

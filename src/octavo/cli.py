@@ -34,6 +34,7 @@ _NAMES = frozenset(_FIELDS) | {
     "scheme",
 }
 # tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
+_LISTS = frozenset(name for name, f in _FIELDS.items() if f.type == "tuple[str, ...]")
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (
     ("port", 0, 65535),
@@ -82,6 +83,8 @@ class RunBatch:
     """Names of the model in the requests. None given: --model as it was given."""
     chat_template: str | None = ServerOptions.chat_template
     """File of a Jinja chat template, in place of the model's own."""
+    lora_modules: tuple[str, ...] = ()
+    """LoRA adapters that requests may name as their model: name=path, or a JSON object, as for octavo serve."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe messages that are logged."""
 
@@ -94,6 +97,7 @@ class RunBatch:
         server = ServerOptions(
             served_model_name=self.served_model_name,
             chat_template=self.chat_template,
+            lora_modules=self.lora_modules,
             log_level=self.log_level,
             strict=True,  # a line of the output has no header to name what was ignored
         )
@@ -199,7 +203,7 @@ def main(args: Sequence[str] | None = None) -> int:
             Command,
             prog="octavo",
             description="Octavo, an LLM serving engine. `octavo COMMAND --help` lists a command's flags.",
-            args=_spell_out(args),
+            args=_gathered(_spell_out(args)),
             return_unknown_args=True,
             config=(tyro.conf.OmitArgPrefixes,),
         )
@@ -262,6 +266,28 @@ def _spell_out(args: Sequence[str]) -> list[str]:
     tristate = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
     tristate |= {f"--no-{flag[2:]}": f"{flag}=false" for flag in list(tristate)}
     return [tristate.get(arg.replace("_", "-"), arg) for arg in args]
+
+
+def _gathered(args: Sequence[str]) -> list[str]:
+    """Flags that take several values, once each and at the end: of one that is there twice, tyro would keep the last
+    values alone."""
+    lists = {_flag(name) for name in _LISTS}
+    found: dict[str, list[str]] = {}
+    others: list[str] = []
+    into = others
+    for arg in args:
+        word, equals, value = arg.partition("=")
+        name = word.replace("_", "-")
+        if name not in lists:
+            into = others if arg.startswith("-") else into
+            into.append(arg)
+            continue
+        values = found.setdefault(name, [])
+        into = others if equals else values
+        values += [value] if equals else []
+    for name, values in found.items():
+        others += [f"{name}={values[0]}"] if len(values) == 1 else [name, *values]
+    return others
 
 
 def _with_model(options: EngineOptions, name: str | None) -> EngineOptions:

@@ -109,6 +109,16 @@ class EngineOptions:
     """Schedule step N+1 while step N runs. None: on where it measures faster."""
     tensor_parallel_size: int = 1
     """Devices that share one copy of the model. Only 1 for now."""
+    enable_lora: bool = False
+    """Serve LoRA adapters: a request may name one."""
+    max_loras: int | None = None
+    """Adapters that lie on the device, and so may be in one step, 1..64. None: 4, with enable_lora."""
+    max_lora_rank: int | None = None
+    """Largest rank of an adapter, 1..512; memory is set aside for it. None: 16, with enable_lora."""
+    max_cpu_loras: int | None = None
+    """Adapters that lie in the host's memory, at least max_loras. None: 8 x max_loras, with enable_lora."""
+    lora_dtype: Dtype = "auto"
+    """Type of adapters in memory: that of the model, which auto says too."""
     generation_config: str = "auto"
     """Where sampling parameters come from that a request leaves open. auto: the model's generation_config.json; off
     (or vllm): nowhere; else a folder or file with a generation_config.json. What ends an output stays the model's."""
@@ -159,6 +169,13 @@ class ServerOptions:
     """Leave tools out of the prompt of a request whose tool_choice is none."""
     reasoning_parser: ReasoningParserName | None = None
     """Format of the model's reasoning, which answers then carry apart from their content. None: it stays in there."""
+    lora_modules: tuple[str, ...] = ()
+    """LoRA adapters that requests may name as their model: name=path, or a JSON object with name, path and
+    base_model_name. A path is a folder, or a hub id. Needs --enable-lora."""
+    allow_runtime_lora: bool = False
+    """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter. Needs --enable-lora, --lora-dir, and one API process."""
+    lora_dir: str | None = None
+    """Folder in which adapters that are loaded by request must lie. Needs --allow-runtime-lora."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages that are logged."""
 
@@ -236,6 +253,17 @@ class SchedulerConfig:
     chunk_alignment: int = 1
     """Long chunks of prompts end at multiples of it, which attention may serve faster."""
     policy: SchedulingPolicy = "fcfs"
+    max_loras: int = 0
+    """Adapters that sequences of one step may have between them; 0: none may have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASizes:
+    """How many adapters there may be on the device and on the host, and how large."""
+
+    max_loras: int
+    max_lora_rank: int
+    max_cpu_loras: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +285,7 @@ class EngineConfig:
     pipeline_depth: int
     kv_bytes_per_token: int
     quantization: Quantization | None = None
+    lora: LoRASizes | None = None
     decisions: tuple[str, ...] = field(default=())
 
     def scheduler(self, num_blocks: int, max_model_len: int) -> SchedulerConfig:
@@ -273,6 +302,7 @@ class EngineConfig:
             # Where a step has room for one such chunk only, it would be cut short for nothing.
             chunk_alignment=LONG_CHUNK if cuda and self.max_num_batched_tokens >= 2 * LONG_CHUNK else 1,
             policy=self.options.scheduling_policy,
+            max_loras=0 if self.lora is None else self.lora.max_loras,
         )
 
 
@@ -326,6 +356,7 @@ def resolve(options: EngineOptions, model: ModelFacts, device: DeviceFacts) -> E
         pipeline_depth=depth,
         kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * kv_bytes,
         quantization="bitsandbytes" if options.load_format == "bitsandbytes" else options.quantization,
+        lora=_lora_sizes(options, dtype, decisions),
         decisions=tuple(decisions),
     )
 
@@ -346,6 +377,23 @@ def _max_num_batched_tokens(
         batched = max_model_len
         decisions.append(f"max_num_batched_tokens is max_model_len={batched}: prompts are not chunked")
     return batched
+
+
+def _lora_sizes(options: EngineOptions, dtype: str, decisions: list[str]) -> LoRASizes | None:
+    if not options.enable_lora:
+        for name in ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype"):
+            if getattr(options, name) not in (None, "auto"):
+                raise ValueError(f"{name}={getattr(options, name)} has no meaning without enable_lora")
+        return None
+    if options.lora_dtype not in ("auto", dtype):
+        raise ValueError(f"lora_dtype={options.lora_dtype} is not supported; allowed: auto, {dtype} as the model")
+    max_loras = options.max_loras or 4
+    max_cpu_loras = options.max_cpu_loras or 8 * max_loras
+    if max_cpu_loras < max_loras:
+        raise ValueError(f"max_cpu_loras={max_cpu_loras} is out of range; allowed: >= max_loras={max_loras}")
+    rank = options.max_lora_rank or 16
+    decisions.append(f"LoRA: {max_loras} adapters on the device, {max_cpu_loras} on the host, ranks up to {rank}")
+    return LoRASizes(max_loras=max_loras, max_lora_rank=rank, max_cpu_loras=max_cpu_loras)
 
 
 def _check_device(options: EngineOptions, cpu: bool) -> None:
@@ -370,6 +418,9 @@ def _check(options: EngineOptions) -> None:
         ("max_num_batched_tokens", 1, None),
         ("block_size", 1, 256),
         ("tensor_parallel_size", 1, 1),
+        ("max_loras", 1, 64),
+        ("max_lora_rank", 1, 512),
+        ("max_cpu_loras", 1, 10_000),
         ("threads", 1, 1024),
     ):
         value = getattr(options, name)

@@ -24,6 +24,7 @@ from octavo.kernels import triton
 from octavo.loading.source import ModelSource
 from octavo.loading.weights import as_loaded, load_model
 from octavo.quantization.registry import method_of
+from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
@@ -38,7 +39,7 @@ _GRAPH_SECONDS = 1.0
 
 def build_cuda(
     config: EngineConfig, facts: ModelFacts, source: ModelSource, lap: Callable[[str], None]
-) -> tuple[DeviceExecutor, MemoryLedger]:
+) -> tuple[DeviceExecutor, MemoryLedger, AdapterBank | None]:
     """Load the model, measure what its steps take, and give the rest to the KV cache. lap: told what each part of the
     time went into. Raises ValueError naming an option or a file, and where memory is short, what to lower.
     """
@@ -55,6 +56,8 @@ def build_cuda(
         torch.cuda.synchronize()
     lap("weights")
     _log.info("linear layers: %.1f bits a weight in memory", model.linear_bits)
+    with _memory_for("the adapters", "lower max_loras or max_lora_rank"):
+        bank = adapter_bank(config, model, _DTYPES[config.dtype], device)
     compiling.result()
     lap("kernels")
 
@@ -64,7 +67,8 @@ def build_cuda(
     def make_runner(num_blocks: int, max_model_len: int, use_graphs: bool) -> DeviceRunner:
         own = limits._replace(max_model_len=max_model_len)
         sampler = DeviceSampler(config.max_num_seqs, facts.vocab_size, device)
-        return DeviceRunner(model, make_attention(num_blocks), sampler, DeviceSlots(own, device), own, use_graphs)
+        slots = DeviceSlots(own, device)
+        return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank)
 
     with _memory_for("the largest step", "lower max_num_batched_tokens or max_num_seqs"):
         trial = make_runner(2, config.max_model_len, False)
@@ -79,7 +83,7 @@ def build_cuda(
     if runner.graphs is not None:
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
         lap("graphs")
-    return DeviceExecutor(runner), ledger
+    return DeviceExecutor(runner), ledger, bank
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import msgspec
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from octavo.outputs import (
     RequestOutput,
 )
 from octavo.protocol.beam_search import BeamSearchParams, beams_of
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.pooling import POOLINGS, SAMPLING, Pooling, PoolingParams, floats
@@ -38,16 +39,23 @@ from octavo.text.bad_words import spell_bad_words
 from octavo.text.beam_search import Beam, BeamSearch
 from octavo.text.chat_rendering import ChatRendering, rendered_chats
 from octavo.text.generation import Generation, best_first
+from octavo.text.prompts import Prompt, ReadPrompt, as_list, one_each, read_prompt
 from octavo.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
-Prompt = str | dict[str, Any] | list[int]
 Message = dict[str, Any]
-
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
+
+
+class _Search(NamedTuple):
+    """A beam search, what it continues, and with which adapter."""
+
+    search: BeamSearch
+    prompt_token_ids: list[int]
+    lora: LoRARequest | None
 
 
 @dataclass(slots=True)
@@ -60,7 +68,7 @@ class _Job:
     sampling: SamplingParams
     completions: dict[str, Generation] = field(default_factory=dict)
     num_unfinished: int = 0
-    search: BeamSearch | None = None
+    search: _Search | None = None
 
 
 class LLM:
@@ -128,47 +136,59 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; results come in the order of the prompts.
 
         prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}; a dict may
         carry "cache_salt". A bare list of ints is one prompt.
-        sampling_params: one for all, or one each. priority: one each, lower first; needs the "priority" policy.
-        Raises ValueError, before anything runs, naming what is wrong with which prompt.
+        sampling_params, lora_request: one for all, or one each, None among them. priority: one each, lower first;
+        needs the "priority" policy.
+        Raises ValueError naming what is wrong with which prompt, before anything runs, or with which adapter.
         """
         self._check_head("tokens")
-        batch = _as_list(prompts)
-        priorities = self._one_each("priority", priority, len(batch), 0)
+        batch = as_list(prompts)
+        priorities = one_each("priority", priority, int, len(batch), 0)
         if any(priorities) and self._options.scheduling_policy != "priority":
             raise ValueError("priority is given, but scheduling_policy='fcfs'; allowed: only under 'priority'")
-        params = self._one_each("sampling_params", sampling_params, len(batch), self.get_default_sampling_params)
+        default = self.get_default_sampling_params
+        params = one_each("sampling_params", sampling_params, SamplingParams, len(batch), default)
+        loras = self._adapters(lora_request, len(batch))
         jobs, requests = [], []
-        for prompt, sampling, rank in zip(batch, params, priorities):
-            job, own = self._prepare(prompt, sampling, rank)
+        for prompt, sampling, rank, lora in zip(batch, params, priorities, loras):
+            job, own = self._prepare(prompt, sampling, rank, lora)
             jobs.append(job)
             requests += own
-        self._search({job.request_id: (job.search, job.prompt_token_ids) for job in jobs if job.search is not None})
+        self._search({job.request_id: job.search for job in jobs if job.search is not None})
         if requests:
             self._run([job for job in jobs if job.search is None], requests, use_tqdm)
         return [self._output(job) for job in jobs]
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequests = None,
+    ) -> list[BeamSearchOutput]:
         """The most likely outputs that a beam search finds for each prompt, the best first.
 
-        prompts: as for `generate`. Raises ValueError, before anything runs, for what cannot be.
+        prompts, lora_request: as for `generate`. Raises ValueError, before anything runs, for what cannot be.
         """
         self._check_head("tokens")
-        searches: dict[str, tuple[BeamSearch, list[int]]] = {}
-        for prompt in _as_list(prompts):
+        searches: dict[str, _Search] = {}
+        batch = as_list(prompts)
+        for prompt, lora in zip(batch, self._adapters(lora_request, len(batch))):
             _, token_ids, _ = self._read(prompt)
             own = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, self._room(token_ids)))
-            searches[str(next(self._request_ids))] = (BeamSearch(own, self._eos_token_ids), token_ids)
+            search = BeamSearch(own, self._eos_token_ids)
+            searches[str(next(self._request_ids))] = _Search(search, token_ids, lora)
         self._search(searches)
         keeps_end = params.include_stop_str_in_output
         return [
-            BeamSearchOutput([self._sequence(beam, token_ids, keeps_end) for beam in search.ended])
-            for search, token_ids in searches.values()
+            BeamSearchOutput([self._sequence(beam, own.prompt_token_ids, keeps_end) for beam in own.search.ended])
+            for own in searches.values()
         ]
 
     def chat(
@@ -177,6 +197,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
         **rendering: Unpack[ChatRendering],
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
@@ -192,18 +213,19 @@ class LLM:
         prompts: list[Prompt] = [
             {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
         pooling: Pooling | None = None,
         dimensions: int | None = None,
         normalize: bool | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """The embedding of each prompt, in the order of the prompts (as in `generate`).
+        """The embedding of each prompt, in the order of the prompts; these, and lora_request, as in `generate`.
 
         pooling: the last hidden state of the last token, or the mean over all tokens. dimensions: only so many of its
         first numbers, of a model whose embeddings may be cut. normalize: scale it to length 1. None: as the model
@@ -217,11 +239,9 @@ class LLM:
             self._outputs.check_dimensions(dimensions)
         normalizes = self._outputs.normalize if normalize is None else normalize
         wanted = PoolingParams(pooling or self._outputs.pooling, normalizes, dimensions)
-        jobs = [
-            (self._read(prompt, self._outputs.prefix), str(next(self._request_ids))) for prompt in _as_list(prompts)
-        ]
+        jobs = [(self._read(prompt, self._outputs.prefix), str(next(self._request_ids))) for prompt in as_list(prompts)]
         requests = []
-        for (_, token_ids, cache_salt), request_id in jobs:
+        for ((_, token_ids, cache_salt), request_id), lora in zip(jobs, self._adapters(lora_request, len(jobs))):
             self._room(token_ids)
             requests.append(
                 Request(
@@ -232,6 +252,7 @@ class LLM:
                     arrival_time=time.monotonic(),
                     cache_salt=cache_salt,
                     pooling=wanted,
+                    lora=lora,
                 )
             )
         found = self._embed(requests, use_tqdm)
@@ -264,22 +285,22 @@ class LLM:
             self._drain(names)
         return found
 
+    def _adapters(self, given: LoRARequests, count: int) -> list[LoRARequest | None]:
+        """One for each prompt. Raises ValueError for any in an engine without LoRA."""
+        loras: list[LoRARequest | None] = one_each("lora_request", given, LoRARequest, count, None)
+        first = next((lora for lora in loras if lora is not None), None)
+        if first is not None and self.config.lora is None:
+            raise ValueError(f"lora_request={first.lora_name!r} needs enable_lora=True")
+        return loras
+
     def _check_head(self, *allowed: str) -> None:
         """Raises ValueError unless the model is for one of these."""
         if self._outputs.head not in allowed:
             raise ValueError(f"the model is made for {self._outputs.head}; this call needs one for {allowed[0]}")
 
-    @staticmethod
-    def _one_each(name: str, given: Any, count: int, default: Any) -> list[Any]:
-        if given is None:
-            return [default() if callable(default) else default] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        if len(given) != count:
-            raise ValueError(f"{name} has {len(given)} entries; allowed: one, or one for each of the {count} prompts")
-        return list(given)
-
-    def _prepare(self, prompt: Prompt, sampling: SamplingParams, priority: int) -> tuple[_Job, list[Request]]:
+    def _prepare(
+        self, prompt: Prompt, sampling: SamplingParams, priority: int, lora: LoRARequest | None
+    ) -> tuple[_Job, list[Request]]:
         text, token_ids, cache_salt = self._read(prompt)
         sampling = spell_bad_words(sampling, self._tokenizer)
         sampling.check_vocabulary(self._vocab_size)
@@ -290,7 +311,10 @@ class LLM:
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
         requests: list[Request] = []
         if sampling.use_beam_search:
-            job.search = BeamSearch(beams_of(sampling, min(room, sampling.max_tokens or room)), self._eos_token_ids)
+            if lora is not None:
+                raise ValueError("lora_request is not supported with use_beam_search; allowed: either")
+            beams = beams_of(sampling, min(room, sampling.max_tokens or room))
+            job.search = _Search(BeamSearch(beams, self._eos_token_ids), token_ids, lora)
             return job, requests
         for index, own in enumerate(sampling.completions(lambda: self._seeds.getrandbits(63))):
             request = Request(
@@ -304,6 +328,7 @@ class LLM:
                 cache_salt=cache_salt,
                 grammar=grammar,
                 reasoning=reasoning,
+                lora=lora,
             )
             job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
             requests.append(request)
@@ -339,34 +364,20 @@ class LLM:
             text = self.get_tokenizer().decode(token_ids, skip_special_tokens=False)
         return reasoning_marks(self._reasoning_parser, text)
 
-    def _read(self, prompt: Prompt, prefix: str = "") -> tuple[str | None, list[int], str | None]:
-        """(text, token ids, cache salt) of a prompt in any of its forms. prefix: stands before a text."""
-        fields: dict[str, Any]
-        if isinstance(prompt, str):
-            fields = {"prompt": prompt}
-        elif isinstance(prompt, dict):
-            fields = prompt
-            if not fields.keys() <= _PROMPT_KEYS or not fields.keys() & {"prompt", "prompt_token_ids"}:
-                raise ValueError(f"a prompt has the keys {sorted(fields)}; allowed: {', '.join(sorted(_PROMPT_KEYS))}")
-        else:
-            fields = {"prompt_token_ids": list(prompt)}
-        text = fields.get("prompt")
-        token_ids = fields.get("prompt_token_ids")
-        if token_ids is None:
-            token_ids = self.get_tokenizer().encode(prefix + str(text), add_special_tokens=True)
-        if not token_ids:
-            raise ValueError(f"prompt={text!r} has no tokens; allowed: at least one")
-        for token_id in token_ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(f"prompt_token_ids has {token_id}; allowed: 0..{self._vocab_size - 1}")
-        return text, token_ids, fields.get("cache_salt")
+    def _read(self, prompt: Prompt, prefix: str = "") -> ReadPrompt:
+        """prefix: stands before a text."""
+        return read_prompt(
+            prompt, lambda text: self.get_tokenizer().encode(prefix + text, add_special_tokens=True), self._vocab_size
+        )
 
-    def _search(self, searches: dict[str, tuple[BeamSearch, list[int]]]) -> None:
+    def _search(self, searches: dict[str, _Search]) -> None:
         """Run searches, by id and each with its prompt, side by side to their ends. RuntimeError if a step fails."""
         submitted: list[str] = []
         try:
-            while running := {name: entry for name, entry in searches.items() if not entry[0].done}:
-                requests = {name: search.requests(name, prompt) for name, (search, prompt) in running.items()}
+            while running := {name: own for name, own in searches.items() if not own.search.done}:
+                requests = {
+                    name: own.search.requests(name, own.prompt_token_ids, own.lora) for name, own in running.items()
+                }
                 submitted = [request.request_id for own in requests.values() for request in own]
                 for own in requests.values():
                     for request in own:
@@ -377,8 +388,8 @@ class LLM:
                         if output.error is not None or not output.logprobs:
                             raise RuntimeError(f"beam search: a step failed: {output.error}")
                         found[output.request_id] = output.logprobs[0]
-                for name, (search, _) in running.items():
-                    search.advance([found[request.request_id] for request in requests[name]])
+                for name, searched in running.items():
+                    searched.search.advance([found[request.request_id] for request in requests[name]])
         finally:
             self._drain(submitted)
 
@@ -421,6 +432,8 @@ class LLM:
                         num_tokens += len(generation.push(output).token_ids)
                         if generation.finish_reason is None:
                             continue
+                        if output.refused and not output.scheduled_time:
+                            raise ValueError(f"prompt {jobs.index(job)}: {output.error}")
                         if output.error is not None:
                             _log.error("request %s failed: %s", output.request_id, output.error)
                         if generation.finished_early:
@@ -438,7 +451,7 @@ class LLM:
     def _generations(self, job: _Job) -> list[Generation]:
         """What is returned of a prompt's completions: all, or the best, best first."""
         if job.search is not None:
-            found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.ended]
+            found = [b.generation(self._tokenizer, job.sampling, job.prompt_token_ids) for b in job.search.search.ended]
             return found[: job.sampling.n]
         return best_first(list(job.completions.values()), job.sampling.n)
 
@@ -484,9 +497,3 @@ class LLM:
                 candidates.setdefault(token_id, Logprob(logprob, rank, text))
             found.append(candidates)
         return found
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    """One prompt, in any of its forms, is a list of one."""
-    single = isinstance(prompts, (str, dict)) or (bool(prompts) and isinstance(prompts[0], int))
-    return [prompts] if single else list(prompts)

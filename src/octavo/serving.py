@@ -8,7 +8,7 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from socket import socket
@@ -24,6 +24,8 @@ from octavo.engine.socket_client import SocketEngineClient
 from octavo.loading.generation_config import choose_generation_config
 from octavo.loading.source import ModelSource, source_of
 from octavo.protocol.sampling import generation_defaults
+from octavo.server.adapter_probe import AdapterError, serve_modules
+from octavo.server.adapters import AdapterModule, AdapterRegistry, read_modules
 from octavo.server.batch import Batch, BatchFiles
 from octavo.server.batch_files import count_lines, read_finished
 from octavo.server.bind import bind, bind_shared
@@ -62,12 +64,13 @@ def serve(options: EngineOptions, server: ServerOptions) -> int:
     ValueError for an option or a model that cannot be.
     """
     _configure_logging(server)
+    modules = read_modules(options, server)
     if server.api_server_count == 1:
         listeners, guard = [bind(server.host, server.port)], None
     else:
         listeners, guard = bind_shared(server.host, server.port, server.api_server_count)
     with guard or contextlib.nullcontext():
-        return asyncio.run(_serve(options, server, listeners, _source(options)))
+        return asyncio.run(_serve(options, server, modules, listeners, _source(options)))
 
 
 def join(options: FrontEndOptions, listener: socket, control: socket) -> int:
@@ -87,14 +90,21 @@ def run_batch(options: EngineOptions, server: ServerOptions, input_file: Path, o
     else, OSError, EngineDeadError.
     """
     _configure_logging(server)
+    modules = read_modules(options, server)
     if input_file.resolve() == output_file.resolve():
         raise ValueError(f"output_file={output_file} is the input file too; allowed: another file")
     num_lines = count_lines(input_file)
     files = BatchFiles(input=input_file, output=output_file, finished=read_finished(output_file))
-    return asyncio.run(_run_batch(options, server, files, num_lines))
+    return asyncio.run(_run_batch(options, server, modules, files, num_lines))
 
 
-async def _run_batch(options: EngineOptions, server: ServerOptions, files: BatchFiles, num_lines: int) -> int:
+async def _run_batch(
+    options: EngineOptions,
+    server: ServerOptions,
+    modules: Sequence[AdapterModule],
+    files: BatchFiles,
+    num_lines: int,
+) -> int:
     wire = msgspec.json.encode({**asdict(options), "log_level": server.log_level})
     engine = ProcessEngineClient(_ENGINE_COMMAND, wire)
     try:
@@ -102,13 +112,17 @@ async def _run_batch(options: EngineOptions, server: ServerOptions, files: Batch
         text = await asyncio.to_thread(_load_text, options, server, source)
         _say_how_tools_are_shown(server, text)
         await engine.wait_ready()
-        state = ServerState(_context(options, server, source, text, engine, FrontEndGroup()))
+        context = await _context(options, server, source, text, engine, FrontEndGroup(), modules)
+        state = ServerState(context)
         try:
             num_finished = min(len(files.finished), num_lines)
             with tqdm(total=num_lines, initial=num_finished, desc="Requests", disable=None, dynamic_ncols=True) as bar:
                 num_failed = await Batch(state, engine.given_up).run(files, bar)
         finally:
             state.close()
+    except AdapterError as error:
+        _log.error("%s", error)
+        return 1
     finally:
         await engine.close()
     if num_failed:
@@ -116,7 +130,13 @@ async def _run_batch(options: EngineOptions, server: ServerOptions, files: Batch
     return 1 if num_failed else 0
 
 
-async def _serve(options: EngineOptions, server: ServerOptions, listeners: list[socket], source: ModelSource) -> int:
+async def _serve(
+    options: EngineOptions,
+    server: ServerOptions,
+    modules: Sequence[AdapterModule],
+    listeners: list[socket],
+    source: ModelSource,
+) -> int:
     wire = msgspec.json.encode({**asdict(options), "log_level": server.log_level})
     engine = ProcessEngineClient(_ENGINE_COMMAND, wire)
     watch: asyncio.Task[None] | None = None
@@ -131,7 +151,7 @@ async def _serve(options: EngineOptions, server: ServerOptions, listeners: list[
                 return 1
             watch = asyncio.create_task(_end_with(engine.given_up, others.lost))
             group = FrontEndGroup(index=0, count=len(listeners), directory=others.directory)
-            context = _context(options, server, source, text, engine, group)
+            context = await _context(options, server, source, text, engine, group, modules)
             host, port = listeners[0].getsockname()[:2]
 
             def ready() -> None:
@@ -140,7 +160,7 @@ async def _serve(options: EngineOptions, server: ServerOptions, listeners: list[
             _settle_heap()
             await serve_http(context, listeners[0], ready, others.signal)
             return 1 if engine.given_up.is_set() or others.lost.is_set() else 0
-    except EngineDeadError as error:
+    except (EngineDeadError, AdapterError) as error:
         _log.error("%s", error)
         return 1
     finally:
@@ -182,11 +202,12 @@ async def _join(options: FrontEndOptions, listener: socket, control: socket) -> 
         source = _source(options.engine)
         text = await asyncio.to_thread(_load_text, options.engine, options.server, source)
         await engine.wait_ready()
-        context = _context(options.engine, options.server, source, text, engine, options.group)
+        modules = read_modules(options.engine, options.server)
+        context = await _context(options.engine, options.server, source, text, engine, options.group, modules)
         _settle_heap()
         await serve_http(context, listener, lambda: announce(control))
         return 0
-    except EngineDeadError as error:
+    except (EngineDeadError, AdapterError) as error:
         _log.error("%s", error)
         return 1
     finally:
@@ -194,20 +215,25 @@ async def _join(options: FrontEndOptions, listener: socket, control: socket) -> 
         await engine.close()
 
 
-def _context(
+async def _context(
     options: EngineOptions,
     server: ServerOptions,
     source: ModelSource,
     text: _Text,
     engine: SocketEngineClient,
     group: FrontEndGroup,
+    modules: Sequence[AdapterModule],
 ) -> ServerContext:
+    """What is served, once its adapters have been tried. Raises AdapterError for one that fails."""
     tokenizer, template = text
+    model_names = server.served_model_name or (options.model,)
+    adapters = AdapterRegistry(model_names)
+    await serve_modules(modules, adapters, engine, source.outputs)
     return ServerContext(
         engine=engine,
         tokenizer=tokenizer,
         chat_template=template,
-        served_model_names=server.served_model_name or (options.model,),
+        served_model_names=model_names,
         max_model_len=engine.ready.max_model_len,
         max_num_seqs=engine.ready.max_num_seqs,
         options=server,
@@ -216,6 +242,7 @@ def _context(
         outputs=source.outputs,
         scheduling_policy=options.scheduling_policy,
         group=group,
+        adapters=adapters,
     )
 
 

@@ -61,6 +61,36 @@ def test_flags_become_options(serving: FakeServing) -> None:
     assert serving.server == ServerOptions(host="::1", port=9, served_model_name=("a", "b"), api_key=("k",))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "m --enable-lora --lora-modules a=x b=y",
+        "--enable-lora --lora-modules a=x --lora_modules b=y --model m",
+        "--lora-modules=a=x m --lora-modules=b=y --enable-lora",
+        "--lora-modules a=x --enable-lora --lora-modules=b=y m",
+    ],
+)
+def test_several_values_may_stand_together_or_apart(serving: FakeServing, words: str) -> None:
+    assert main(["serve", *words.split()]) == 0
+    assert serving.engine == EngineOptions(model="m", enable_lora=True)
+    assert serving.server == ServerOptions(lora_modules=("a=x", "b=y"))
+
+
+def test_an_adapter_may_be_an_object(serving: FakeServing) -> None:
+    module = '{"name": "a", "path": "x y"}'
+    assert main(["serve", "--lora-modules", module, "b=y", "--api-key=-k"]) == 0
+    assert serving.server == ServerOptions(lora_modules=(module, "b=y"), api_key=("-k",))
+    assert main(["run-batch", "-i", "a", "-o", "b", "m", "--lora-modules", module]) == 0
+    assert serving.server.lora_modules == (module,)
+
+
+@pytest.mark.parametrize("command", [["serve"], ["run-batch", "-i", "in", "-o", "out"]])
+def test_adapters_that_cannot_be_are_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "m", "--enable-lora", "--lora-modules", "a"]) == 2
+    message = "--lora-modules='a' is refused; allowed: name=path, or a JSON object"
+    assert capsys.readouterr().err == f"octavo: error: {message}\n"
+
+
 def test_the_model_may_be_a_flag(serving: FakeServing) -> None:
     assert main(["serve", "--model", "m"]) == 0
     assert serving.engine == EngineOptions(model="m")

@@ -5,6 +5,7 @@ What it does is in the options on standard input and in BEHAVIOUR, both JSON obj
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -15,12 +16,20 @@ from fake_worker import VOCAB_SIZE, FakeRunner
 
 from octavo.config import SchedulerConfig
 from octavo.distributed.executor import InProcessExecutor
+from octavo.engine.adapters import AdapterDesk
 from octavo.engine.channel import EngineChannel
 from octavo.engine.engine import Engine
 from octavo.engine.service import EngineService, refuse_all
 from octavo.entrypoints.engine import die_with_parent, read_line
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.messages import Ready
 from octavo.scheduler.scheduler import Scheduler
+
+
+def load_adapter(lora: LoRARequest) -> bytes:
+    if "corrupt" in lora.lora_path:
+        raise ValueError(f"{lora.lora_path} is corrupt")
+    return hashlib.sha256(lora.lora_path.encode()).digest()
 
 
 def main() -> int:
@@ -39,12 +48,15 @@ def main() -> int:
         max_model_len=options.get("max_model_len") or 256,
         block_size=4,
         num_blocks=129,
+        max_loras=2,
     )
     executor = InProcessExecutor(
         FakeRunner(poison=options.get("poison"), step_seconds=options.get("step_seconds", 0.0)), threaded=True
     )
-    engine = Engine(Scheduler(config), executor, depth=options.get("depth", 2))
-    ready = Ready(config.max_model_len, config.max_num_seqs, config.num_blocks, config.block_size, VOCAB_SIZE)
+    adapters = AdapterDesk(load_adapter, lambda _: None, 4)
+    engine = Engine(Scheduler(config), executor, depth=options.get("depth", 2), adapters=adapters)
+    sizes = (config.max_num_seqs, config.num_blocks, config.block_size, VOCAB_SIZE, config.max_loras)
+    ready = Ready(config.max_model_len, *sizes)
     EngineService(engine, channel, ready).run()
     channel.close()
     return 0

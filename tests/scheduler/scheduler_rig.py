@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from octavo.config import SchedulerConfig
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.outputs import TokenOutput
-from octavo.protocol.plan import NULL_BLOCK, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from octavo.protocol.plan import NO_ADAPTER, NULL_BLOCK, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.prefix_cache import HashFunction, sha256
@@ -49,9 +50,18 @@ def make_request(name: str, prompt: list[int], max_tokens: int = 4, **options: o
     )
 
 
-def next_token(prefix: list[int], num_prompt: int, sampling: SamplingParams) -> int:
-    """The model: a fixed function of the prefix, end tokens masked until min_tokens."""
-    token = hash(tuple(prefix)) % VOCAB
+def adapter_request(number: int) -> LoRARequest:
+    return LoRARequest(f"a{number}", number, f"/a{number}")
+
+
+def adapter_digest(request: Request) -> bytes | None:
+    """Adapters 1 and 9 hold the same weights."""
+    return None if request.lora is None else hashlib.sha256(bytes([request.lora.lora_int_id % 8])).digest()
+
+
+def next_token(prefix: list[int], num_prompt: int, sampling: SamplingParams, adapter: int = 0) -> int:
+    """The model: a fixed function of the prefix and the adapter's weights, end tokens masked until min_tokens."""
+    token = hash((adapter % 8, *prefix)) % VOCAB
     ends = set(sampling.stop_token_ids or ()) | {EOS}
     while len(prefix) - num_prompt < sampling.min_tokens and token in ends:
         token = (token + 1) % VOCAB
@@ -91,11 +101,12 @@ def expected(request: Request) -> Expected:
     """What a machine without limits, batches or caches answers."""
     sampling, tokens = request.sampling, list(request.prompt_token_ids)
     num_prompt = len(tokens)
+    adapter = 0 if request.lora is None else request.lora.lora_int_id
     prompt_logprobs = [logprobs_at(tokens[:i], tokens[i]) for i in range(1, num_prompt)]
     logprobs: list[TokenLogprobs] = []
     reason, stop_reason = "length", None
     while len(tokens) < num_prompt + request.max_tokens:
-        token = next_token(tokens, num_prompt, sampling)
+        token = next_token(tokens, num_prompt, sampling, adapter)
         logprobs.append(logprobs_at(tokens, token))
         tokens.append(token)
         if len(tokens) - num_prompt < sampling.min_tokens:
@@ -127,6 +138,7 @@ class Slot:
     table: list[int]
     num_prompt: int
     sampling: SamplingParams
+    adapter_slot: int = NO_ADAPTER
 
 
 @dataclass
@@ -136,16 +148,23 @@ class FakeWorker:
     block_size: int
     slots: dict[int, Slot] = field(default_factory=dict)
     memory: dict[tuple[int, int], Entry] = field(default_factory=dict)
+    adapters: dict[int, int] = field(default_factory=dict)  # by slot: the id that lies there
 
     def execute(self, plan: StepPlan, broken: bool = False) -> StepResult:
         """broken: the step raises half-way: slots are up to date, what it wrote is garbage, and no result counts."""
+        self.adapters |= dict(plan.adapters)
         for new in plan.new_sequences:
             # Not copied: the lists of a plan are the worker's, and the scheduler must not notice.
-            self.slots[new.slot] = Slot(new.token_ids, new.block_table, new.num_prompt_tokens, new.sampling)
+            self.slots[new.slot] = Slot(
+                new.token_ids, new.block_table, new.num_prompt_tokens, new.sampling, new.adapter_slot
+            )
         for row in plan.rows:
             self.slots[row.slot].table += row.new_block_ids
             self._write(row, broken)
         return StepResult(plan.step_id, [self._read_and_sample(row) for row in plan.rows])
+
+    def _adapter(self, slot: Slot) -> int:
+        return 0 if slot.adapter_slot == NO_ADAPTER else self.adapters[slot.adapter_slot]
 
     def _address(self, slot: Slot, position: int) -> tuple[int, int]:
         block = slot.table[position // self.block_size]
@@ -156,7 +175,11 @@ class FakeWorker:
         slot = self.slots[row.slot]
         for position in range(row.start, row.start + row.length):
             token = slot.tokens[position]
-            before = self.memory.get(self._address(slot, position - 1), BAD) if position else Entry(0, -1, 0)
+            before = (
+                self.memory.get(self._address(slot, position - 1), BAD)
+                if position
+                else Entry(0, -1, self._adapter(slot) % 8)
+            )
             good = not broken and before != BAD
             entry = Entry(token, position, hash((before.prefix, token))) if good else BAD
             self.memory[self._address(slot, position)] = entry
@@ -165,7 +188,8 @@ class FakeWorker:
         slot = self.slots[row.slot]
         end = row.start + row.length
         read = [self.memory.get(self._address(slot, position), BAD) for position in range(end)]
-        prefix, good = 0, True
+        adapter = self._adapter(slot)
+        prefix, good = adapter % 8, True
         for position, entry in enumerate(read):
             prefix = hash((prefix, entry.token))
             good &= entry.position == position and entry.prefix == prefix
@@ -176,7 +200,7 @@ class FakeWorker:
             prompt_logprobs = [logprobs_at(tokens[:i], slot.tokens[i]) for i in positions]
         if not row.samples:
             return RowResult([], prompt_logprobs=prompt_logprobs)
-        token = next_token(tokens, slot.num_prompt, slot.sampling) if good else GARBAGE
+        token = next_token(tokens, slot.num_prompt, slot.sampling, adapter) if good else GARBAGE
         # A row that is computed again must sample at the position it was planned for.
         assert end <= len(slot.tokens)
         slot.tokens[end:] = [token]
@@ -220,7 +244,7 @@ class Rig:
         return [name for name, account in self.accounts.items() if account.last is None]
 
     def add(self, request: Request) -> None:
-        self.scheduler.add(request)
+        self.scheduler.add(request, adapter_digest=adapter_digest(request))
         self.accounts[request.request_id] = Account(request)
 
     def submit(self, broken: bool = False) -> StepPlan | None:
@@ -342,6 +366,15 @@ class Rig:
         fresh = {new.slot: new for new in plan.new_sequences}
         assert len(fresh) == len(plan.new_sequences)
         assert set(fresh) <= set(slots) <= set(range(self.config.max_num_seqs))
+        where = [(fresh.get(s) or self.worker.slots[s]).adapter_slot for s in slots]
+        assert where == sorted(where), "rows of an adapter are not neighbours"
+        brought = dict(plan.adapters)
+        assert len(brought) == len(plan.adapters) <= self.config.max_loras
+        assert (
+            set(brought)
+            <= {new.adapter_slot for new in plan.new_sequences}
+            <= {NO_ADAPTER, *range(self.config.max_loras)}
+        )
         for row in plan.rows:
             new = fresh.get(row.slot)
             assert row.length > 0

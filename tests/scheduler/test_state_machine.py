@@ -7,7 +7,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from scheduler_rig import EOS, Rig, hash0, hash8, make_request
+from scheduler_rig import EOS, Rig, adapter_request, hash0, hash8, make_request
 
 from octavo.config import SchedulerConfig
 from octavo.scheduler.prefix_cache import sha256
@@ -26,6 +26,7 @@ configs = st.builds(
     enable_chunked_prefill=st.sampled_from([True, True, False]),
     chunk_alignment=st.sampled_from([1, 8, 7]),
     policy=st.sampled_from(["fcfs", "priority"]),
+    max_loras=st.sampled_from([2, 1, 3]),
 )
 # All prompts are of two tokens and most begin alike, so that many of their blocks are equal.
 prompts = st.tuples(st.sampled_from([17, 16, 5, 31, 36, 0]), st.lists(st.integers(0, 1), min_size=1, max_size=4)).map(
@@ -40,6 +41,7 @@ options = st.fixed_dictionaries(
         "stop_token_ids": st.just([4, EOS]),
         "prompt_logprobs": st.just(1),
         "min_tokens": st.just(1),
+        "lora": st.sampled_from([1, 2, 3, 4, 9]).map(adapter_request),
     },
 )
 wishes = st.tuples(prompts, st.sampled_from([12, 1, 4, 20, 32]), st.one_of(st.just({}), options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 
 from server_rig import running
 
@@ -10,10 +11,11 @@ from octavo.config import ServerOptions
 
 
 async def main() -> None:
-    options = ServerOptions(max_waiting_requests=1024)
-    async with running(options=options) as rig:
-        print(rig.port, flush=True)
-        await rig.task
+    with tempfile.TemporaryDirectory() as folder:
+        options = ServerOptions(max_waiting_requests=1024, allow_runtime_lora=True, lora_dir=folder)
+        async with running(options=options) as rig:
+            print(rig.port, flush=True)
+            await rig.task
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from request_bodies import BASE, ROUTES, STRUCTS
+from request_bodies import ADAPTER_STRUCTS, BASE, ROUTES, STRUCTS
 from server_rig import EOS, Rig, running
 
 from octavo.config import OutputFacts, ServerOptions
@@ -30,6 +30,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 OUTPUTS = OutputFacts(dimensions=(), hidden_size=48)
 HIGHEST = {"the model's dimensions": 48, "the model's context": 400, "max_tokens": 400}
+KINDS = [SamplingParams, *STRUCTS.values(), *ADAPTER_STRUCTS]
 CHARACTERS = string.ascii_letters + " é字"
 Case = tuple[str, Field]
 RANGED: list[Case] = [
@@ -38,7 +39,7 @@ RANGED: list[Case] = [
 IDS = [f"{name}.{row.name}" for name, row in RANGED]
 
 
-@pytest.mark.parametrize("struct", [SamplingParams, *STRUCTS.values()], ids=lambda struct: struct.__name__)
+@pytest.mark.parametrize("struct", KINDS, ids=lambda struct: struct.__name__)
 def test_table_and_structs_agree(struct: type[msgspec.Struct]) -> None:
     rows, name = fields_of(struct.__name__), struct.__name__
     fields = {field.name: field for field in msgspec.structs.fields(struct)}
@@ -70,7 +71,7 @@ def _check_bounds(row: Field, schema: dict[str, Any]) -> None:
 def test_rows_are_unambiguous_and_say_something() -> None:
     pairs = [(struct, row.name) for row in FIELDS for struct in row.structs]
     assert len(pairs) == len(set(pairs))
-    assert {struct for struct, _ in pairs} == {*STRUCTS, "SamplingParams"}
+    assert {struct for struct, _ in pairs} == {struct.__name__ for struct in KINDS}
     for row in FIELDS:
         assert row.meaning.endswith(".")
         assert row.range.words

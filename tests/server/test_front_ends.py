@@ -52,6 +52,11 @@ class Server:
         async with self._client() as client:
             return await client.get(path)
 
+    async def post(self, body: dict[str, object]) -> httpx.Response:
+        """A completion, over a fresh connection."""
+        async with self._client() as client:
+            return await client.post(PATH, json=body)
+
     async def stream(self, num_tokens: int) -> str:
         body = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         async with self._client() as client:
@@ -156,6 +161,32 @@ async def test_the_engine_dies_for_all_and_comes_back_for_all(smollm2_path: Path
         assert time.monotonic() - began < 2
         await server.healthy()
         assert all(_done(text) for text in await asyncio.gather(*(server.stream(5) for _ in range(8))))
+
+
+async def test_each_process_serves_the_same_adapters(smollm2_path: Path, tmp_path: Path) -> None:
+    async with serving(smollm2_path, tmp_path / "log", lora_modules=["a=/x", "b=/y"]) as server:
+        body = {"prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True}
+        for _ in range(8):  # whoever answers
+            cards = (await server.get("/v1/models")).json()["data"]
+            assert [card["id"] for card in cards] == ["fake", "a", "b"]
+            for name in ("fake", "a", "b"):
+                assert (await server.post({**body, "model": name})).json()["model"] == name
+        # Four adapters fit in the host's memory, and the processes' numbers are the same: each was loaded once.
+        assert (await server.metrics())["octavo:lora_adapter_loads_total"] == 2
+
+
+def test_an_adapter_that_cannot_be_used_ends_the_start(smollm2_path: Path) -> None:
+    behaviour = json.dumps({"lora_modules": ["a=/x", "b=/corrupt"]})
+    command = [sys.executable, str(Path(__file__).with_name("fake_server.py")), str(smollm2_path)]
+    starts = [
+        subprocess.Popen([*command, str(free_port()), count, behaviour], stderr=subprocess.PIPE, text=True)
+        for count in ("1", "2")
+    ]
+    for process in starts:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1, said
+        assert "lora_modules: b=/corrupt: /corrupt is corrupt" in said
+        assert "Traceback" not in said
 
 
 async def test_all_drain(smollm2_path: Path, tmp_path: Path) -> None:

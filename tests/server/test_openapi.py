@@ -32,7 +32,7 @@ from starlette.routing import Route
 from octavo.config import ServerOptions
 from octavo.server.api_page import page
 from octavo.server.app import build_app
-from octavo.server.openapi import OPERATIONS, document
+from octavo.server.openapi import ADAPTER_OPERATIONS, OPERATIONS, document
 
 CHECKS = (
     not_a_server_error,
@@ -46,15 +46,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def test_every_route_is_described_and_every_description_has_a_route() -> None:
-    routes = build_app(make_context(FakeEngine())).routes
-    served = {
-        (method.lower(), route.path.replace(":path}", "}"))
-        for route in routes
-        if isinstance(route, Route)
-        for method in (route.methods or set()) - {"HEAD"}
-    }
-    described = {(operation.method, operation.path) for operation in OPERATIONS}
-    assert served == described, "a route needs an Operation in server/openapi.py"
+    for runtime, operations in ((False, OPERATIONS), (True, OPERATIONS + ADAPTER_OPERATIONS)):
+        options = ServerOptions(allow_runtime_lora=runtime)
+        served = {
+            (method.lower(), route.path.replace(":path}", "}"))
+            for route in build_app(make_context(FakeEngine(), options=options)).routes
+            if isinstance(route, Route)
+            for method in (route.methods or set()) - {"HEAD"}
+        }
+        described = {(operation.method, operation.path) for operation in operations}
+        assert served == described, "a route needs an Operation in server/openapi.py"
 
 
 def test_the_page_is_what_the_table_gives() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+from kernel_launches import launches
 
 from octavo.attention.long_prefill import CudnnPrefill, LongPrefillShape, NoLongPrefill, Thresholds
 from octavo.attention.triton import TritonAttention
@@ -36,47 +33,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads what Tr
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCAB, BLOCK = 4, 2, 64, 48, 80, 112, 16
-
-
-def variant(function: InterpretedFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles anew for: constants, types, and which integers and addresses are 1 or multiples of 16."""
-    options = function.kwargs
-    fixed, any_alignment = (options[name] or () for name in ("do_not_specialize", "do_not_specialize_on_alignment"))
-    signature = inspect.signature(function.fn)
-    launch = {name: value for name, value in kwargs.items() if name not in signature.parameters}
-    bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in launch})
-    found: list[Any] = [function.fn.__name__, *sorted(launch.items(), key=str)]
-    for name, value in bound.arguments.items():
-        aligned: Any = "-"
-        if "constexpr" in str(signature.parameters[name].annotation):
-            found.append((name, value))
-            continue
-        if isinstance(value, torch.Tensor):
-            kind, address = str(value.dtype), value.data_ptr()
-        elif isinstance(value, int) and not isinstance(value, bool):
-            kind, address = "int", value
-        else:
-            found.append((name, type(value).__name__))
-            continue
-        if name not in fixed:
-            aligned = "1" if kind == "int" and address == 1 else "-" if name in any_alignment else address % 16 == 0
-        found.append((name, kind, aligned))
-    return tuple(found)
-
-
-@contextmanager
-def launches(runs: bool = True) -> Iterator[set[tuple[Any, ...]]]:
-    """The variants of all kernels that are launched meanwhile. runs: whether they compute anything."""
-    seen: set[tuple[Any, ...]] = set()
-    run = InterpretedFunction.run
-
-    def noted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        seen.add(variant(self, args, kwargs))
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs) if runs else None
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(InterpretedFunction, "run", noted)
-        yield seen
 
 
 def dense(query: torch.Tensor, *_rest: Any) -> Any:
@@ -112,7 +68,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     model.load_weights(dummy_weights(model, 0, CPU))
     facts = model_facts(config)
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
-    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options)
+    engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options, lora=None)
     with launches() as compiled:
         for job in kernel_jobs(engine_config, facts, PLAIN, DTYPE, CPU):
             if "skinny" not in str(job):  # on a CPU, no layer asks for it
@@ -184,10 +140,10 @@ def test_a_packed_layer_finds_its_kernels_compiled(name: str, monkeypatch: pytes
         slot.load(slot.spec.make_dummy(generator) if slot.spec.required or slot.spec.dummy else None)
     (layer,) = made.layers
     assert layer.held is not None
-    with launches(runs=False) as compiled:
+    with launches(run_kernels=False) as compiled:
         for job in layer.scheme.launches(LinearShape(1280, 4096, DTYPE, CPU)).values():
             job()
-    with launches(runs=False) as launched:
+    with launches(run_kernels=False) as launched:
         for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 100, 129, 200, 257, 300, 512, 513):
             made(torch.zeros(num_tokens, 4096, dtype=DTYPE))
     assert {found[0] for found in launched} == {"_grouped_kernel", "_dequantize_kernel"}

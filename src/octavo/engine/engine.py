@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from octavo.engine.adapters import AdapterDesk
 from octavo.engine.executor import Executor, StepHandle
 from octavo.engine.grammars import GrammarDesk
 from octavo.engine.pacing import Pacer
 from octavo.protocol.outputs import SchedulerStats, TokenOutput
 from octavo.protocol.plan import StepPlan
 from octavo.protocol.request import Request
+from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -31,6 +33,12 @@ class _Step(NamedTuple):
         return self.num_tokens == len(self.plan.rows)
 
 
+def _refusal(request: Request, error: Exception) -> TokenOutput:
+    """The end of a request that never ran. A ValueError is the request's own fault."""
+    refused = isinstance(error, ValueError)
+    return TokenOutput(request.request_id, [], finish_reason="error", error=str(error), refused=refused)
+
+
 class Engine:
     """Up to `depth` steps in flight: the next is scheduled and submitted while one runs.
 
@@ -44,46 +52,68 @@ class Engine:
         depth: int,
         clock: Callable[[], float] = time.monotonic,
         grammars: GrammarDesk | None = None,
+        adapters: AdapterDesk | None = None,
     ) -> None:
-        """grammars: None refuses requests with structured outputs, or with a budget of reasoning."""
+        """grammars: None refuses requests with structured outputs, or with a budget of reasoning; adapters: None those
+        with an adapter."""
         self._scheduler = scheduler
         self._executor = executor
         self._depth = depth
         self._clock = clock
         self._grammars = grammars
+        self._adapters = adapters
+        self._digests: dict[str, bytes] = {}  # of adapters, by id of a request that is yet to reach the scheduler
         self._pacer = Pacer()
         self._in_flight: deque[_Step] = deque()
         self.num_step_tokens = 0  # tokens computed in the last step committed; written by step()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self._scheduler.has_unfinished() or self._is_compiling
+        return bool(self._in_flight) or self._scheduler.has_unfinished() or self._is_compiling or self._is_loading
 
     @property
     def _is_compiling(self) -> bool:
         return self._grammars is not None and self._grammars.has_work
 
+    @property
+    def _is_loading(self) -> bool:
+        return self._adapters is not None and self._adapters.has_work
+
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError, naming what does not fit, if it can never run."""
+        """Queue a request. Raises ValueError, naming what does not fit, if it can never run. What its grammar or its
+        adapter has to say against it comes as its only output."""
+        if request.lora is None:
+            self._add_with_adapter(request)
+        elif self._adapters is None:
+            raise ValueError(f"lora_request={request.lora.lora_name!r} needs an engine with enable_lora")
+        else:
+            self._adapters.take(request)
+
+    def _add_with_adapter(self, request: Request) -> None:
+        """Queue a request whose adapter, if it has one, is loaded."""
         structured = request.sampling.structured_outputs is not None
         if not structured and request.reasoning is None:
-            self._scheduler.add(request)
+            self._schedule(request)
             return
         if self._grammars is None:
             name = "structured_outputs" if structured else "thinking_token_budget"
             raise ValueError(f"{name} needs a tokenizer, and this engine has none")
         constraint = self._grammars.find(request)
         if constraint is not None:
-            self._scheduler.add(request, constraint)
+            self._schedule(request, constraint)
         else:
             self._grammars.take(request)
+
+    def _schedule(self, request: Request, constraint: Constraint | None = None) -> None:
+        self._scheduler.add(request, constraint, self._digests.pop(request.request_id, None))
 
     def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
         """End requests now, in whatever state they are. Unknown ids are ignored."""
         request_ids = list(request_ids)
         dropped = [] if self._grammars is None else self._grammars.drop(request_ids)
+        dropped += [] if self._adapters is None else self._adapters.drop(request_ids)
         outputs = [TokenOutput(name, [], finish_reason="abort") for name in dropped]
-        return outputs + self._scheduler.abort(request_ids)
+        return self._released(outputs + self._scheduler.abort(request_ids))
 
     def step(self) -> list[TokenOutput]:
         """Fill the pipeline, then wait for its oldest step and return what that brought.
@@ -91,11 +121,12 @@ class Engine:
         A step that raises costs the requests in it, never the engine.
         """
         self.num_step_tokens = 0
-        refused = self._add_compiled() if self._is_compiling else []
+        refused = self._add_loaded() if self._is_loading else []
+        refused += self._add_compiled() if self._is_compiling else []
         while len(self._in_flight) < self._depth and self._submit():
             pass
         if not self._in_flight:
-            return refused
+            return self._released(refused)
         step = self._in_flight.popleft()
         plan, self.num_step_tokens = step.plan, step.num_tokens
         try:
@@ -103,24 +134,48 @@ class Engine:
         except Exception as error:
             _log.exception("step %d failed: its %d requests end with an error", plan.step_id, len(plan.rows))
             message = f"the step that computed this request failed: {type(error).__name__}"
-            return refused + self._scheduler.fail(plan, message)
+            return self._released(refused + self._scheduler.fail(plan, message))
         self._pacer.finished(len(plan.rows), step.decodes, result.seconds, self._clock())
-        return refused + self._scheduler.commit(plan, result)
+        return self._released(refused + self._scheduler.commit(plan, result))
+
+    def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        """The same outputs. Requests that end with one of them need their adapter no more."""
+        if self._adapters is not None:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._adapters.release(output.request_id)
+                    self._digests.pop(output.request_id, None)
+        return outputs
+
+    def _add_loaded(self) -> list[TokenOutput]:
+        """Queue the requests whose adapter is loaded by now. Returns the ends of those that cannot run."""
+        assert self._adapters is not None
+        refused = []
+        for request, loaded in self._adapters.ready(idle=self._is_idle):
+            try:
+                if isinstance(loaded, Exception):
+                    raise loaded
+                self._digests[request.request_id] = loaded
+                self._add_with_adapter(request)
+            except Exception as error:
+                refused.append(_refusal(request, error))
+        return refused
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._in_flight and not self._scheduler.has_unfinished()
 
     def _add_compiled(self) -> list[TokenOutput]:
         """Queue the requests whose grammar is compiled by now. Returns the ends of those that cannot run."""
         assert self._grammars is not None
         refused = []
-        idle = not self._in_flight and not self._scheduler.has_unfinished()
-        for request, compiled in self._grammars.ready(idle=idle):
+        for request, compiled in self._grammars.ready(idle=self._is_idle):
             try:
-                self._scheduler.add(request, compiled.result())
+                self._schedule(request, compiled.result())
             except Exception as error:
-                is_refusal = isinstance(error, ValueError)
-                if not is_refusal:
+                if not isinstance(error, ValueError):
                     _log.exception("the grammar of request %s could not be compiled", request.request_id)
-                name, words = request.request_id, str(error)
-                refused.append(TokenOutput(name, [], finish_reason="error", error=words, refused=is_refusal))
+                refused.append(_refusal(request, error))
         return refused
 
     def _submit(self) -> bool:
@@ -157,6 +212,8 @@ class Engine:
     def audit(self) -> None:
         """Recompute every invariant of the KV bookkeeping from scratch; raises naming the one that is broken."""
         self._scheduler.audit()
+        if self._adapters is not None:
+            self._adapters.audit()
 
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()
@@ -164,4 +221,6 @@ class Engine:
     def shutdown(self) -> None:
         if self._grammars is not None:
             self._grammars.shutdown()
+        if self._adapters is not None:
+            self._adapters.shutdown()
         self._executor.shutdown()

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from octavo.layers.lora import LinearAdapters
 from octavo.layers.slot import WeightSlot
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec, layers_of
 from octavo.quantization.unquantized import UNQUANTIZED
@@ -31,26 +32,39 @@ class Linear(nn.Module):
         self._dtype, self._device = dtype, device
         self.layers = nn.ModuleList()
         self._loaders: list[_Loader] = []
+        self.adapters: LinearAdapters | None = None  # of an engine that serves LoRA
 
     def create_weights(self, path: str, method: QuantizationMethod) -> None:
         """path: the layer's own in the model. The weights are uninitialised until loaded.
 
         Raises ValueError naming a part whose size its format cannot have.
         """
-        parent = path.rpartition(".")[0]
-        parts = {f"{parent}.{part}" if parent else part: num_rows for part, num_rows in self._parts.items()}
+        parts = self.part_rows(path)
         for scheme, sizes in layers_of(parts, method):
             num_rows = sum(sizes.values())
             layer = LinearLayer(scheme, self.in_features, num_rows, self._bias, self._dtype, self._device)
             self.layers.append(layer)
             self._loaders.append(_Loader(layer, sizes))
 
+    def part_rows(self, path: str) -> dict[str, int]:
+        """Rows of each part, by its name in a checkpoint. path: the layer's own in the model."""
+        parent = path.rpartition(".")[0]
+        return {f"{parent}.{part}" if parent else part: num_rows for part, num_rows in self._parts.items()}
+
     def takes_fp8(self, like: Tensor) -> bool:
         """Whether activations with the tokens, dtype and device of `like` may as well come quantised."""
+        if self.adapters is not None and self.adapters.are_active:
+            return False
         return all(layer.scheme.takes_fp8(layer, like) for layer in self.layers)
 
     def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
         """x: [T, in_features], quantised only if `takes_fp8`. Returns [T, out_features]."""
+        if self.adapters is None or not self.adapters.are_active:
+            return self._product(x)
+        assert isinstance(x, Tensor)
+        return self.adapters.add(self._product, x)
+
+    def _product(self, x: Tensor | Fp8Tokens) -> Tensor:
         products = [layer.scheme.apply(layer, x) for layer in self.layers]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 

@@ -65,6 +65,7 @@ _MESSAGES = ("MessagesBody",)
 _COUNT = ("CountBody",)
 _TOKENIZE = ("TokenizeBody",)
 _SCORE, _RERANK, _EMBED = ("ScoreBody",), ("RerankBody",), ("EmbeddingsBody",)
+_LOAD_ADAPTER, _UNLOAD_ADAPTER = ("LoadAdapterBody",), ("UnloadAdapterBody",)
 _OPENAI = _CHAT + _PLAIN
 _DRAWN = _SAMPLING + _OPENAI
 _ALSO_RESPONSES = _DRAWN + _RESPONSES
@@ -282,11 +283,26 @@ _EMBEDDING = (
     Field(_TOKENIZE, "return_token_strs", Flag(), False, "vllm", "none", "Answer with each token's text too."),
 )  # fmt: skip
 
+_ADAPTERS = (
+    Field(_LOAD_ADAPTER, "lora_name", Shape("1..128 of A-Z a-z 0-9 . _ -"), REQUIRED, "vllm", "none",
+          "What requests will name as their model. Not a name of the model itself."),
+    Field(_LOAD_ADAPTER, "lora_path", Shape("a folder in --lora-dir"), REQUIRED, "vllm", "none",
+          "Where the adapter lies, as PEFT saves it, relative to --lora-dir. It and its files lie in there once all "
+          "symlinks are resolved."),
+    Field(_LOAD_ADAPTER, "load_inplace", Flag(), False, "vllm", "none",
+          "Put the adapter in the place of the one of this name. Requests that run keep the old one."),
+    Field(_UNLOAD_ADAPTER, "lora_name", Shape("the name of an adapter"), REQUIRED, "vllm", "none",
+          "The adapter that new requests can no longer name. Requests that run keep it; memory is freed once another "
+          "adapter needs it."),
+    Field(_UNLOAD_ADAPTER, "lora_int_id", Integer(1), None, "vllm", "none",
+          "The adapter's number, to be sure: another one is refused."),
+)  # fmt: skip
+
 _COMMON = (
     Field(_GENERATING + _COUNT + _POOLING, "model", Shape("a name that the server answers to"), REQUIRED, "openai",
-          "none", "The model."),
+          "none", "The model, or a LoRA adapter."),
     Field((*_TOKENIZE, "DetokenizeBody"), "model", Shape("a name that the server answers to"), None, "vllm", "none",
-          "The model."),
+          "The model, or a LoRA adapter."),
     Field(_GENERATING + _POOLING, "priority", Integer(-(2**31), 2**31 - 1), 0, "vllm", "none",
           "Lower runs first. Needs a server with --scheduling-policy priority."),
     Field(_GENERATING + _POOLING, "cache_salt", _SALT, None, "vllm", "none",
@@ -305,7 +321,7 @@ _COMMON = (
           "Asks to cache the prompt, which is done for every prompt."),
 )  # fmt: skip
 
-FIELDS: tuple[Field, ...] = _PROMPTS + _DRAWING + _ENDING + _ANSWERS + _EMBEDDING + _COMMON
+FIELDS: tuple[Field, ...] = _PROMPTS + _DRAWING + _ENDING + _ANSWERS + _EMBEDDING + _ADAPTERS + _COMMON
 
 
 @functools.cache

@@ -28,13 +28,14 @@ class Control(msgspec.Struct, frozen=True, tag="control"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine can serve. Facts that only the engine knows once it is up."""
+    """The engine can serve. Facts that only the engine knows once it is up. max_loras: 0 where it takes no adapters."""
 
     max_model_len: int
     max_num_seqs: int
     num_blocks: int
     block_size: int
     vocab_size: int
+    max_loras: int = 0
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

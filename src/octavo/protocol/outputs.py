@@ -50,3 +50,6 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens_total: int = 0  # prompt tokens of requests that reached their first token, cached ones included
     generation_tokens_total: int = 0
     num_steps_total: int = 0
+    running_adapters: tuple[str, ...] = ()  # names, of running sequences
+    waiting_adapters: tuple[str, ...] = ()
+    num_adapter_loads_total: int = 0  # times that one was brought to the device

@@ -9,6 +9,7 @@ from octavo.protocol.sampling import SamplingParams
 
 # Block 0 is never allocated: padding rows may point at it, and nothing reads what they write.
 NULL_BLOCK = 0
+NO_ADAPTER = -1
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -16,6 +17,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
     token_ids: every token known so far, the prompt first, then the output.
     block_table: all its KV blocks, those that cover this step included.
+    adapter_slot: where the worker has its adapter; NO_ADAPTER where it has none.
     """
 
     slot: int
@@ -25,6 +27,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
     pooling: PoolingParams | None = None
+    adapter_slot: int = NO_ADAPTER
 
 
 class PlanRow(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +51,9 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Everything one step needs, as a diff against what the worker's slots hold.
 
+    adapters: (slot, lora_int_id) of those that are brought in before the step; what a slot held is gone then. Rows of
+    one adapter are neighbours.
+
     Rows that share a prefix block may write and read it in one step: a worker writes the KV of
     all rows before any row attends, layer by layer.
     """
@@ -55,6 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     step_id: int
     new_sequences: list[NewSequence]
     rows: list[PlanRow]
+    adapters: list[tuple[int, int]] = []
 
     @property
     def num_tokens(self) -> int:

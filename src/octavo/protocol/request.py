@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.pooling import PoolingParams
 from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.sampling import SamplingParams
@@ -20,6 +21,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: prefix-cache blocks are shared only between requests of equal salt.
     reasoning: the marks to look for, where a grammar follows the reasoning or sampling.thinking_token_budget bounds it.
     grammar: what sampling.structured_outputs was compiled to by the front end; the text is llguidance's.
+    lora: the adapter that the model runs with; None: the model as it is.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
     pooling: the prompt's embedding is asked for, along with one token that means nothing; max_tokens is 1.
     """
@@ -35,3 +37,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     reasoning: ReasoningMarks | None = None
     pooling: PoolingParams | None = None
+    lora: LoRARequest | None = None

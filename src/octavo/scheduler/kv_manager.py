@@ -108,7 +108,7 @@ class KVManager:
         require(len(set(table)) == len(table), f"I4: a block stands twice in the table of {name!r}")
         low, high = (self.num_blocks_for(n) for n in (sequence.num_computed_tokens, sequence.num_tokens))
         require(low <= len(table) <= high, f"I8: {name!r} has {len(table)} blocks, needs {low}..{high}")
-        key = self.cache.root(sequence.request.cache_salt)
+        key = self._root(sequence)
         for index, block in enumerate(table):
             end = (index + 1) * size
             full = end <= sequence.num_computed_tokens
@@ -139,11 +139,14 @@ class KVManager:
                 # Equal content under the object that the cache holds, so that comparing stops there.
                 key.parent = keys[index - 1]
             return key
-        parent = keys[-1] if keys else self.cache.root(sequence.request.cache_salt)
+        parent = keys[-1] if keys else self._root(sequence)
         start = index * self.block_size
         key = self.cache.child(parent, sequence.token_ids[start : start + self.block_size])
         keys.append(key)
         return key
+
+    def _root(self, sequence: Sequence) -> BlockKey:
+        return self.cache.root(sequence.request.cache_salt, sequence.adapter_digest)
 
     def _set_registered(self, sequence: Sequence, count: int) -> None:
         sequence.num_registered_blocks = count

@@ -21,7 +21,7 @@ class BlockKey:
     """What a full block holds: its tokens and, through `parent`, the whole prefix before them.
 
     digest: the chained hash of all that; equal content has an equal digest, not the reverse.
-    tokens: uint32 token ids as bytes; of a root, the encoded cache salt.
+    tokens: uint32 token ids as bytes; of a root, the encoded adapter and cache salt.
     """
 
     __slots__ = ("digest", "parent", "tokens")
@@ -59,9 +59,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def root(self, salt: str | None) -> BlockKey:
-        """The empty prefix of requests with this salt."""
-        tokens = b"" if salt is None else b"\x01" + salt.encode("utf-8", "surrogatepass")
+    def root(self, salt: str | None, adapter: bytes | None = None) -> BlockKey:
+        """The empty prefix of requests with this salt. adapter: the digest, 32 bytes, of the weights they run with."""
+        tokens = b"" if adapter is None else b"\x02" + adapter
+        tokens += b"" if salt is None else b"\x01" + salt.encode("utf-8", "surrogatepass")
         return BlockKey(self._hash(self._secret + tokens), None, tokens)
 
     def child(self, parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:

@@ -33,8 +33,8 @@ class RankedQueue:
     def __reversed__(self) -> Iterator[Sequence]:
         return reversed(self._sequences)
 
-    def first(self) -> Sequence:
-        return self._sequences[0]
+    def __getitem__(self, index: int) -> Sequence:
+        return self._sequences[index]
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=_rank)

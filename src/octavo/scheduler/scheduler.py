@@ -9,31 +9,14 @@ from octavo.config import SchedulerConfig
 from octavo.protocol.outputs import FinishReason, SchedulerStats, TokenOutput
 from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan, StepResult
 from octavo.protocol.request import Request
+from octavo.scheduler.adapter_slots import AdapterSlots
 from octavo.scheduler.audit import require
 from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.kv_manager import KVManager
 from octavo.scheduler.prefix_cache import HashFunction, sha256
 from octavo.scheduler.queue import RankedQueue
 from octavo.scheduler.sequence import Sequence, Status
-
-
-class _Step:
-    """A step being planned, then in flight."""
-
-    __slots__ = ("budget", "detached_tables", "new_sequences", "registered_blocks", "rows", "sequences", "step_id")
-
-    def __init__(self, step_id: int, budget: int) -> None:
-        self.step_id = step_id
-        self.budget = budget  # tokens that may still be added
-        self.new_sequences: list[NewSequence] = []
-        self.rows: list[PlanRow] = []
-        self.sequences: list[Sequence | None] = []  # one a row; None once its result no longer matters
-        self.registered_blocks: list[int] = []  # cache entries that hold only if this step succeeds
-        self.detached_tables: list[list[int]] = []  # released when this step is committed
-
-    def detach(self, sequence: Sequence) -> None:
-        if sequence in self.sequences:
-            self.sequences[self.sequences.index(sequence)] = None
+from octavo.scheduler.step import Step
 
 
 class Scheduler:
@@ -52,6 +35,9 @@ class Scheduler:
 
     A sequence with a constraint waits for the value of its last token before its next step, unless that needs no mask;
     the others go on.
+
+    One with an adapter (LoRA) is admitted when its adapter has, or gets, one of the device's slots; those behind it may
+    go first meanwhile, which AdapterCache bounds.
     """
 
     def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
@@ -62,7 +48,8 @@ class Scheduler:
         self._waiting = RankedQueue()
         self._running = RankedQueue()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[_Step] = deque()  # step ids are consecutive
+        self._adapters = AdapterSlots(config.max_loras)
+        self._in_flight: deque[Step] = deque()  # step ids are consecutive
         self._next_step_id = 0
         self._num_added = 0
         # The head of the queue that found too few free blocks, and how many there were: it is not matched
@@ -77,10 +64,11 @@ class Scheduler:
         self._num_generated_tokens = 0
         self._num_steps = 0
 
-    def add(self, request: Request, constraint: Constraint | None = None) -> None:
+    def add(self, request: Request, constraint: Constraint | None = None, adapter_digest: bytes | None = None) -> None:
         """Queue a request. Raises ValueError, naming what does not fit, if it can never run; nothing changes then.
 
-        constraint: fresh; from now on only the scheduler calls it.
+        constraint: fresh; from now on only the scheduler calls it. adapter_digest: of the weights that request.lora
+        stands for, which the worker has; KV blocks are shared only between requests with the same.
         """
         config = self._config
         name, num_prompt, num_output = request.request_id, len(request.prompt_token_ids), request.max_tokens
@@ -90,6 +78,8 @@ class Scheduler:
             raise ValueError("prompt_token_ids is empty; at least one token is needed")
         if num_output < 1:
             raise ValueError(f"max_tokens={num_output} is out of range; allowed: >= 1")
+        if request.lora is not None and not config.max_loras:
+            raise ValueError(f"lora_request={request.lora.lora_name!r} needs an engine with enable_lora")
         if request.pooling is not None and num_output != 1:
             raise ValueError(f"max_tokens={num_output} is out of range with pooling; allowed: 1")
         wants = f"the prompt has {num_prompt} tokens and max_tokens={num_output}"
@@ -108,7 +98,7 @@ class Scheduler:
                 f"max_num_batched_tokens={config.max_num_batched_tokens}"
             )
         priority = request.priority if config.policy == "priority" else 0
-        sequence = Sequence(request, (priority, self._num_added), constraint)
+        sequence = Sequence(request, (priority, self._num_added), constraint, adapter_digest)
         self._num_added += 1
         self._sequences[name] = sequence
         self._waiting.add(sequence)
@@ -118,14 +108,16 @@ class Scheduler:
 
         now: seconds on the monotonic clock.
         """
-        step = _Step(self._next_step_id, self._config.max_num_batched_tokens)
+        step = Step(self._next_step_id, self._config.max_num_batched_tokens)
         if self._continue_running(step):
             self._admit_waiting(step, now)
         if not step.rows:
             return None
+        if self._config.max_loras:
+            step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        return StepPlan(step.step_id, step.new_sequences, step.rows)
+        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Take in what the oldest step in flight brought: new tokens and ends, in the order of its rows.
@@ -198,7 +190,7 @@ class Scheduler:
         return bool(self._sequences)
 
     def stats(self) -> SchedulerStats:
-        """O(running)."""
+        """O(running), and with adapters O(waiting)."""
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -212,6 +204,9 @@ class Scheduler:
             prompt_tokens_total=self._num_prompt_tokens,
             generation_tokens_total=self._num_generated_tokens,
             num_steps_total=self._num_steps,
+            running_adapters=self._adapters.names(self._running),
+            waiting_adapters=self._adapters.names(self._waiting),
+            num_adapter_loads_total=self._adapters.num_loads,
         )
 
     def reset_prefix_cache(self) -> bool:
@@ -235,6 +230,7 @@ class Scheduler:
         require(sorted(slots) == list(range(self._config.max_num_seqs)), "I7: slots are lost or used twice")
         for sequence in running:
             self._audit_running(sequence)
+        self._adapters.audit(running)
         self._kv.audit(running, [table for step in self._in_flight for table in step.detached_tables])
         if not self._in_flight and not self._sequences:
             require(self._kv.pool.num_free == self._config.num_blocks - 1, "I6: blocks are held but nothing runs")
@@ -254,7 +250,7 @@ class Scheduler:
         require(not steps or steps[-1].step_id == sequence.last_step_id, f"I9: {name!r} is not in its last step")
         require(bool(steps) == self._is_in_flight(sequence), f"I9: {name!r} is wrong about being in flight")
 
-    def _continue_running(self, step: _Step) -> bool:
+    def _continue_running(self, step: Step) -> bool:
         """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait.
 
         Then so does every one that ranks below it; those above go on, so that a step never comes out empty
@@ -277,7 +273,7 @@ class Scheduler:
                 return False
         return complete
 
-    def _add_row(self, step: _Step, sequence: Sequence, length: int) -> bool:
+    def _add_row(self, step: Step, sequence: Sequence, length: int) -> bool:
         start = sequence.num_computed_tokens
         end = start + length
         new_block_ids: list[int] = []
@@ -291,7 +287,7 @@ class Scheduler:
         self._push_row(step, sequence, end, new_block_ids)
         return True
 
-    def _push_row(self, step: _Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
+    def _push_row(self, step: Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
         start = sequence.num_computed_tokens
         samples = end == sequence.num_tokens
         mask = sequence.next_mask() if samples else None
@@ -304,9 +300,14 @@ class Scheduler:
         if end >= sequence.next_key_at:
             step.registered_blocks += self._kv.register(sequence)
 
-    def _admit_waiting(self, step: _Step, now: float) -> None:
-        while self._waiting and self._free_slots and step.budget:
-            sequence = self._waiting.first()
+    def _admit_waiting(self, step: Step, now: float) -> None:
+        self._adapters.begin_round()
+        index = 0  # of the first that may be admitted: those before it wait for a slot of their adapter
+        while index < len(self._waiting) and self._free_slots and step.budget:
+            sequence = self._waiting[index]
+            if not self._adapters.can_start(sequence):
+                index += 1
+                continue
             if sequence is self._blocked_head and self._kv.pool.num_free <= self._blocked_num_free:
                 return
             cached_blocks = self._kv.match(sequence)
@@ -319,7 +320,7 @@ class Scheduler:
             self._start(step, sequence, now)
             self._push_row(step, sequence, sequence.num_computed_tokens + self._chunk_length(step, sequence), [])
 
-    def _chunk_length(self, step: _Step, sequence: Sequence) -> int:
+    def _chunk_length(self, step: Step, sequence: Sequence) -> int:
         """As many of a prompt's next tokens as the step has room for. A chunk that does not end the prompt ends at a
         multiple of the alignment, if that takes no more than half of it away."""
         start = sequence.num_computed_tokens
@@ -329,7 +330,7 @@ class Scheduler:
         excess = (start + length) % self._config.chunk_alignment
         return length - excess if 2 * excess <= length else length
 
-    def _start(self, step: _Step, sequence: Sequence, now: float) -> None:
+    def _start(self, step: Step, sequence: Sequence, now: float) -> None:
         """Move an admitted sequence from the queue to the running ones, and announce it to the worker."""
         self._waiting.remove(sequence)
         self._running.add(sequence)
@@ -343,6 +344,7 @@ class Scheduler:
             self._num_queried_tokens += sequence.num_tokens
         sequence.admitted_step_id = step.step_id
         request = sequence.request
+        step.adapters += self._adapters.start(sequence)
         step.new_sequences.append(
             NewSequence(
                 sequence.slot,
@@ -352,6 +354,7 @@ class Scheduler:
                 request.sampling,
                 request.eos_token_ids,
                 request.pooling,
+                sequence.adapter_slot,
             )
         )
 
@@ -399,7 +402,7 @@ class Scheduler:
         # Later rows in flight were planned for the positions right after one token.
         require(not self._is_in_flight(sequence), f"{count} tokens came for {name!r}, steps in flight count on one")
 
-    def _retire(self, plan: StepPlan) -> _Step:
+    def _retire(self, plan: StepPlan) -> Step:
         """Take the oldest step out of flight, and release what only waited for it."""
         require(bool(self._in_flight), f"step {plan.step_id} is not in flight")
         oldest = self._in_flight[0].step_id
@@ -440,6 +443,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
+        self._adapters.stop(sequence)
         table, sequence.block_table = sequence.block_table, []
         if self._is_in_flight(sequence):
             for step in self._in_flight:

@@ -6,7 +6,7 @@ import enum
 from array import array
 
 from octavo.protocol.outputs import FinishReason
-from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.plan import NO_ADAPTER, TokenLogprobs
 from octavo.protocol.request import Request
 from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.prefix_cache import BlockKey
@@ -29,6 +29,9 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter_digest",
+        "adapter_id",
+        "adapter_slot",
         "admitted_step_id",
         "block_keys",
         "block_table",
@@ -54,7 +57,13 @@ class Sequence:
         "took_cached_blocks",
     )
 
-    def __init__(self, request: Request, rank: tuple[int, int], constraint: Constraint | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        rank: tuple[int, int],
+        constraint: Constraint | None = None,
+        adapter_digest: bytes | None = None,
+    ) -> None:
         """Raises ValueError if a prompt token is no token id."""
         sampling = request.sampling
         self.request = request
@@ -76,7 +85,11 @@ class Sequence:
         min_tokens = sampling.min_tokens if sampling.structured_outputs is None else 0
         self.min_num_tokens = self.num_prompt_tokens + min_tokens
 
+        self.adapter_id = None if request.lora is None else request.lora.lora_int_id
+        self.adapter_digest = adapter_digest  # of what its KV is computed with; None without an adapter
+
         self.slot = -1  # -1 unless RUNNING
+        self.adapter_slot = NO_ADAPTER  # unless RUNNING with one
         self.block_table: list[int] = []  # empty unless RUNNING
         self.block_keys: list[BlockKey] = []  # of the first full blocks of known tokens; kept over preemption
         self.num_registered_blocks = 0  # leading blocks that were offered to the prefix cache or came from it

@@ -9,7 +9,7 @@ import msgspec
 
 from octavo.protocol.fields import REQUIRED, Field, fields_of
 from octavo.server.openai.schema import UNSUPPORTED
-from octavo.server.openapi import OPERATIONS, Operation
+from octavo.server.openapi import ADAPTER_OPERATIONS, OPERATIONS, Operation
 
 _HEAD = """\
 # Requests
@@ -30,7 +30,7 @@ process.
 def page() -> str:
     """The whole page."""
     bodies: dict[str, list[Operation]] = {}
-    for operation in OPERATIONS:
+    for operation in OPERATIONS + ADAPTER_OPERATIONS:
         if operation.body is not None:
             bodies.setdefault(operation.body.__name__, []).append(operation)
     parts = [_HEAD, *("\n".join(_section(operations)) + "\n" for operations in bodies.values())]
@@ -44,7 +44,8 @@ def _section(operations: list[Operation]) -> Iterator[str]:
     assert body is not None
     yield "## " + ", ".join(f"POST {operation.path}" for operation in operations)
     yield ""
-    yield f"{operations[0].summary}."
+    needs = ", where the server runs with `--allow-runtime-lora`" if operations[0] in ADAPTER_OPERATIONS else ""
+    yield f"{operations[0].summary}{needs}."
     yield ""
     yield "| field | meaning | allowed | default | from | cost |"
     yield "|---|---|---|---|---|---|"

@@ -19,6 +19,7 @@ from octavo.server.anthropic.messages import CountTokens, Messages
 from octavo.server.context import ServerContext, ServerState
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import AccessMiddleware, GuardMiddleware
+from octavo.server.openai.adapters import LoadAdapter, UnloadAdapter
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.completions import Completions
 from octavo.server.openai.embeddings import Embeddings
@@ -28,7 +29,7 @@ from octavo.server.openai.responses import Responses
 from octavo.server.openai.scoring import Rerank, Scores
 from octavo.server.openai.stored_responses import StoredResponses
 from octavo.server.openai.tokenize import Detokenize, Tokenize
-from octavo.server.openapi import document
+from octavo.server.openapi import ADAPTER_OPERATIONS, OPERATIONS, document
 from octavo.server.statistics_log import log_statistics
 
 _QUIET_SECONDS = 1.0  # after the start, in which the first requests may come
@@ -60,6 +61,7 @@ def build_app(context: ServerContext) -> Starlette:
             *(Route(path, Rerank(state), methods=["POST"]) for path in ("/v1/rerank", "/v2/rerank", "/rerank")),
             Route("/tokenize", Tokenize(chat), methods=["POST"]),
             Route("/detokenize", Detokenize(state), methods=["POST"]),
+            *(_adapter_routes(state) if context.options.allow_runtime_lora else ()),
             Route("/v1/models", models.list_all, methods=["GET"]),
             Route("/v1/models/{model:path}", models.get, methods=["GET"]),
             Route("/health", probes.health, methods=["GET"]),
@@ -80,6 +82,13 @@ def build_app(context: ServerContext) -> Starlette:
     return app
 
 
+def _adapter_routes(state: ServerState) -> list[Route]:
+    return [
+        Route("/v1/load_lora_adapter", LoadAdapter(state), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", UnloadAdapter(state), methods=["POST"]),
+    ]
+
+
 class _Probes:
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -97,7 +106,9 @@ class _Probes:
 
     async def openapi(self, request: Request) -> Response:  # noqa: ARG002
         context = self._state.context
-        described = document(context.version, context.served_model_names, bool(api_keys(context.options)))
+        names = [*context.served_model_names, *(adapter.lora.lora_name for adapter in context.adapters.served)]
+        operations = OPERATIONS + (ADAPTER_OPERATIONS if context.options.allow_runtime_lora else ())
+        described = document(context.version, names, bool(api_keys(context.options)), operations)
         return Response(msgspec.json.encode(described), media_type="application/json")
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from octavo.config import OutputFacts, SchedulingPolicy, ServerOptions
 from octavo.engine.client import EngineClient
 from octavo.protocol.structured import StructuredOutputsParams
+from octavo.server.adapters import AdapterRegistry, ServedModel
 from octavo.server.front_ends import FrontEndGroup
 from octavo.server.lifecycle import Lifecycle
 from octavo.server.limits import Admission, Timeouts
@@ -40,6 +41,7 @@ class ServerContext:
     stand in where a request names none; max_tokens does so in chats only.
     outputs: what the model is for. max_model_len, max_num_seqs: the engine's, in tokens and sequences.
     group: which of the server's API processes this is; each takes an equal part of the places in the queue.
+    adapters: those that requests may name as their model; what is loaded by request is added there.
     """
 
     engine: EngineClient
@@ -55,6 +57,7 @@ class ServerContext:
     scheduling_policy: SchedulingPolicy = "fcfs"
     timeouts: Timeouts = field(default_factory=Timeouts)
     group: FrontEndGroup = field(default_factory=FrontEndGroup)
+    adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
 
 
 class ServerState:
@@ -67,7 +70,8 @@ class ServerState:
         self.admission = Admission(context.engine, -(-places // context.group.count))
         ready = context.engine.ready
         cache_config = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
-        self.metrics = MetricsRegistry(context.served_model_names[0], context.max_model_len, cache_config)
+        name = context.served_model_names[0]
+        self.metrics = MetricsRegistry(name, context.max_model_len, cache_config, ready.max_loras)
         self.metrics_exchange = MetricsExchange(self.metrics, context.group)
         self.max_prompt_chars = context.max_model_len * _longest_token(context.tokenizer)
         self._pool = ThreadPoolExecutor(_TEXT_THREADS, "octavo-text")
@@ -102,10 +106,16 @@ class ServerState:
             logger.error("%s took over %.0f s", function.__name__, _TEXT_TIMEOUT_SECONDS)
             raise unavailable("the prompt could not be prepared in time") from None
 
-    def check_model(self, name: str) -> None:
-        """Raises APIError 404 for a model that is not served."""
-        if name not in self.context.served_model_names:
+    def find_model(self, name: str | None) -> ServedModel:
+        """What a request's model stands for; None is the model as it is. Raises APIError 404 for one that is not
+        served."""
+        names = self.context.served_model_names
+        if name is None or name in names:
+            return ServedModel(names[0], None)
+        adapter = self.context.adapters.find(name)
+        if adapter is None:
             raise model_not_found(name)
+        return ServedModel(name, adapter.lora)
 
     def check_alive(self) -> None:
         """Raises APIError 503 when the engine is gone or the server is ending."""

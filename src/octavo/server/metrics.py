@@ -27,7 +27,10 @@ _LABELS = ("model_name", "engine")
 class MetricsRegistry(Collector):
     """All that /metrics shows. `stats` is what the engine last said."""
 
-    def __init__(self, model_name: str, max_model_len: int, cache_config: Mapping[str, str]) -> None:
+    def __init__(
+        self, model_name: str, max_model_len: int, cache_config: Mapping[str, str], max_loras: int = 0
+    ) -> None:
+        """max_loras: the engine's; 0 where it takes no adapters, and nothing is shown of them."""
         lengths = histogram.one_two_five(max_model_len)
         seconds = histogram.REQUEST_SECONDS
         self.stats = SchedulerStats()
@@ -56,9 +59,10 @@ class MetricsRegistry(Collector):
         }
         self.http: Counter[tuple[str, str, str]] = Counter()  # by handler, method, class of the status
         self.http_seconds: dict[tuple[str, str], Histogram] = {}  # by handler, method
-        self._arguments = (model_name, max_model_len, cache_config)
+        self._arguments = (model_name, max_model_len, cache_config, max_loras)
         self._labels = (model_name, "0")
         self._cache_config = dict(cache_config)
+        self._max_loras = max_loras
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
         PlatformCollector(registry=self._process)
@@ -106,6 +110,8 @@ class MetricsRegistry(Collector):
         yield from self._engine_gauges()
         yield from self._engine_counters()
         yield from self._request_counters()
+        if self._max_loras:
+            yield from self._adapter_families()
         for name, data in self.histograms.items():
             yield self._histogram(name, data)
         # The name and the shorter bucket list before inter_token_latency_seconds took over.
@@ -176,6 +182,23 @@ class MetricsRegistry(Collector):
         for reason, number in self.finished.items():
             ends.add_metric((*self._labels, reason), number)
         yield ends
+
+    def _adapter_families(self) -> Iterator[Metric]:
+        labels = {
+            "max_lora": str(self._max_loras),
+            "waiting_lora_adapters": ",".join(self.stats.waiting_adapters),
+            "running_lora_adapters": ",".join(self.stats.running_adapters),
+        }
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "When it was last known which adapters run and wait, unix time",
+            labels=list(labels),
+        )
+        if self.stats_time:
+            info.add_metric(list(labels.values()), time.time() - time.monotonic() + self.stats_time)
+        yield info
+        loads = self.stats.num_adapter_loads_total
+        yield self._counter("octavo:lora_adapter_loads", "Times that an adapter was brought to the device", loads)
 
     def _http_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("handler", "method", "status"))

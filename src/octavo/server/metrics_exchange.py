@@ -60,7 +60,7 @@ def snapshot(metrics: MetricsRegistry) -> Snapshot:
 def merge(into: MetricsRegistry, snapshots: list[Snapshot]) -> bytes:
     """The exposition of all `snapshots` together, the first process's first. `into` is fresh, and filled."""
     latest = max(snapshots, key=lambda one: one.stats_time)
-    into.stats = latest.stats
+    into.stats, into.stats_time = latest.stats, latest.stats_time
     into.throughput = snapshots[0].throughput  # the first process keeps the statistics log
     for one in snapshots:
         into.num_received += one.num_received

@@ -14,6 +14,7 @@ from octavo.protocol.fields import REQUIRED, Field, fields_of
 from octavo.server.anthropic.errors import MessagesErrorBody
 from octavo.server.anthropic.schema import CountBody, MessageAnswer, MessagesBody, TokenCount
 from octavo.server.middleware import PUBLIC_PATHS
+from octavo.server.openai.adapters import LoadAdapterBody, UnloadAdapterBody
 from octavo.server.openai.chat import ChatCompletion
 from octavo.server.openai.completions import Completion
 from octavo.server.openai.embeddings import EmbeddingList, EmbeddingsBody
@@ -88,18 +89,29 @@ OPERATIONS = (
     Operation("get", "/metrics", "Prometheus metrics", None, _PLAIN),
     Operation("get", "/openapi.json", "This document", None, _JSON),
 )
+# Of a server that runs with --allow-runtime-lora.
+ADAPTER_OPERATIONS = (
+    Operation("post", "/v1/load_lora_adapter", "Load a LoRA adapter from --lora-dir", LoadAdapterBody, _PLAIN),
+    Operation("post", "/v1/unload_lora_adapter", "Serve a LoRA adapter no longer", UnloadAdapterBody, _PLAIN),
+)
 
 
-def document(version: str, model_names: Sequence[str] = (), has_keys: bool = False) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a server. model_names: those it answers to; has_keys: it asks for an API key."""
-    bodies = {operation.body for operation in OPERATIONS if operation.body is not None}
-    answers = {op.answer for op in OPERATIONS if isinstance(op.answer, type)} | {ErrorBody, MessagesErrorBody}
+def document(
+    version: str,
+    model_names: Sequence[str] = (),
+    has_keys: bool = False,
+    operations: Sequence[Operation] = OPERATIONS,
+) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a server. model_names: those it answers to; has_keys: it asks for an API key;
+    operations: its routes."""
+    bodies = {operation.body for operation in operations if operation.body is not None}
+    answers = {op.answer for op in operations if isinstance(op.answer, type)} | {ErrorBody, MessagesErrorBody}
     structs = sorted(bodies | answers, key=lambda struct: struct.__name__)
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     for body in bodies:
         _overlay(schemas[body.__name__], fields_of(body.__name__), model_names)
     paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
+    for operation in operations:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, has_keys)
     components: dict[str, Any] = {"schemas": schemas}
     if has_keys:
@@ -171,7 +183,7 @@ def _overlay(schema: dict[str, Any], rows: Mapping[str, Field], model_names: Seq
             branch.update(bounds)
             if items:
                 branch["items"] = {**branch["items"], **items}
-    if model_names:
+    if model_names and "model" in schema["properties"]:
         for branch in schema["properties"]["model"].get("anyOf", [schema["properties"]["model"]]):
             if branch["type"] == "string":
                 branch["enum"] = list(model_names)

@@ -10,6 +10,7 @@ import msgspec
 
 from octavo.protocol.beam_search import BeamSearchParams
 from octavo.protocol.fields import ALTERNATIVES
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.outputs import FinishReason, TokenOutput
 from octavo.protocol.plan import TokenLogprobs
 from octavo.protocol.request import Request
@@ -82,13 +83,17 @@ class BeamSearch:
         self.ended: list[Beam] = []
         self.done = False
 
-    def requests(self, search_id: str, prompt_token_ids: list[int], like: Request | None = None) -> list[Request]:
+    def requests(
+        self, search_id: str, prompt_token_ids: list[int], like: Request | LoRARequest | None = None
+    ) -> list[Request]:
         """One for each running beam: its next token, of which `advance` wants the log-probabilities.
 
-        like: whose arrival_time, priority and cache_salt they have. Beginnings come from the prefix cache.
+        like: whose arrival_time, priority, cache_salt and adapter they have, or the adapter alone. Beginnings come from
+        the prefix cache.
         """
         self._num_steps += 1
-        like = like or Request(request_id=search_id, prompt_token_ids=[], sampling=SamplingParams(), max_tokens=1)
+        if not isinstance(like, Request):
+            like = Request(request_id="", prompt_token_ids=[], sampling=SamplingParams(), max_tokens=1, lora=like)
         sampling = SamplingParams(temperature=0, seed=0, max_tokens=1, logprobs=self.num_candidates, detokenize=False)
         return [
             msgspec.structs.replace(

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,11 +86,20 @@ class StepGraph:
         return self.computed
 
 
+class _Key(NamedTuple):
+    """Sizes of a graph, and whether its rows may have adapters."""
+
+    num_tokens: int
+    num_rows: int
+    adapters: bool
+
+
 class StepGraphs:
     """Graphs by size, all in one memory pool: they run one after the other, so the largest one's memory serves all.
 
     compute: launches a step. clear: puts the buffers into a state in which a step changes nothing.
-    max_items: for (rows, tokens), how many decode and prefill items there may be.
+    max_items: for (rows, tokens), how many decode and prefill items there may be. limits: most rows, and tokens, of a
+    step. adapters: record each size once more, for steps in which rows have adapters.
     """
 
     def __init__(
@@ -98,28 +107,31 @@ class StepGraphs:
         compute: Compute,
         clear: Callable[[], None],
         max_items: Callable[[int, int], tuple[int, int]],
-        max_rows: int,
-        max_tokens: int,
+        limits: tuple[int, int],
+        adapters: bool,
     ) -> None:
+        max_rows, max_tokens = limits
         self._compute = compute
         self._clear = clear
         self._max_items = max_items
         self._decode_sizes = [n for n in _DECODE_SIZES if n < max_rows] + [min(max_rows, _DECODE_SIZES[-1])]
         self._mixed_tokens = [n for n in _MIXED_TOKENS if n <= max_tokens]
         self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
-        # By tokens and rows. A mixed step has more tokens than rows, so it never shares its key with a decode step.
-        self._graphs: dict[tuple[int, int], StepGraph] = {}
+        self._adapters = adapters
+        # A mixed step has more tokens than rows, so it never shares its key with a decode step.
+        self._graphs: dict[_Key, StepGraph] = {}
         self._left = self._order()  # keys yet to record, the last one first; `record_next` takes from it
         self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def find(self, num_tokens: int, num_rows: int, decodes: bool) -> StepGraph | None:
+    def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> StepGraph | None:
         """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
         memory ran out."""
-        key = self._key(num_tokens, num_rows, decodes)
-        if key is None:
+        size = self._size(num_tokens, num_rows, decodes)
+        if size is None:
             return None
+        key = _Key(*size, adapters)
         if key not in self._graphs:
             self._try_record(key)
         return self._graphs.get(key)
@@ -140,7 +152,7 @@ class StepGraphs:
             pass
         return len(self._graphs)
 
-    def _order(self) -> list[tuple[int, int]]:
+    def _order(self) -> list[_Key]:
         """All keys, the first one last: the largest, in whose memory all others then find room; decode steps of round
         sizes, then mixed steps of few rows, then what lies between."""
         largest = self._decode_sizes[-1]
@@ -150,9 +162,10 @@ class StepGraphs:
         mixed = [self._mixed(tokens, rows) for rows in self._mixed_rows for tokens in self._mixed_tokens]
         num_few = len(self._mixed_tokens)
         order = keys[:num_round] + mixed[:num_few] + keys[num_round:] + mixed[num_few:]
-        return order[::-1]
+        kinds = (False, True) if self._adapters else (False,)
+        return [_Key(*size, adapters) for size in order for adapters in kinds][::-1]
 
-    def _key(self, num_tokens: int, num_rows: int, decodes: bool) -> tuple[int, int] | None:
+    def _size(self, num_tokens: int, num_rows: int, decodes: bool) -> tuple[int, int] | None:
         if decodes:
             at = bisect.bisect_left(self._decode_sizes, num_rows)
             return (self._decode_sizes[at],) * 2 if at < len(self._decode_sizes) else None
@@ -166,25 +179,28 @@ class StepGraphs:
     def _mixed(num_tokens: int, num_rows: int) -> tuple[int, int]:
         return num_tokens, min(num_rows, num_tokens - 1)
 
-    def _shape(self, num_tokens: int, num_rows: int, decodes: bool) -> StepShape:
+    def _shape(self, key: _Key) -> StepShape:
+        num_tokens, num_rows, adapters = key
+        decodes = num_tokens == num_rows
         num_decode_items, num_prefill_items = self._max_items(num_rows, num_tokens)
-        return StepShape(num_tokens, num_rows, num_decode_items, 0 if decodes else num_prefill_items, decodes)
+        num_prefill_items = 0 if decodes else num_prefill_items
+        return StepShape(num_tokens, num_rows, num_decode_items, num_prefill_items, decodes, adapters)
 
-    def _try_record(self, key: tuple[int, int]) -> None:
+    def _try_record(self, key: _Key) -> None:
         """Record, unless memory ran out in doing so before, or does now: steps run without a graph, too."""
         if not self._records:
             return
         try:
-            self._record(*key)
+            self._record(key)
         except torch.OutOfMemoryError:
             self._records = False
             self._left.clear()
             torch.cuda.empty_cache()
-            _log.warning("no memory for the CUDA graph of %d tokens, %d rows: no more are recorded", *key)
+            _log.warning("no memory for the CUDA graph of %d tokens, %d rows: no more are recorded", *key[:2])
 
-    def _record(self, num_tokens: int, num_rows: int) -> None:
+    def _record(self, key: _Key) -> None:
         began = time.perf_counter()
-        shape = self._shape(num_tokens, num_rows, num_tokens == num_rows)
+        shape = self._shape(key)
         graph = torch.cuda.CUDAGraph()
         self._clear()
         self._compute(shape)  # compiles, and sets up libraries: neither may happen while recording
@@ -196,7 +212,5 @@ class StepGraphs:
             finally:
                 graph.capture_end()
         computed = Computed(borrowed(computed.hidden), borrowed(computed.logits))
-        self._graphs[(num_tokens, num_rows)] = StepGraph(shape, graph, computed)
-        _log.debug(
-            "recorded a graph of %d tokens, %d rows in %.3f s", num_tokens, num_rows, time.perf_counter() - began
-        )
+        self._graphs[key] = StepGraph(shape, graph, computed)
+        _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)

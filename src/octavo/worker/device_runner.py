@@ -12,8 +12,9 @@ from torch import Tensor
 from octavo.attention.backend import DeviceBatch, FusedAttentionBackend
 from octavo.kernels import triton
 from octavo.models.base import CausalLM
-from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
+from octavo.worker.adapters import AdapterBank
 from octavo.worker.cuda_graphs import Computed, StepGraphs
 from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
@@ -98,12 +99,16 @@ class DeviceRunner:
         slots: DeviceSlots,
         limits: DeviceLimits,
         use_graphs: bool,
+        adapters: AdapterBank | None = None,
     ) -> None:
+        """adapters: of the model's layers; None: rows have none."""
         device = slots.params.device
         self._model = model
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
+        self._adapters = adapters
+        self._adapter_slots: dict[int, int] = {}  # by slot of a sequence
         self._pooler = Pooler(model.score)
         self._block_size = limits.block_size
         self._device = device
@@ -121,7 +126,9 @@ class DeviceRunner:
             self._stream.wait_stream(torch.cuda.current_stream())
         self.graphs: StepGraphs | None = None
         if use_graphs:
-            self.graphs = StepGraphs(self._compute, self._clear, attention.max_items, rows, tokens)
+            self.graphs = StepGraphs(
+                self._compute, self._clear, attention.max_items, (rows, tokens), adapters is not None
+            )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepInFlight:
@@ -129,7 +136,9 @@ class DeviceRunner:
         with torch.cuda.stream(self._stream):  # None, on a CPU, changes nothing
             stage = self._staging.take()
             step = StepInFlight(plan, stage, self._sampler)
-            rows = self._enter(plan, stage)
+            if self._adapters is not None:
+                self._adapters.bring_in(plan.adapters)
+            rows = self._runnable(self._enter(plan, stage), step)
             while rows:
                 try:
                     self._run(rows, stage, step)
@@ -170,7 +179,9 @@ class DeviceRunner:
             self._clear()
             items = self._attention.max_items(num_rows, num_tokens)
             decodes = num_rows == num_tokens
-            self._compute(StepShape(num_tokens, num_rows, items[0], 0 if decodes else items[1], decodes))
+            num_prefill_items = 0 if decodes else items[1]
+            adapters = self._adapters is not None
+            self._compute(StepShape(num_tokens, num_rows, items[0], num_prefill_items, decodes, adapters))
             torch.cuda.synchronize()
 
     def _enter(self, plan: StepPlan, stage: Stage) -> list[PlanRow]:
@@ -178,6 +189,7 @@ class DeviceRunner:
         params = []
         for new in plan.new_sequences:
             self._sampling[new.slot] = new.sampling, new.num_prompt_tokens
+            self._adapter_slots[new.slot] = new.adapter_slot
             self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             record = self._sampler.set_slot(
                 new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens
@@ -200,18 +212,34 @@ class DeviceRunner:
         self._kernels.apply_diff(packed, *diff, slots.token_ids, slots.block_tables, slots.params)
         return plan.rows
 
+    def _runnable(self, rows: list[PlanRow], step: StepInFlight) -> list[PlanRow]:
+        """The rows but those whose adapter could not be brought in, which fail."""
+        if self._adapters is None or not self._adapters.broken:
+            return rows
+        broken = self._adapters.broken
+        found = {row.slot: broken.get(self._adapter_slots[row.slot]) for row in rows}
+        step.failed |= {slot: error for slot, error in found.items() if error is not None}
+        return [row for row in rows if found[row.slot] is None]
+
     def _run(self, rows: list[PlanRow], stage: Stage, step: StepInFlight) -> None:
         """Describe the rows to the device, compute them, and draw again where the plain draw is not what was asked."""
         num_tokens = sum(row.length for row in rows)
         decodes = num_tokens == len(rows)
-        graph = None if self.graphs is None else self.graphs.find(num_tokens, len(rows), decodes)
+        slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
+        adapters = any(slot != NO_ADAPTER for slot in slots)
+        replaces = self._adapters is not None and self._adapters.set_replaces(slots)
+        graph = None
+        if self.graphs is not None and not replaces:
+            graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
         if graph is None:
-            shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes)
+            shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes, adapters)
         else:
             shape = graph.shape
         buffers = self._buffers
         buffers.write_rows(stage.words, rows, shape)
+        if adapters:
+            buffers.write_adapters(stage.words, slots, shape)
         buffers.write_items(stage.words, "decode_items", decode_items, shape.num_decode_items)
         buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
         fixed = buffers.num_fixed
@@ -248,21 +276,31 @@ class DeviceRunner:
                 rows=rows,
             )
         )
+        self._activate(buffers.token_adapters(shape) if shape.adapters else None)
         hidden = self._model(input_ids, positions, self._attention)
         last = hidden
         if not shape.decodes:
             last = torch.empty(num_rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
             kernels.gather_last(hidden, cu_q, last)
+        self._activate(buffers.adapters[:num_rows] if shape.adapters else None)
         logits = self._model.compute_logits(last)
         drawing = row_slots, buffers.positions[:num_rows], slots.params, buffers.samples[:num_rows]
         self._sampler.draw(logits, *drawing, slots.token_ids, buffers.out[:num_rows])
         return Computed(hidden, logits)
+
+    def _activate(self, slots: Tensor | None) -> None:
+        """The adapters of the next tokens that come to the model's layers."""
+        if self._adapters is not None:
+            self._adapters.activate(slots)
 
     def _clear(self) -> None:
         """Padding rows only, no work items."""
         buffers = self._buffers
         buffers.packed[: buffers.num_fixed].zero_()
         buffers.row_slots.fill_(-1)
+        buffers.adapters.fill_(NO_ADAPTER)
+        if self._adapters is not None:
+            self._adapters.set_replaces(())
         buffers.decode_items.fill_(-1)
         buffers.prefill_items.fill_(-1)
 
@@ -286,10 +324,16 @@ class DeviceRunner:
                 entries: list[TokenLogprobs] = []
                 for at in range(0, count, _PROMPT_LOGPROBS_CHUNK):
                     stop = min(count, at + _PROMPT_LOGPROBS_CHUNK)
+                    self._activate(self._adapters_of(row, stop - at))
                     logits = self._model.compute_logits(computed.hidden[begin + at : begin + stop])
                     entries += self._sampler.prompt_logprobs(logits, targets[at:stop], sampling.prompt_logprobs)
                 step.prompt_logprobs[row.slot] = entries
             begin += row.length
+
+    def _adapters_of(self, row: PlanRow, count: int) -> Tensor | None:
+        """Of so many tokens of one row."""
+        slot = self._adapter_slots[row.slot]
+        return None if slot == NO_ADAPTER else torch.full((count,), slot, dtype=torch.int32, device=self._device)
 
     def _drop_largest(self, rows: list[PlanRow], step: StepInFlight, error: torch.OutOfMemoryError) -> list[PlanRow]:
         """Memory ran out: the row with the most tokens ends with an error, the others are computed without it."""

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from octavo.attention.backend import AttentionBackend, AttentionBatch
 from octavo.models.base import CausalLM
-from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
+from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
+from octavo.worker.adapters import AdapterBank
 from octavo.worker.inputs import StepInputs, build_inputs
 from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.sampler import Sampler
@@ -21,8 +22,18 @@ _PROMPT_LOGPROBS_CHUNK = 64
 class ModelRunner:
     """One rank. `execute` must be given plans in the order the scheduler made them."""
 
-    def __init__(self, model: CausalLM, attention: AttentionBackend, sampler: Sampler, slots: Slots) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: AttentionBackend,
+        sampler: Sampler,
+        slots: Slots,
+        adapters: AdapterBank | None = None,
+    ) -> None:
+        """adapters: of the model's layers; None: rows have none."""
         self._model = model
+        self._adapters = adapters
+        self._adapter_slots: dict[int, int] = {}  # by slot of a sequence that has one
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
@@ -47,8 +58,11 @@ class ModelRunner:
         return StepResult(plan.step_id, rows)
 
     def _enter(self, plan: StepPlan) -> None:
+        if self._adapters is not None:
+            self._adapters.bring_in(plan.adapters)
         self._slots.apply(plan)
         for new in plan.new_sequences:
+            self._adapter_slots[new.slot] = new.adapter_slot
             self._sampling[new.slot] = (new.sampling, new.num_prompt_tokens)
             self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             self._sampler.set_slot(new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens)
@@ -64,12 +78,26 @@ class ModelRunner:
                 slot_mapping=inputs.slot_mapping,
             )
         )
+        self._activate(rows, [row.length for row in rows])
         return self._model(inputs.input_ids, inputs.positions, self._attention)
+
+    def _activate(self, rows: list[PlanRow], counts: list[int]) -> None:
+        """The next tokens that come to the model's layers are so many of each row's."""
+        if self._adapters is None:
+            return
+        slots = [self._adapter_slots[row.slot] for row in rows]
+        self._adapters.set_replaces(slots)
+        if all(slot == NO_ADAPTER for slot in slots):
+            self._adapters.activate(None)
+        else:
+            each = torch.tensor(slots, dtype=torch.int32)
+            self._adapters.activate(each.repeat_interleave(torch.tensor(counts)))
 
     def _sample(self, rows: list[PlanRow], hidden: Tensor) -> list[RowResult]:
         """RowResults of the rows that sample, in their order."""
         slots, positions, last, masks = [], [], [], []
         end = 0
+        self._activate(rows, [int(row.samples) for row in rows])
         for row in rows:
             end += row.length
             if row.samples:
@@ -98,6 +126,7 @@ class ModelRunner:
                 entries: list[TokenLogprobs] = []
                 for at in range(0, count, _PROMPT_LOGPROBS_CHUNK):
                     stop = min(count, at + _PROMPT_LOGPROBS_CHUNK)
+                    self._activate([row], [stop - at])
                     logits = self._model.compute_logits(hidden[begin + at : begin + stop])
                     entries += self._sampler.prompt_logprobs(logits, targets[at:stop], sampling.prompt_logprobs)
                 found[index] = entries

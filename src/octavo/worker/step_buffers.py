@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.protocol.plan import NewSequence, PlanRow
+from octavo.protocol.plan import NO_ADAPTER, NewSequence, PlanRow
 
 Ints = NDArray[np.int32]
 
@@ -24,7 +24,7 @@ _DIFF_WORDS = 1 << 18  # room for the diff beside the fixed fields; a larger one
 class StepShape:
     """Sizes of a step: of the real one, or of the graph that it is padded to.
 
-    decodes: every row has one token, so num_tokens = num_rows.
+    decodes: every row has one token, so num_tokens = num_rows. adapters: rows may have one.
     """
 
     num_tokens: int
@@ -32,6 +32,7 @@ class StepShape:
     num_decode_items: int
     num_prefill_items: int
     decodes: bool
+    adapters: bool = False
 
 
 class Diff(NamedTuple):
@@ -50,8 +51,10 @@ class StepBuffers:
     """The fields of a step by name, on the device, and the layout that host and device share.
 
     row_slots, starts, positions (of the token that a row draws), samples: int32 [max_rows]. cu_q: int32
-    [max_rows + 1]. decode_items, prefill_items: int32 [items, fields]. Made on the device from those: input_ids int32,
-    token_positions and slot_mapping int64 [max_tokens]. out: int32 [max_rows, 2], token and bad flag of each row.
+    [max_rows + 1]. adapters: int32 [max_rows + 1], the slot of each row's adapter, -1 for none and past the last row;
+    it means nothing in steps whose shape has no adapters. decode_items, prefill_items: int32 [items, fields]. Made on
+    the device from those: input_ids int32, token_positions and slot_mapping int64 [max_tokens]. out: int32
+    [max_rows, 2], token and bad flag of each row.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class StepBuffers:
             "cu_q": (max_rows + 1,),
             "positions": (max_rows,),
             "samples": (max_rows,),
+            "adapters": (max_rows + 1,),
             "decode_items": decode_items,
             "prefill_items": prefill_items,
         }
@@ -83,6 +87,7 @@ class StepBuffers:
         self.row_slots, self.starts, self.cu_q, self.positions, self.samples = (
             self._view(name) for name in ("row_slots", "starts", "cu_q", "positions", "samples")
         )
+        self.adapters = self._view("adapters")
         self.decode_items, self.prefill_items = self._view("decode_items"), self._view("prefill_items")
         self.input_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.token_positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
@@ -115,6 +120,20 @@ class StepBuffers:
         np.add(starts[:count], lengths, out=positions[:count])
         samples[:count] = [row.samples for row in rows]
         samples[count : shape.num_rows] = 0
+
+    def write_adapters(self, words: Ints, slots: Sequence[int], shape: StepShape) -> None:
+        """Fill the field of the rows' adapters, and pad it to `shape`."""
+        field = self.field(words, "adapters")
+        field[: len(slots)] = slots
+        field[len(slots) : shape.num_rows + 1] = NO_ADAPTER
+
+    def token_adapters(self, shape: StepShape) -> Tensor:
+        """The adapter of each token of the step: int32 [num_tokens], made on the device."""
+        if shape.decodes:
+            return self.adapters[: shape.num_tokens]
+        tokens = torch.arange(shape.num_tokens, dtype=torch.int32, device=self.adapters.device)
+        rows = torch.searchsorted(self.cu_q[: shape.num_rows + 1], tokens, right=True, out_int32=True) - 1
+        return self.adapters[rows]
 
     def write_items(self, words: Ints, name: str, items: Ints, padded: int) -> None:
         """Fill a field of work items; those from len(items) to `padded` get row -1."""

@@ -12,6 +12,7 @@ from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
 from octavo.quantization.fp8 import Fp8Scheme
 from octavo.quantization.scheme import LinearScheme, LinearShape, QuantizationMethod, layers_of
+from octavo.worker.adapters import storage_rank
 from octavo.worker.step_buffers import NUM_PARAMS
 
 _NUM_THREADS = 16
@@ -157,6 +158,19 @@ class _Shapes:
             found |= scheme.launches(shape)
         return list(found.values())
 
+    def adapter_jobs(self, max_rank: int) -> list[Callable[[], object]]:
+        """Those of what adapters add to each projection, to the output head, and to the embedding."""
+        facts, rank = self.facts, storage_rank(max_rank)
+        hidden, inner, dim = facts.hidden_size, facts.intermediate_size, facts.head_dim
+        rows = tuple(heads * dim for heads in (facts.num_heads, facts.num_kv_heads, facts.num_kv_heads))
+        layers = [(hidden, rows), (rows[0], (hidden,)), (hidden, (inner, inner)), (inner, (hidden,))]
+        layers.append((hidden, (facts.vocab_size,)))
+        plan, found = self.kernels.LoraPlan, {}
+        for columns, parts in layers:
+            found |= plan.launches(columns, parts, rank, self.dtype, self.device)
+        found |= plan.embedding_launches(hidden, rank, self.dtype, torch.int32, self.device)
+        return list(found.values())
+
     def products(self) -> Iterable[tuple[LinearScheme, LinearShape]]:
         """Each kind of linear layer once."""
         facts = self.facts
@@ -201,6 +215,8 @@ def kernel_jobs(
         most = min(make.kernels.MAX_PARTS, 1 + (config.max_model_len // 256).bit_length())
         jobs += [make.gather, *(partial(make.merge, count) for count in range(2, most + 1))]
     jobs += make.product_jobs()
+    if config.lora is not None:
+        jobs += make.adapter_jobs(config.lora.max_lora_rank)
     jobs += [make.draw, partial(make.rope, 1), partial(make.rope, 64), make.activation]
     jobs += [partial(make.norm, delta) for delta in (False, True)]
     if make.takes_fp8("self_attn.q_proj"):

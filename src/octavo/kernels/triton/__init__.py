@@ -15,6 +15,7 @@ _MODULES = (
     "decode_attention",
     "fp8",
     "grouped_gemm",
+    "lora",
     "norm",
     "prefill_attention",
     "rope",

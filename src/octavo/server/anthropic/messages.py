@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from octavo.server.adapters import ServedModel
 from octavo.server.anthropic.errors import MessagesError, as_messages_error
 from octavo.server.anthropic.schema import (
     SHARED,
@@ -82,9 +83,8 @@ class Messages(ConversationEndpoint[ChatBody]):
     def message(self, run: Run, request_id: str, blocks: Blocks) -> MessageAnswer:
         """The message as it now stands."""
         reason, sequence = stop_of(run.choices[0], blocks)
-        name = self.context.served_model_names[0]
         content = [answer_block(block) for block in blocks.row]
-        return MessageAnswer(f"msg_{request_id}", name, content, reason, sequence, usage_of(run))
+        return MessageAnswer(f"msg_{request_id}", run.model.name, content, reason, sequence, usage_of(run))
 
 
 class CountTokens(JsonEndpoint[CountBody]):
@@ -101,7 +101,7 @@ class CountTokens(JsonEndpoint[CountBody]):
         with as_messages_error():
             await super().__call__(scope, receive, send)
 
-    async def answer(self, body: CountBody) -> TokenCount:
+    async def answer(self, body: CountBody, model: ServedModel) -> TokenCount:  # noqa: ARG002 (all count alike)
         return TokenCount(await self._messages.num_prompt_tokens(self._messages.as_chat(body)))
 
 

@@ -11,6 +11,7 @@ from octavo.engine.client import EngineDeadError
 from octavo.protocol.outputs import FinishReason, TokenOutput
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.metrics import RequestRecord
 from octavo.server.openai.errors import internal, unavailable
@@ -37,8 +38,10 @@ class _Search:
 class BeamRun(Run):
     """All searches of one HTTP request, side by side. Not for streams: nothing is certain before the end."""
 
-    def __init__(self, state: ServerState, body: GenerationBody, arrival: float, request_id: str) -> None:
-        super().__init__(state, body, arrival, request_id)
+    def __init__(
+        self, state: ServerState, body: GenerationBody, model: ServedModel, arrival: float, request_id: str
+    ) -> None:
+        super().__init__(state, body, model, arrival, request_id)
         self._searches: list[_Search] = []
         self._num_made = body.n or 1  # what is searched beside them never was a choice
 
@@ -55,6 +58,7 @@ class BeamRun(Run):
             arrival_time=self._arrival,
             priority=self._body.priority or 0,
             cache_salt=self._body.cache_salt,
+            lora=self.model.lora,
         )
         self._searches.append(_Search(prompt, request, params, beam_search(params, self._context)))
 

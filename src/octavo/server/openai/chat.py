@@ -111,7 +111,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
             id=f"chatcmpl-{request_id}",
             object="chat.completion",
             created=int(time.time()),
-            model=self.context.served_model_names[0],
+            model=run.model.name,
             system_fingerprint=self.fingerprint,
             choices=[self._choice(body, choice, output_format) for choice in answered],
             usage=run.usage(),
@@ -198,7 +198,7 @@ class ChatFrames(Frames):
                 "id": f"chatcmpl-{request_id}",
                 "object": "chat.completion.chunk",
                 "created": int(time.time()),
-                "model": endpoint.context.served_model_names[0],
+                "model": run.model.name,
                 "system_fingerprint": endpoint.fingerprint,
             }
         )

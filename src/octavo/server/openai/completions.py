@@ -84,7 +84,7 @@ class Completions(GenerationEndpoint[CompletionBody]):
             id=f"cmpl-{request_id}",
             object="text_completion",
             created=int(time.time()),
-            model=self.context.served_model_names[0],
+            model=run.model.name,
             system_fingerprint=self.fingerprint,
             choices=[self._choice(body, choice) for choice in run.answered],
             usage=usage,
@@ -136,7 +136,7 @@ class CompletionFrames(Frames):
                 "id": f"cmpl-{request_id}",
                 "object": "text_completion",
                 "created": int(time.time()),
-                "model": endpoint.context.served_model_names[0],
+                "model": run.model.name,
                 "system_fingerprint": endpoint.fingerprint,
             }
         )

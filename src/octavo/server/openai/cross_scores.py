@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.pooling import SCORE, floats
 from octavo.server.context import ServerState
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
@@ -20,7 +21,7 @@ class CrossScores:
         self._embedder = Embedder(state)
 
     async def scores(
-        self, pairs: list[Pair], body: EmbeddingFields, as_probabilities: bool, param: str
+        self, pairs: list[Pair], body: EmbeddingFields, lora: LoRARequest | None, as_probabilities: bool, param: str
     ) -> tuple[list[float], EmbeddingUsage]:
         """param: the body's name for the second texts. Raises APIError."""
         if body.pooling is not None:
@@ -29,7 +30,7 @@ class CrossScores:
         for pair in pairs:
             ids = await self._state.in_thread(self._encode, pair, body.add_special_tokens is not False, param)
             prompts.append(self._embedder.fitting(ids, param))
-        vectors = await self._embedder.embed(prompts, body, SCORE)
+        vectors = await self._embedder.embed(prompts, body, SCORE, lora)
         found = [floats(vector)[0] for vector in vectors]
         num_tokens = sum(map(len, prompts))
         return [sigmoid(x) if as_probabilities else x for x in found], EmbeddingUsage(num_tokens, num_tokens)

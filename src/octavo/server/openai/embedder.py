@@ -9,12 +9,14 @@ import uuid
 import msgspec
 
 from octavo.engine.client import EngineDeadError
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.pooling import SAMPLING, Pooling, PoolingParams
 from octavo.protocol.request import Request
 from octavo.server.context import ServerState
 from octavo.server.metrics import RequestRecord
-from octavo.server.openai.errors import APIError, context_too_long, internal, invalid, unavailable
+from octavo.server.openai.errors import context_too_long, invalid, unavailable
+from octavo.server.openai.runner import failure
 from octavo.server.openai.schema import Salt
 
 
@@ -47,11 +49,13 @@ class Embedder:
             raise context_too_long(f"{param} has {len(ids)} tokens; an embedding takes at most {limit - 1}", param)
         return ids
 
-    async def embed(self, prompts: list[list[int]], fields: EmbeddingFields, pooling: PoolingParams) -> list[bytes]:
+    async def embed(
+        self, prompts: list[list[int]], fields: EmbeddingFields, pooling: PoolingParams, lora: LoRARequest | None
+    ) -> list[bytes]:
         """What `pooling` asks of each prompt (protocol.pooling.floats), in order. Where it is cancelled, or one fails,
         the rest is aborted.
 
-        prompts: that are `fitting`. Raises APIError: 400 for the priority, 500 or 503 by the engine.
+        prompts: that are `fitting`. Raises APIError: 400 for the priority, others by the engine.
         """
         self._check_priority(fields)
         self._state.check_alive()
@@ -68,6 +72,7 @@ class Embedder:
                     priority=fields.priority or 0,
                     cache_salt=fields.cache_salt,
                     pooling=pooling,
+                    lora=lora,
                 )
                 waits.append(_Wait(self._state, request))
                 self._engine.submit(request, waits[-1])
@@ -99,22 +104,16 @@ class _Wait:
         if not self._open:
             return
         self._open = False
-        failure: APIError | None = None
         if isinstance(output, EngineDeadError):
-            failure = unavailable("the engine stopped before the request was complete")
-        elif output.finish_reason == "abort":
-            failure = unavailable("the engine gave the request up")
+            self._record.finish("abort")
+            self.vector.set_exception(unavailable("the engine stopped before the request was complete"))
         elif output.embedding is None:
-            failure = internal(output.error or "the engine failed on this request")
-        if failure is None:
-            assert isinstance(output, TokenOutput)
-            assert output.embedding is not None
+            self._record.finish("abort" if output.finish_reason == "abort" else "error")
+            self.vector.set_exception(failure(output))
+        else:
             self._record.tokens(1, output.num_cached_tokens, output.scheduled_time)
             self._record.finish("length")
             self.vector.set_result(output.embedding)
-        else:
-            self._record.finish("error" if failure.status == 500 else "abort")
-            self.vector.set_exception(failure)
 
     def leave(self) -> bool:
         """Nobody waits any more. True: the engine still works on it."""

@@ -9,6 +9,7 @@ import msgspec
 
 from octavo.protocol.fields import MAX_INPUTS
 from octavo.protocol.pooling import PoolingParams, floats
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
 from octavo.server.openai.errors import invalid
@@ -63,7 +64,7 @@ class Embeddings(JsonEndpoint[EmbeddingsBody]):
     def places(self, body: EmbeddingsBody) -> tuple[int, str]:
         return len(_inputs(body.input)), "input"
 
-    async def answer(self, body: EmbeddingsBody) -> EmbeddingList:
+    async def answer(self, body: EmbeddingsBody, model: ServedModel) -> EmbeddingList:
         outputs = self.context.outputs
         if outputs.head == "scores":
             raise invalid(
@@ -82,13 +83,13 @@ class Embeddings(JsonEndpoint[EmbeddingsBody]):
             else:
                 ids = check_ids(self.state, given, "input")
             prompts.append(self._embedder.fitting(ids, "input"))
-        vectors = await self._embedder.embed(prompts, body, pooling)
+        vectors = await self._embedder.embed(prompts, body, pooling, model.lora)
         as_text = body.encoding_format == "base64"
         shown = [base64.b64encode(vector).decode() if as_text else floats(vector) for vector in vectors]
         num_tokens = sum(map(len, prompts))
         return EmbeddingList(
             [Embedding(index, each) for index, each in enumerate(shown)],
-            self.context.served_model_names[0],
+            model.name,
             EmbeddingUsage(num_tokens, num_tokens),
         )
 

@@ -66,13 +66,13 @@ class GenerationEndpoint(ABC, Generic[B]):
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
             ignored = read_query(scope, self.context.options.strict, self.query_names)
             body = self.read(raw, ignored)
-            self.state.check_model(body.model)
+            model = self.state.find_model(body.model)
             self._check(body)
             self.state.check_alive()
             request_id: str = scope["state"]["request_id"]
             num_sequences = (body.best_of or body.n or 1) * self.num_prompts(body)
             with self.state.admission.hold(num_sequences, "best_of" if body.best_of else "n"):
-                run = (BeamRun if body.use_beam_search else Run)(self.state, body, arrival, request_id)
+                run = (BeamRun if body.use_beam_search else Run)(self.state, body, model, arrival, request_id)
                 if body.stream:
 
                     async def prepared() -> tuple[Run, Frames]:

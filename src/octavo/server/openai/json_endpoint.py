@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.limits import ClientGone, read_json_body
 from octavo.server.openai.decode import decode, read_query
@@ -29,8 +30,8 @@ class JsonEndpoint(ABC, Generic[B]):
         self.context = state.context
 
     @abstractmethod
-    async def answer(self, body: B) -> msgspec.Struct:
-        """The answer to a body whose model is served. Raises APIError."""
+    async def answer(self, body: B, model: ServedModel) -> msgspec.Struct | str:
+        """The answer to a body, and what its model stands for. A string is answered as plain text. Raises APIError."""
 
     def places(self, body: B) -> tuple[int, str]:  # noqa: ARG002 (others depend on it)
         """How many sequences' places in the queue a body takes, and the field that decides it. Raises APIError 400.
@@ -45,9 +46,11 @@ class JsonEndpoint(ABC, Generic[B]):
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
             ignored = read_query(scope, self.context.options.strict, self.query_names)
             body = decode(raw, self.body_type, ignored)
-            model: str | None = getattr(body, "model", None)
-            if model is not None:
-                self.state.check_model(model)
+            model = self.state.find_model(getattr(body, "model", None))
             with self.state.admission.hold(*self.places(body)):
-                value = await self.state.lifecycle.run(receive, self.answer(body))
-            await Response(msgspec.json.encode(value), media_type="application/json")(scope, receive, send)
+                value = await self.state.lifecycle.run(receive, self.answer(body, model))
+            if isinstance(value, str):
+                answer = Response(value, media_type="text/plain")
+            else:
+                answer = Response(msgspec.json.encode(value), media_type="application/json")
+            await answer(scope, receive, send)

@@ -28,23 +28,30 @@ class ModelList(msgspec.Struct, frozen=True):
 
 
 class Models:
-    """The names this server answers to; all are the same model."""
+    """The names this server answers to: the model's own, and its adapters."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        names, length = state.context.served_model_names, state.context.max_model_len
-        created = int(time.time())
-        self._cards = {name: ModelCard(name, created, names[0], length) for name in names}
+        self._created = int(time.time())
 
     async def list_all(self, request: Request) -> Response:
         read_query(request.scope, self._state.context.options.strict)
-        return _json(ModelList(list(self._cards.values())))
+        return _json(ModelList(list(self._cards().values())))
 
     async def get(self, request: Request) -> Response:
         read_query(request.scope, self._state.context.options.strict)
         name = request.path_params["model"]
-        self._state.check_model(name)
-        return _json(self._cards[name])
+        self._state.find_model(name)
+        return _json(self._cards()[name])
+
+    def _cards(self) -> dict[str, ModelCard]:
+        context = self._state.context
+        names, length = context.served_model_names, context.max_model_len
+        cards = {name: ModelCard(name, self._created, names[0], length) for name in names}
+        for adapter in context.adapters.served:
+            name, path = adapter.lora.lora_name, adapter.lora.lora_path
+            cards[name] = ModelCard(name, adapter.created, path, length, parent=adapter.parent or names[0])
+        return cards
 
 
 def _json(value: msgspec.Struct) -> Response:

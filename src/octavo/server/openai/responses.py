@@ -136,7 +136,7 @@ class Responses(ConversationEndpoint[ResponseRequest]):
             id=body.response_id,
             created_at=created,
             status=status,
-            model=self.context.served_model_names[0],
+            model=run.model.name,
             instructions=source.instructions,
             previous_response_id=source.previous_response_id,
             max_output_tokens=source.max_output_tokens,

@@ -16,6 +16,7 @@ from octavo.protocol.outputs import FinishReason, TokenOutput
 from octavo.protocol.reasoning import ReasoningMarks
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.metrics import MetricsRegistry, RequestRecord
 from octavo.server.openai.cost import RequestCost
@@ -67,13 +68,16 @@ def _ignore(choice: Choice, delta: Delta) -> None:
 class Run:
     """All completions of one HTTP request."""
 
-    def __init__(self, state: ServerState, body: GenerationBody, arrival: float, request_id: str) -> None:
+    def __init__(
+        self, state: ServerState, body: GenerationBody, model: ServedModel, arrival: float, request_id: str
+    ) -> None:
         """request_id: the public one. The engine's ids add random bits, for a client may repeat its own."""
         self._context = state.context
         self._engine: EngineClient = state.context.engine
         self._metrics: MetricsRegistry = state.metrics
         self._tokenizer = state.context.tokenizer
         self._body = body
+        self.model = model
         self._arrival = arrival
         self._engine_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
         self.choices: list[Choice] = []
@@ -110,6 +114,7 @@ class Run:
                 cache_salt=self._body.cache_salt,
                 grammar=self.grammar,
                 reasoning=self.reasoning,
+                lora=self.model.lora,
             )
             try:
                 generation = Generation(self._tokenizer, own, token_ids)

@@ -14,7 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from octavo.protocol.fields import MAX_INPUTS
+from octavo.protocol.lora import LoRARequest
 from octavo.protocol.pooling import PoolingParams, floats
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.openai.cross_scores import CrossScores
 from octavo.server.openai.embedder import Embedder, EmbeddingFields, EmbeddingUsage
@@ -106,24 +108,27 @@ class _Scorer:
     def num_sequences(self, sides: dict[str, list[str]]) -> int:
         return max(map(len, sides.values())) if self._cross is not None else sum(map(len, sides.values()))
 
-    async def scores(self, sides: dict[str, list[str]], body: ScoringFields) -> tuple[list[float], EmbeddingUsage]:
+    async def scores(
+        self, sides: dict[str, list[str]], body: ScoringFields, lora: LoRARequest | None
+    ) -> tuple[list[float], EmbeddingUsage]:
         """One for each pair of the two sides, by the body's names for them; one text goes with all of the others.
         Raises APIError."""
         left, right = sides.values()
         if self._cross is not None:
             pairs = list(zip(left * len(right) if len(left) == 1 else left, right, strict=True))
-            return await self._cross.scores(pairs, body, body.use_activation is not False, list(sides)[1])
+            as_probabilities = body.use_activation is not False
+            return await self._cross.scores(pairs, body, lora, as_probabilities, list(sides)[1])
         if body.use_activation:
             raise invalid(
                 "use_activation=true needs a model that scores; this one's scores are cosines", "use_activation"
             )
-        vectors, usage = await self._vectors(sides, body)
+        vectors, usage = await self._vectors(sides, body, lora)
         first, second = vectors[: len(left)], vectors[len(left) :]
         first = first * len(second) if len(first) == 1 else first
         return [cosine(a, b) for a, b in zip(first, second, strict=True)], usage
 
     async def _vectors(
-        self, sides: dict[str, list[str]], body: ScoringFields
+        self, sides: dict[str, list[str]], body: ScoringFields, lora: LoRARequest | None
     ) -> tuple[list[list[float]], EmbeddingUsage]:
         """The embeddings of the texts of one side after the other. Raises APIError."""
         outputs = self._state.context.outputs
@@ -133,7 +138,7 @@ class _Scorer:
                 ids = await encode_text(self._state, outputs.prefix + text, special, param)
                 prompts.append(self._embedder.fitting(ids, param))
         pooling = PoolingParams(body.pooling or outputs.pooling)
-        found = [floats(vector) for vector in await self._embedder.embed(prompts, body, pooling)]
+        found = [floats(vector) for vector in await self._embedder.embed(prompts, body, pooling, lora)]
         num_tokens = sum(map(len, prompts))
         return found, EmbeddingUsage(num_tokens, num_tokens)
 
@@ -151,12 +156,12 @@ class Scores(JsonEndpoint[ScoreBody]):
         sides = _sides(body)
         return self._scorer.num_sequences(sides), list(sides)[-1]
 
-    async def answer(self, body: ScoreBody) -> ScoreList:
-        scores, usage = await self._scorer.scores(_sides(body), body)
+    async def answer(self, body: ScoreBody, model: ServedModel) -> ScoreList:
+        scores, usage = await self._scorer.scores(_sides(body), body, model.lora)
         return ScoreList(
             f"score-{uuid.uuid4().hex}",
             int(time.time()),
-            self.context.served_model_names[0],
+            model.name,
             [Score(index, score) for index, score in enumerate(scores)],
             usage,
         )
@@ -174,17 +179,16 @@ class Rerank(JsonEndpoint[RerankBody]):
     def places(self, body: RerankBody) -> tuple[int, str]:
         return self._scorer.num_sequences({"query": [body.query], "documents": [""] * len(body.documents)}), "documents"
 
-    async def answer(self, body: RerankBody) -> Ranking:
+    async def answer(self, body: RerankBody, model: ServedModel) -> Ranking:
         documents = [each if isinstance(each, Document) else Document(each) for each in body.documents]
         sides = {"query": [body.query], "documents": [document.text for document in documents]}
-        scores, usage = await self._scorer.scores(sides, body)
+        scores, usage = await self._scorer.scores(sides, body, model.lora)
         ranked = [
             Ranked(index, score, document if body.return_documents else None)
             for index, (document, score) in enumerate(zip(documents, scores, strict=True))
         ]
         ranked.sort(key=lambda each: -each.relevance_score)
-        name = self.context.served_model_names[0]
-        return Ranking(f"rerank-{uuid.uuid4().hex}", name, ranked[: body.top_n or None], usage)
+        return Ranking(f"rerank-{uuid.uuid4().hex}", model.name, ranked[: body.top_n or None], usage)
 
 
 def cosine(a: list[float], b: list[float]) -> float:

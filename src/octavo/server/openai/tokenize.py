@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
+from octavo.server.adapters import ServedModel
 from octavo.server.context import ServerState
 from octavo.server.openai.chat import ChatCompletions
 from octavo.server.openai.errors import invalid
@@ -68,7 +69,7 @@ class Tokenize(JsonEndpoint[TokenizeBody]):
         super().__init__(chat.state)
         self._chat = chat
 
-    async def answer(self, body: TokenizeBody) -> Tokens:
+    async def answer(self, body: TokenizeBody, model: ServedModel) -> Tokens:  # noqa: ARG002 (adapters bring no tokens)
         tokenizer = tokenizer_of(self.state)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
@@ -108,7 +109,7 @@ class Detokenize(JsonEndpoint[DetokenizeBody]):
 
     body_type = DetokenizeBody
 
-    async def answer(self, body: DetokenizeBody) -> Text:
+    async def answer(self, body: DetokenizeBody, model: ServedModel) -> Text:  # noqa: ARG002
         tokenizer = tokenizer_of(self.state)
         size = self.context.engine.ready.vocab_size
         for index, token_id in enumerate(body.tokens):

@@ -1,0 +1,1 @@
+"""What a LoRA adapter is on disk: the folders that PEFT writes, and where they come from."""
