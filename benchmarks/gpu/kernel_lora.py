@@ -24,10 +24,10 @@ from kernel_gemm import DEVICE, LLAMA, ROTATED_BYTES, attempt, problems, replay_
 from torch import Tensor
 
 from octavo.kernels.reference import lora as reference
-from octavo.kernels.triton import lora, lora_activation
+from octavo.kernels.triton import lora
 from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.lora import LoraPlan, add_lora
-from octavo.kernels.triton.lora_activation import silu_and_mul_lora
+from octavo.kernels.triton.lora_activation import SiluLoraPlan, silu_and_mul_lora
 
 PARTS = {"qkv": (4096, 1024, 1024), "o": (4096,), "gate_up": (14336, 14336), "down": (4096,)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
@@ -185,18 +185,18 @@ def cases(room: int, copied: bool, names: Iterable[str] = PARTS) -> Iterator[Cas
             yield Case(name, copies, num_tokens, name == "qkv")
 
 
-def silu_plans(case: Case) -> Iterator[LoraPlan]:
+def silu_plans(case: Case) -> Iterator[SiluLoraPlan]:
     """The rule's, then other ways to cut up B's product and SwiGLU in one."""
-    rule = lora_activation._plan_of(case.num_tokens, *reversed(case.copies[0].a.shape[2:]))
+    rule = SiluLoraPlan.of(case.num_tokens, *reversed(case.copies[0].a.shape[2:]))
     yield rule
     for block_m, block_n in ((16, 128), (16, 256), (32, 128), (32, 256), (64, 128)):
         for warps in (4, 8):
-            plan = rule._replace(expand_m=block_m, block_n=block_n, expand_warps=warps)
+            plan = rule._replace(block_m=block_m, block_n=block_n, num_warps=warps)
             if plan != rule:
                 yield plan
 
 
-def silu_calls(case: Case, plan: LoraPlan) -> list[partial[Tensor]]:
+def silu_calls(case: Case, plan: SiluLoraPlan) -> list[partial[Tensor]]:
     """B's product and SwiGLU in one kernel, for each copy of the adapters."""
     _, gate_up, slots = case.inputs()
     gate_up.normal_()
@@ -213,11 +213,11 @@ def unfused(fused: partial[Tensor]) -> Tensor:
     return silu_and_mul(gate_up)
 
 
-def silu_name(plan: LoraPlan) -> str:
-    return f"{plan.expand_m}x{plan.block_n} {plan.expand_warps}w"
+def silu_name(plan: SiluLoraPlan) -> str:
+    return f"{plan.block_m}x{plan.block_n} {plan.num_warps}w"
 
 
-def fused_us(case: Case, plan: LoraPlan) -> float:
+def fused_us(case: Case, plan: SiluLoraPlan) -> float:
     """Time in one kernel, whose result is compared with that of two."""
     runs = silu_calls(case, plan)
     got = runs[0]()
@@ -229,7 +229,7 @@ def fused_us(case: Case, plan: LoraPlan) -> float:
     return replay_us(runs)
 
 
-def unfused_us(case: Case, plan: LoraPlan) -> float:
+def unfused_us(case: Case, plan: SiluLoraPlan) -> float:
     """Time in two kernels. plan: of which the splits count."""
     return replay_us([partial(unfused, run) for run in silu_calls(case, plan)])
 

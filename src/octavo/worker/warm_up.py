@@ -169,7 +169,7 @@ class _Shapes:
             found |= plan.launches(columns, parts, rank, self.dtype, self.device)
         # SwiGLU adds what adapters make of gate and up.
         found |= plan.shrink_launches(hidden, 2, rank, self.dtype, self.device)
-        found |= self.kernels.silu_and_mul_lora_launches(hidden, inner, rank, self.dtype, self.device)
+        found |= self.kernels.SiluLoraPlan.launches(hidden, inner, rank, self.dtype, self.device)
         found |= plan.embedding_launches(hidden, rank, self.dtype, torch.int32, self.device)
         return list(found.values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,8 +27,37 @@ from octavo.kernels.triton.lora import (
     _slots_of_tile,
 )
 
-# Columns of gate, and as many of up, and warps: both sums, and a few shares of hidden, fit in registers.
-_BLOCK_N, _NUM_WARPS = 128, 8
+
+class SiluLoraPlan(NamedTuple):
+    """How SwiGLU with B's product is cut up.
+
+    splits: of hidden, given by LoraPlan; block_m: tokens of a program; block_n: columns of gate, and as many of up;
+    block_r: columns of B a step, at most. With 8 warps both sums and 16 shares of hidden fit in registers.
+    """
+
+    splits: int = 1
+    block_m: int = 16
+    block_n: int = 128
+    block_r: int = 32
+    num_warps: int = 8
+
+    @classmethod
+    def of(cls, num_tokens: int, in_features: int, rank: int) -> SiluLoraPlan:
+        """The plan for gate_up [num_tokens, 2 * size], a product of in_features. rank: R of B."""
+        plan = LoraPlan.of(num_tokens, in_features, 2, rank)
+        return cls(plan.splits, plan.expand_m)
+
+    @classmethod
+    def launches(
+        cls, in_features: int, size: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[Hashable, Callable[[], object]]:
+        """As `LoraPlan.launches`, for `silu_and_mul_lora`."""
+        found: dict[Hashable, Callable[[], object]] = {}
+        for num_tokens in _BUCKETS:
+            plan = cls.of(num_tokens, in_features, rank)
+            key = "lora silu", dtype, size, _block_r(rank, plan.block_r), plan
+            found.setdefault(key, partial(_launch_silu_and_mul, size, rank, dtype, device, plan))
+        return found
 
 
 @triton.jit(
@@ -84,14 +114,14 @@ def silu_and_mul_lora(
     ranks: Tensor,
     token_slots: Tensor,
     *,
-    plan: LoraPlan | None = None,
+    plan: SiluLoraPlan | None = None,
 ) -> Tensor:
     """`silu_and_mul` of what `expand_lora` makes of gate_up, which is left as it is.
 
     gate_up: [T, 2 * size], gate first, contiguous; hidden: float32 [splits, T, 2 * R], as `shrink_lora` made it for
     the two parts; b: [S, 2 * size, R], ranks: int32 [2, S], token_slots: int32 [T], as for `add_lora`. gate_up with
     its adapters is rounded to the dtype before SwiGLU, as if it had been stored, and the result once. Returns a new
-    [T, size]. plan: instead of the rule's, of which its expand_m, block_n, expand_r and expand_warps count.
+    [T, size]. plan: instead of the rule's; hidden itself says what its splits are.
     Raises ValueError for shapes, strides or dtypes that do not fit together.
     """
     (num_tokens, width), (num_slots, _, rank) = gate_up.shape, b.shape
@@ -103,8 +133,8 @@ def silu_and_mul_lora(
     out = torch.empty(num_tokens, size, dtype=gate_up.dtype, device=gate_up.device)
     if not num_tokens:
         return out
-    plan = _plan_of(num_tokens, rank, rank) if plan is None else plan
-    _silu_and_mul_lora_kernel[triton.cdiv(size, plan.block_n), triton.cdiv(num_tokens, plan.expand_m)](
+    plan = SiluLoraPlan.of(num_tokens, rank, rank) if plan is None else plan
+    _silu_and_mul_lora_kernel[triton.cdiv(size, plan.block_n), triton.cdiv(num_tokens, plan.block_m)](
         gate_up,
         hidden,
         b,
@@ -117,32 +147,15 @@ def silu_and_mul_lora(
         b.stride(0) // 16,
         SIZE=size,
         SPLITS=len(hidden),
-        BLOCK_M=plan.expand_m,
+        BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
-        BLOCK_R=_block_r(rank, plan.expand_r),
-        num_warps=plan.expand_warps,
+        BLOCK_R=_block_r(rank, plan.block_r),
+        num_warps=plan.num_warps,
     )
     return out
 
 
-def silu_and_mul_lora_launches(
-    in_features: int, size: int, rank: int, dtype: torch.dtype, device: torch.device
-) -> dict[Hashable, Callable[[], object]]:
-    """As `LoraPlan.launches`, for `silu_and_mul_lora` of a product of in_features."""
-    found: dict[Hashable, Callable[[], object]] = {}
-    for num_tokens in _BUCKETS:
-        plan = _plan_of(num_tokens, in_features, rank)
-        key = "silu_and_mul_lora", dtype, size, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
-        found.setdefault(key, partial(_launch_silu_and_mul, size, rank, dtype, device, plan))
-    return found
-
-
-def _plan_of(num_tokens: int, in_features: int, rank: int) -> LoraPlan:
-    """Only its splits, which are those of hidden, go by in_features."""
-    return LoraPlan.of(num_tokens, in_features, 2, rank)._replace(block_n=_BLOCK_N, expand_warps=_NUM_WARPS)
-
-
-def _launch_silu_and_mul(size: int, rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
+def _launch_silu_and_mul(size: int, rank: int, dtype: torch.dtype, device: torch.device, plan: SiluLoraPlan) -> None:
     """One token without an adapter."""
     gate_up = torch.zeros(1, 2 * size, dtype=dtype, device=device)
     hidden = torch.zeros(plan.splits, 1, 2 * rank, dtype=torch.float32, device=device)
