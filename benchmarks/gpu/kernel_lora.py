@@ -152,13 +152,13 @@ class Case(NamedTuple):
         x, y, slots = self.inputs()
         base, k = self.base, x.shape[1]
         for plan in dict.fromkeys([base, *shrink_plans(base, self.num_tokens, k)]):
-            runs = [partial(lora._shrink, x, made.a, made.ranks, slots, plan) for made in self.copies]
+            runs = [partial(lora.shrink_lora, x, made.a, made.ranks, slots, plan=plan) for made in self.copies]
             yield "shrink", plan.splits, short(plan)[0], runs
         room = self.copies[0].a.shape[2]
         for plan in dict.fromkeys([base, *expand_plans(base, self.num_tokens, self.full)]):
             hidden = torch.zeros(plan.splits, self.num_tokens, len(self.copies[0].parts) * room, device=DEVICE)
             runs = [
-                partial(lora._expand, y, hidden, made.b, made.ranks, slots, slots, made.parts, 0, plan.splits, plan)
+                partial(lora.expand_lora, y, hidden, made.b, made.ranks, made.parts, slots, plan=plan)
                 for made in self.copies
             ]
             yield "expand", plan.splits, short(plan)[1], runs

@@ -142,7 +142,7 @@ def load_text() -> Tokenizer:
 
 
 def greedy(model: Any, tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
-    """What the model says to each prompt, one at a time: token ids up to the end of its turn, or NUM_TOKENS."""
+    """What the model says to each prompt, one at a time: NUM_TOKENS, or token ids up to END."""
     (end,) = tokenizer.encode(END, False)
     outputs = []
     for prompt in prompts:
@@ -156,6 +156,5 @@ def greedy(model: Any, tokenizer: Tokenizer, prompts: list[str]) -> list[list[in
                 eos_token_id=end,
                 pad_token_id=end,
             )
-        output = made[0, len(ids) :].tolist()
-        outputs.append(output[:-1] if output[-1] == end else output)
+        outputs.append(made[0, len(ids) :].tolist())
     return outputs

@@ -2,7 +2,7 @@
 """Train two adapters of SmolLM2-135M on a CPU with PEFT: one answers in capitals, one in JSON.
 
     pip install peft transformers accelerate
-    OMP_NUM_THREADS=2 PYTHONPATH=src python benchmarks/lora/train_adapters.py OUT [--steps 60]
+    PYTHONPATH=src python benchmarks/lora/train_adapters.py OUT [--steps 30]
 
 Saves the folders OUT/capitals and OUT/json, and prints one JSON row each: the share of 20 prompts that were held out
 whose greedy answer is what the task wants, of the base model and with the adapter. Exits 1 where that share does not
@@ -62,13 +62,13 @@ def train(task: Task, model: Any, tokenizer: Tokenizer, num_steps: int) -> float
         optimizer.zero_grad()
         schedule.step()
     model.eval()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     tokenizer, prompts = load_text(), held_out()
 

@@ -12,7 +12,9 @@ from kernel_launches import launches
 from torch import Tensor
 
 from octavo.kernels.reference import lora as reference
-from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding
+from octavo.kernels.triton.activation import silu_and_mul
+from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding, expand_lora, shrink_lora
+from octavo.kernels.triton.lora_activation import silu_and_mul_lora, silu_and_mul_lora_launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = float("nan")
@@ -95,6 +97,19 @@ def check(x: Tensor, made: Adapters, token_slots: Tensor, plan: LoraPlan | None 
         assert torch.equal(y[token_slots < 0], before[token_slots < 0])
 
 
+def test_the_halves_are_those_of_the_reference() -> None:
+    made = adapters(64, (24, 8), 32, [[3, 20], [0, 32]])
+    x, slots = tokens(5, 64), slots_of(1, 0, -1, 1, 0)
+    for shrink, expand in ((shrink_lora, reference.expand_lora), (reference.shrink_lora, expand_lora)):
+        before = tokens(5, 32, seed=2)
+        y = before.clone()
+        hidden = shrink(x, made.a, made.ranks, slots)
+        # What no token needs was never written.
+        hidden[:, slots < 0] = 0
+        expand(y, hidden.nan_to_num(), made.b, made.ranks, made.parts, slots)
+        assert_close(y, expected(before, x, made, slots), before)
+
+
 PLANS = [
     LoraPlan(block_k=16, splits=3, block_n=16),
     LoraPlan(shrink_m=32, block_k=32, splits=1, expand_m=16, block_n=32),
@@ -135,6 +150,59 @@ def test_the_rule_serves_any_number_of_tokens(num_tokens: int) -> None:
     made = adapters(256, (24, 16), 16, [[8, 16], [16, 1]])
     slots = torch.arange(num_tokens, device=DEVICE, dtype=torch.int32) * 3 // num_tokens - 1
     check(tokens(num_tokens, 256), made, slots.clamp(max=1))
+
+
+@st.composite
+def silu_cases(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[int], LoraPlan]:
+    """Size, R, ranks, slots of the tokens, plan."""
+    room, num_slots = draw(st.sampled_from([16, 32, 48, 96])), draw(st.integers(1, 4))
+    ranks = st.lists(st.one_of(st.just(0), st.integers(1, room)), min_size=num_slots, max_size=num_slots)
+    slots = draw(st.lists(st.integers(-1, num_slots - 1), min_size=1, max_size=40))
+    if draw(st.booleans()):
+        slots.sort()
+    return draw(st.integers(1, 40)), room, [draw(ranks), draw(ranks)], slots, draw(st.sampled_from(PLANS))
+
+
+def silu_both_ways(dtype: torch.dtype, case: tuple[int, int, list[list[int]], list[int], LoraPlan]) -> list[Tensor]:
+    """In one kernel, in two, and by the reference. NaN are what hidden says of tokens that need it not."""
+    size, room, ranks, slots, plan = case
+    made, token_slots = adapters(8, (size, size), room, ranks, dtype), slots_of(*slots)
+    gate_up, shape = tokens(len(slots), 2 * size, dtype), (plan.splits, len(slots), 2, room)
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    for token, slot in enumerate(slots):
+        for part in range(2):
+            hidden[:, token, part, -(-ranks[part][slot] // 16) * 16 if slot >= 0 else 0 :] = POISON
+    hidden = hidden.flatten(2).to(DEVICE)
+    before, rest = gate_up.clone(), (made.b, made.ranks, token_slots)
+    fused = silu_and_mul_lora(gate_up, hidden, *rest, plan=plan)
+    assert torch.equal(gate_up, before)
+    expand_lora(gate_up, hidden, made.b, made.ranks, made.parts, token_slots, plan=plan)
+    return [fused, silu_and_mul(gate_up), reference.silu_and_mul_lora(before, hidden.nan_to_num(), *rest)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=silu_cases())
+def test_swiglu_adds_what_was_left_to_it(case: tuple[int, int, list[list[int]], list[int], LoraPlan]) -> None:
+    fused, apart, wanted = silu_both_ways(torch.float32, case)
+    assert torch.equal(fused, apart)
+    torch.testing.assert_close(fused, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_swiglu_of_narrow_dtypes(dtype: torch.dtype) -> None:
+    case = 24, 32, [[16, 3, 0], [5, 0, 32]], [0, 0, 1, 1, -1, 2, 0], PLANS[0]
+    fused, apart, wanted = silu_both_ways(dtype, case)
+    assert torch.equal(fused, apart)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(fused, wanted, atol=16 * unit, rtol=16 * unit)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 300])
+def test_swiglu_without_adapters_is_plain(num_tokens: int) -> None:
+    made = adapters(8, (24, 24), 16, [[4], [0]])
+    gate_up, hidden = tokens(num_tokens, 48), torch.full((2, num_tokens, 32), POISON, device=DEVICE)
+    fused = silu_and_mul_lora(gate_up, hidden, made.b, made.ranks, slots_of(*[-1] * num_tokens))
+    assert torch.equal(fused, silu_and_mul(gate_up))
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
@@ -200,7 +268,12 @@ def test_all_that_is_launched_has_been_compiled_ahead(k: int, parts: tuple[int, 
             launch()
         for launch in LoraPlan.embedding_launches(sum(parts), room, torch.float16, torch.int64, DEVICE).values():
             launch()
+        for launch in LoraPlan.shrink_launches(k, 2, room, torch.float16, DEVICE).values():
+            launch()
+        for launch in silu_and_mul_lora_launches(k, parts[0], room, torch.float16, DEVICE).values():
+            launch()
     made = adapters(k, parts, room, [[1, 0]] * len(parts), torch.float16)
+    both = adapters(k, parts[:1] * 2, room, [[1, 0], [0, 1]], torch.float16)
     table = torch.zeros(2, 3, room, dtype=torch.float16, device=DEVICE)
     with launches(run_kernels=False) as launched:
         for num_tokens in (1, 16, 17, 300, 513, 2000, 5000, 9000):
@@ -209,7 +282,9 @@ def test_all_that_is_launched_has_been_compiled_ahead(k: int, parts: tuple[int, 
             add_lora(y, x, made.a, made.b, made.ranks, parts, slots)
             ids = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
             add_lora_embedding(y, ids, table, made.b, made.ranks[:1], slots)
-    assert len({found[0] for found in launched}) == 2
+            hidden = shrink_lora(x, both.a, both.ranks, slots)
+            silu_and_mul_lora(tokens(num_tokens, 2 * parts[0], torch.float16), hidden, both.b, both.ranks, slots)
+    assert len({found[0] for found in launched}) == 3
     assert launched <= compiled
 
 
@@ -220,10 +295,10 @@ def test_what_does_not_fit_is_refused() -> None:
     wrong = [
         ("y", y[:, :16], r"expected \[2, 24\]"),
         ("y", y.double(), "y is torch.float64"),
-        ("x", x[:, :24], "do not fit"),
-        ("x", x.half(), "do not fit"),
+        ("x", x[:, :24], "does not fit"),
+        ("x", x.half(), "does not fit"),
         ("x", tokens(2, 36)[:, :32], "strides"),
-        ("a", made.a[:, :1], "do not fit"),
+        ("a", made.a[:, :1], "ranks: torch.int32"),
         ("b", made.b[:, :, :8], "a multiple of 16"),
         ("b", made.b.half(), "they must be the same"),
         ("ranks", made.ranks.long(), "ranks: torch.int64"),
@@ -232,6 +307,15 @@ def test_what_does_not_fit_is_refused() -> None:
     for name, value, message in wrong:
         with pytest.raises(ValueError, match=message):
             add_lora(**{**given, name: value})  # type: ignore[arg-type]
+    hidden = torch.zeros(1, 2, 32, device=DEVICE)
+    for wrong_hidden in (hidden.half(), hidden[:, :1], hidden[..., :16]):
+        with pytest.raises(ValueError, match=r"expected contiguous float32 \[splits, 2, 32\]"):
+            expand_lora(y, wrong_hidden, made.b, made.ranks, (16, 8), slots)
+    equal = adapters(32, (12, 12), 16, [[4], [4]])
+    with pytest.raises(ValueError, match="it must be contiguous"):
+        silu_and_mul_lora(tokens(2, 48)[:, :24], hidden, equal.b, equal.ranks, slots)
+    with pytest.raises(ValueError, match="hidden is"):
+        silu_and_mul_lora(y, hidden[:, :1], equal.b, equal.ranks, slots)
     table = torch.zeros(1, 3, 16, device=DEVICE)
     with pytest.raises(ValueError, match="ids are"):
         add_lora_embedding(y, x[:, 0], table, made.b, made.ranks[:1], slots)

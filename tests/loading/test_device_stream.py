@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octavo.loading import device_stream
 from octavo.loading.device_stream import HostCopies, StoredTensor, StreamLimits, read_header, stream_tensors
-from octavo.loading.weights import safetensors_weights, streamed_weights
+from octavo.loading.weights import safetensors_weights, stored_tensors
 
 CPU = torch.device("cpu")
 SMALL = StreamLimits(num_threads=3, buffer_bytes=100, ahead_bytes=1000)
@@ -60,7 +60,7 @@ def test_every_dtype_and_shape(tmp_path: Path) -> None:
 
 
 def test_shards_one_after_another(tmp_path: Path) -> None:
-    got = dict(streamed_weights(files(write_sharded(tmp_path)), CPU))
+    got = dict(stream_tensors(stored_tensors(files(write_sharded(tmp_path))), CPU, SMALL))
     assert all(torch.equal(got.pop(name), tensor) for name, tensor in tensors().items())
     assert not got
 
@@ -69,7 +69,7 @@ def test_a_tensor_that_its_shard_lacks_is_named_first(tmp_path: Path) -> None:
     shard = files(write_sharded(tmp_path))[1]
     save_file({"model.norm.weight": torch.ones(16)}, shard)
     with pytest.raises(ValueError, match=re.escape(f"{shard}: tensor model.layers.0.input_layernorm.weight")):
-        next(streamed_weights(files(tmp_path), CPU))
+        stored_tensors(files(tmp_path))
 
 
 class Watched(HostCopies):

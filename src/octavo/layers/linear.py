@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.lora import LinearAdapters
+from octavo.layers.lora import LinearAdapters, LowRank
 from octavo.layers.slot import WeightSlot
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec, layers_of
 from octavo.quantization.unquantized import UNQUANTIZED
@@ -59,12 +59,21 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
         """x: [T, in_features], quantised only if `takes_fp8`. Returns [T, out_features]."""
-        products = [layer.scheme.apply(layer, x) for layer in self.layers]
-        y = products[0] if len(products) == 1 else torch.cat(products, -1)
         if self.adapters is None or not self.adapters.are_active:
-            return y
+            return self._product(x)
         assert isinstance(x, Tensor)
-        return self.adapters.add(y, x)
+        return self.adapters.add(self._product, x)
+
+    def deferred(self, x: Tensor | Fp8Tokens) -> tuple[Tensor, LowRank | None]:
+        """As `forward`, but for what adapters have still to add: whoever reads the product adds it then."""
+        if self.adapters is None or not self.adapters.are_active:
+            return self._product(x), None
+        assert isinstance(x, Tensor)
+        return self.adapters.deferred(self._product, x)
+
+    def _product(self, x: Tensor | Fp8Tokens) -> Tensor:
+        products = [layer.scheme.apply(layer, x) for layer in self.layers]
+        return products[0] if len(products) == 1 else torch.cat(products, -1)
 
     def weight_slots(self, path: str) -> dict[str, WeightSlot]:  # noqa: ARG002
         return {name: slot for loader in self._loaders for name, slot in loader.slots().items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,25 @@ class ActiveAdapters:
     it before each pass over them.
 
     slots: int32 [T], -1 for a token without one; None where no token has one, which costs a layer nothing more.
-    replaces: whether an adapter among them has whole tables of its own.
+    replaces: whether an adapter among them has whole tables of its own. side: on a GPU, the stream that computes beside
+    that of the step.
     """
 
     slots: Tensor | None = None
     replaces: bool = False
+    side: torch.cuda.Stream | None = None
+
+
+class LowRank(NamedTuple):
+    """What adapters still have to add to a product y [T, N], on a GPU: y[t] += B[slot of t] hidden[t].
+
+    hidden: float32 [splits, T, P * R], of which the sum counts; b, ranks: of LinearAdapters; token_slots: int32 [T].
+    """
+
+    hidden: Tensor
+    b: Tensor
+    ranks: Tensor
+    token_slots: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +61,39 @@ class LinearAdapters:
     def are_active(self) -> bool:
         return self.active.slots is not None
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y: [T, N], the layer's own product with x: [T, K]; it may be overwritten. Returns what the adapters make
-        of it."""
-        slots = self.active.slots
-        if slots is None:
-            return y
+    def add(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: [T, K], some of which has an adapter. product: the layer's own. Returns what adapters make of it."""
+        y, low_rank = self.deferred(product, x)
+        if low_rank is not None:
+            hidden, b, ranks, slots = low_rank
+            device_kernels.get().expand_lora(y, hidden, b, ranks, self.parts, slots)
+        return y
+
+    def deferred(self, product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, LowRank | None]:
+        """As `add`, but what is still to be added is returned beside the product: on a CPU, nothing.
+
+        On a GPU, A x is computed beside the product, in a stream of its own: neither fills the device alone.
+        """
+        active, slots = self.active, self.active.slots
+        assert slots is not None
+        if active.side is None:
+            y = self._replaced(product(x), x)
+            torch_kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
+            return y, None
+        kernels, stream = device_kernels.get(), torch.cuda.current_stream()
+        active.side.wait_stream(stream)
+        with torch.cuda.stream(active.side):
+            hidden = kernels.shrink_lora(x, self.a, self.ranks, slots)
+        y = self._replaced(product(x), x)
+        # What frees hidden later needs no event: all that the side stream computes next waits for this stream first.
+        stream.wait_stream(active.side)
+        return y, LowRank(hidden, self.b, self.ranks, slots)
+
+    def _replaced(self, y: Tensor, x: Tensor) -> Tensor:
+        """y where no adapter has a weight of its own."""
         if self.active.replaces:
             for slot, weight in self.replaced.items():
-                y = torch.where((slots == slot)[:, None], F.linear(x, weight), y)
-        kernels = device_kernels.get() if x.is_cuda else torch_kernels
-        kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
+                y = torch.where((self.active.slots == slot)[:, None], F.linear(x, weight), y)  # type: ignore[union-attr]
         return y
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.config import Quantization
-from octavo.loading.device_stream import read_header, stream_tensors
+from octavo.loading.device_stream import StoredTensor, read_header, stream_tensors
 from octavo.loading.gguf_file import read_gguf
 from octavo.loading.gguf_weights import gguf_weights, streamed_gguf_weights
 from octavo.loading.source import INDEX_NAME, ModelSource
@@ -46,11 +45,11 @@ def load_model(
         if source.format == "gguf":
             _load_gguf(model, source.files[0], dtype, device)
         else:
-            read = safetensors_weights if device.type == "cpu" else partial(streamed_weights, device=device)
-            names = {tensor.name for file in source.files for tensor in read_header(file)}
+            stored = stored_tensors(source.files)
+            weights = safetensors_weights(source.files) if device.type == "cpu" else stream_tensors(stored, device)
             unpacks = device.type == "cpu" and config.get("quantization_config") is not None
             with _one_thread_an_operator() if unpacks else nullcontext():
-                model.load_weights(read(source.files), names)
+                model.load_weights(weights, {tensor.name for tensor in stored})
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
@@ -114,16 +113,15 @@ def safetensors_weights(files: tuple[Path, ...]) -> Iterator[tuple[str, Tensor]]
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def streamed_weights(files: tuple[Path, ...], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors on the device, in the order that they have in the files. Raises as `safetensors_weights`,
-    for all of the headers at once, before the first tensor."""
+def stored_tensors(files: tuple[Path, ...]) -> list[StoredTensor]:
+    """Where every tensor of the files lies, in their order, as the headers say. Raises as `safetensors_weights`."""
     listed = _weight_map(files)
-    stored = []
+    stored: list[StoredTensor] = []
     for file in files:
         tensors = read_header(file)
         _require(file, {tensor.name for tensor in tensors}, listed)
         stored += tensors
-    yield from stream_tensors(stored, device)
+    return stored
 
 
 def _weight_map(files: tuple[Path, ...]) -> dict[str, str]:

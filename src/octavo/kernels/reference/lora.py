@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
+
+from octavo.kernels.reference.activation import silu_and_mul
 
 
 def _rows_by_slot(token_slots: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -35,6 +38,41 @@ def add_lora(
                 hidden = tokens @ a[slot, part, :rank].t()
                 y[:, first : first + size].index_add_(0, rows, hidden @ b[slot, first : first + size, :rank].t())
             first += size
+
+
+def shrink_lora(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor) -> Tensor:
+    """The first half of `add_lora`, A x: float32 [1, T, P * R], zeros where no token needs them."""
+    _, num_parts, rank, _ = a.shape
+    hidden = torch.zeros(1, len(x), num_parts, rank, dtype=torch.float32, device=x.device)
+    ranks_of = ranks.tolist()
+    for slot, rows in _rows_by_slot(token_slots):
+        for part in range(num_parts):
+            true = ranks_of[part][slot]
+            hidden[0, rows, part, :true] = (x[rows] @ a[slot, part, :true].t()).float()
+    return hidden.flatten(2)
+
+
+def expand_lora(
+    y: Tensor, hidden: Tensor, b: Tensor, ranks: Tensor, parts: tuple[int, ...], token_slots: Tensor
+) -> None:
+    """The second half of `add_lora`: y[t] += B[slot] hidden[t], each part with its own. hidden: float32
+    [splits, T, P * R], of which the sum counts."""
+    ranks_of, summed = ranks.tolist(), hidden.sum(0).unflatten(1, (len(parts), -1)).to(y.dtype)
+    for slot, rows in _rows_by_slot(token_slots):
+        first = 0
+        for part, size in enumerate(parts):
+            if rank := ranks_of[part][slot]:
+                own = b[slot, first : first + size, :rank]
+                y[:, first : first + size].index_add_(0, rows, summed[rows, part, :rank] @ own.t())
+            first += size
+
+
+def silu_and_mul_lora(gate_up: Tensor, hidden: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor) -> Tensor:
+    """silu(gate) * up of what `expand_lora` makes of gate_up [T, 2 * size], gate first. Returns a new [T, size]."""
+    size = gate_up.shape[1] // 2
+    y = gate_up.clone()
+    expand_lora(y, hidden, b, ranks, (size, size), token_slots)
+    return silu_and_mul(y)
 
 
 def add_lora_embedding(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor) -> None:

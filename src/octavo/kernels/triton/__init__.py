@@ -16,6 +16,7 @@ _MODULES = (
     "fp8",
     "grouped_gemm",
     "lora",
+    "lora_activation",
     "norm",
     "prefill_attention",
     "rope",

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 _NUM_SMS = 132  # of an H100 or H200
-_BUCKETS = (16, 128, 256, 512, 1024, 2048, 4096, 8192)  # numbers of tokens up to which one plan serves; the last: all
-_FEW = 512  # tokens: up to here tiles are the smallest that tensor cores take
+_BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192)  # numbers of tokens up to which one plan serves; the last: all
+_FEW = 256  # tokens: up to here tiles are the smallest that tensor cores take
 _MAX_SPLITS = 16
 _MAX_BLOCK_R = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,11 +49,14 @@ class LoraPlan(NamedTuple):
         """The plan for x [num_tokens, in_features]; one for all numbers of tokens of a bucket. rank: R of A."""
         most = next((limit for limit in _BUCKETS if num_tokens <= limit), _BUCKETS[-1])
         few = most <= _FEW
-        block_m, block_k = (16, 128) if few else (64, 64)
-        tiles = triton.cdiv(most, block_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
-        wanted = min(_NUM_SMS // tiles, in_features // (2 * block_k), _MAX_SPLITS)
+        shrink_m = 16 if few else 64
+        columns = 256 if most <= 64 else 512 if most <= 512 else 1024  # at least so many a split
+        tiles = triton.cdiv(most, shrink_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
+        wanted = min(_MAX_SPLITS, in_features // columns, _MAX_SPLITS if few else _NUM_SMS // tiles)
         splits = 1 << (max(1, wanted).bit_length() - 1)  # powers of two: few variants
-        return cls(block_m, block_k, splits, expand_m=block_m, expand_warps=4 if few else 8)
+        if few:
+            return cls(shrink_m, 128, splits, 2, 4, expand_m=16, block_n=256)
+        return cls(shrink_m, 128, splits, 4, 3, expand_m=32, block_n=128)
 
     @classmethod
     def launches(
@@ -61,14 +64,23 @@ class LoraPlan(NamedTuple):
     ) -> dict[Hashable, Callable[[], object]]:
         """What `add_lora` is compiled for, whatever the tokens, slots and true ranks: each call launches one variant of
         one kernel on a token without an adapter. Keys are equal where variants are, of whatever shapes they are."""
-        found: dict[Hashable, Callable[[], object]] = {}
-        ranks = len(parts) * rank
+        found = cls.shrink_launches(in_features, len(parts), rank, dtype, device)
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, in_features, len(parts), rank)
-            key: Hashable = "lora shrink", dtype, len(parts), _block_r(ranks), plan._replace(splits=0)[:5]
-            found.setdefault(key, partial(_launch_shrink, in_features, len(parts), rank, dtype, device, plan))
-            key = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
+            key: Hashable = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
             found.setdefault(key, partial(_launch_expand, parts, rank, dtype, device, plan))
+        return found
+
+    @classmethod
+    def shrink_launches(
+        cls, in_features: int, num_parts: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[Hashable, Callable[[], object]]:
+        """As `launches`, for `shrink_lora`."""
+        found: dict[Hashable, Callable[[], object]] = {}
+        for num_tokens in _BUCKETS:
+            plan = cls.of(num_tokens, in_features, num_parts, rank)
+            key = "lora shrink", dtype, num_parts, _block_r(num_parts * rank), plan._replace(splits=0)[:5]
+            found.setdefault(key, partial(_launch_shrink, in_features, num_parts, rank, dtype, device, plan))
         return found
 
     @classmethod
@@ -158,6 +170,21 @@ def _shrink_kernel(
         slot = tl.min(todo, 0)
 
 
+@triton.jit
+def _add_product_of_b(acc, h_rows, b_rows, r, rank, mine, is_row, per_split, SPLITS: tl.constexpr):
+    """acc [tokens, rows of B] and the share that the columns r [1, BLOCK_R] of B have in h times B, rank and up none.
+
+    h_rows [tokens, 1], of the first split; b_rows [rows, 1]; mine [tokens, 1], is_row [rows, 1]: what may be read.
+    """
+    padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
+    w = tl.load(b_rows + r, mask=is_row & (r < padded), other=0.0)
+    h = tl.load(h_rows + r, mask=mine & (r < padded), other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        h += tl.load(h_rows + split * per_split + r, mask=mine & (r < padded), other=0.0)
+    w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
+    return tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
+
+
 @triton.jit(
     do_not_specialize=["T", "S", "r_sixteenths", "stride_y_units", "stride_a_sixteenths", "stride_b_sixteenths"],
     do_not_specialize_on_alignment=["ranks_ptr", "token_slots_ptr", "ids_ptr"],
@@ -213,16 +240,10 @@ def _expand_kernel(
             h_slot = h_rows
             if IS_EMBEDDING:
                 h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-            padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for at in tl.range(0, rank, BLOCK_R, num_stages=1):
                 r = (at + tl.arange(0, BLOCK_R))[None, :]
-                w = tl.load(b_rows + r, mask=(n < end)[:, None] & (r < padded), other=0.0)
-                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0)
-                for split in tl.static_range(1, SPLITS):
-                    h += tl.load(h_slot + split * per_split + r, mask=mine & (r < padded), other=0.0)
-                w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
-                acc = tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
+                acc = _add_product_of_b(acc, h_slot, b_rows, r, rank, mine, (n < end)[:, None], per_split, SPLITS)
             tl.store(y_at, (y.to(tl.float32) + acc).to(y.dtype), mask=mine & in_part)
         todo = tl.where(mine.reshape(BLOCK_M), S, todo)
         slot = tl.min(todo, 0)
@@ -249,17 +270,42 @@ def add_lora(
     The same input gives the same bits. plan: instead of the rule's.
     Raises ValueError for shapes, strides or dtypes that do not fit together.
     """
-    (num_tokens, k), (num_slots, num_parts, rank, _) = x.shape, a.shape
-    _check(y, b, ranks, token_slots, parts, (num_slots, num_tokens))
-    if a.shape[1:] != (len(parts), b.shape[2], k) or not a[0].is_contiguous() or a.dtype != x.dtype or k % 8:
-        raise ValueError(f"a is {a.dtype} {list(a.shape)}; x {x.dtype} {list(x.shape)}, b {list(b.shape)} do not fit")
-    if x.dtype != y.dtype or x.stride(1) != 1 or x.stride(0) % 8 or a.stride(0) % 16:
-        raise ValueError(f"x is {x.dtype} with strides {x.stride()}; a slot's is {a.stride(0)}; y is {y.dtype}")
-    if not num_tokens:
-        return
+    expand_lora(y, shrink_lora(x, a, ranks, token_slots, plan=plan), b, ranks, parts, token_slots, plan=plan)
+
+
+def shrink_lora(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, *, plan: LoraPlan | None = None) -> Tensor:
+    """The first half of `add_lora`, which needs no y: each split's share of A x, float32 [splits, T, P * R]. What no
+    token needs is left as it was in memory."""
+    (num_tokens, k), (num_slots, num_parts, rank, columns) = x.shape, a.shape
+    if columns != k or k % 8 or rank % 16 or not a[0].is_contiguous() or a.dtype != x.dtype or x.dtype not in _DTYPES:
+        raise ValueError(f"a is {a.dtype} {list(a.shape)}; x, {x.dtype} {list(x.shape)}, does not fit")
+    if x.stride(1) != 1 or x.stride(0) % 8 or a.stride(0) % 16:
+        raise ValueError(f"x has strides {x.stride()}; a slot's is {a.stride(0)}; allowed: multiples of 8, of 16")
+    _check_slots(ranks, token_slots, (num_parts, num_slots), num_tokens)
     plan = LoraPlan.of(num_tokens, k, num_parts, rank) if plan is None else plan
-    hidden = _shrink(x, a, ranks, token_slots, plan)
-    _expand(y, hidden, b, ranks, token_slots, token_slots, parts, 0, plan.splits, plan)
+    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
+    if num_tokens:
+        _shrink(hidden, x, a, ranks, token_slots, plan)
+    return hidden
+
+
+def expand_lora(
+    y: Tensor,
+    hidden: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    parts: tuple[int, ...],
+    token_slots: Tensor,
+    *,
+    plan: LoraPlan | None = None,
+) -> None:
+    """The second half of `add_lora`. hidden: as `shrink_lora` made it."""
+    num_tokens, rank = len(y), b.shape[2]
+    _check(y, b, ranks, token_slots, parts)
+    _check_hidden(hidden, num_tokens, len(parts) * rank)
+    if num_tokens:
+        plan = LoraPlan.of(num_tokens, rank, len(parts), rank) if plan is None else plan
+        _expand(y, hidden, b, ranks, token_slots, token_slots, parts, 0, len(hidden), plan)
 
 
 def add_lora_embedding(
@@ -277,9 +323,9 @@ def add_lora_embedding(
     ids: int64 or int32 [T], contiguous, below V; a: [S, V, R], each slot contiguous: a token's numbers side by side;
     ranks: int32 [1, S]. The rest as for `add_lora`.
     """
-    (num_tokens,), (num_slots, _, rank) = ids.shape, a.shape
+    num_tokens, rank = len(ids), a.shape[2]
     parts = (y.shape[1],)
-    _check(y, b, ranks, token_slots, parts, (num_slots, num_tokens))
+    _check(y, b, ranks, token_slots, parts)
     if a.shape[2] != b.shape[2] or not a[0].is_contiguous() or a.dtype != y.dtype or a.stride(0) % 16:
         raise ValueError(f"a is {a.dtype} {list(a.shape)}, strides {a.stride()}; b {list(b.shape)} does not fit")
     if ids.dtype not in (torch.int32, torch.int64) or not ids.is_contiguous():
@@ -289,10 +335,8 @@ def add_lora_embedding(
         _expand(y, a, b, ranks, token_slots, ids, parts, a.stride(0), 0, plan)
 
 
-def _shrink(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: LoraPlan) -> Tensor:
-    """Each split's share of A x, float32 [splits, T, P * R]. What no token needs is left as it was in memory."""
+def _shrink(hidden: Tensor, x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: LoraPlan) -> None:
     (num_tokens, k), (num_slots, num_parts, rank, _) = x.shape, a.shape
-    hidden = torch.empty(plan.splits, num_tokens, num_parts * rank, dtype=torch.float32, device=x.device)
     block_r = _block_r(num_parts * rank)
     tiles = triton.cdiv(num_tokens, plan.shrink_m) * triton.cdiv(num_parts * rank, block_r)
     _shrink_kernel[tiles, plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)](
@@ -315,7 +359,6 @@ def _shrink(x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: Lora
         num_warps=plan.shrink_warps,
         num_stages=plan.shrink_stages,
     )
-    return hidden
 
 
 def _expand(
@@ -365,20 +408,29 @@ def _groups(num_tokens: int, num_slots: int, block_m: int) -> int:
     return min(num_slots, num_tokens, 1 + 2 * block_m * num_slots // num_tokens)
 
 
-def _check(
-    y: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor, parts: tuple[int, ...], sizes: tuple[int, int]
-) -> None:
-    """sizes: slots, tokens."""
-    num_slots, num_tokens = sizes
+def _check(y: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor, parts: tuple[int, ...]) -> None:
+    num_slots, num_tokens = len(b), len(y)
     if y.shape != (num_tokens, sum(parts)) or y.stride(1) != 1 or y.dtype not in _DTYPES:
         raise ValueError(f"y is {y.dtype} {list(y.shape)}; expected [{num_tokens}, {sum(parts)}], rows contiguous")
-    if b.shape[:2] != (num_slots, sum(parts)) or b.shape[2] % 16 or not b[0].is_contiguous() or b.stride(0) % 16:
+    if b.shape[1] != sum(parts) or b.shape[2] % 16 or not b[0].is_contiguous() or b.stride(0) % 16:
         raise ValueError(f"b is {list(b.shape)}; expected [{num_slots}, {sum(parts)}, a multiple of 16]")
     if b.dtype != y.dtype:
         raise ValueError(f"b is {b.dtype} and y is {y.dtype}; they must be the same")
-    for name, tensor, shape in (("ranks", ranks, (len(parts), num_slots)), ("token_slots", token_slots, (num_tokens,))):
-        if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected contiguous int32 {list(shape)}")
+    _check_slots(ranks, token_slots, (len(parts), num_slots), num_tokens)
+
+
+def _check_hidden(hidden: Tensor, num_tokens: int, ranks: int) -> None:
+    """ranks: R of all parts together."""
+    if hidden.shape[1:] != (num_tokens, ranks) or hidden.dtype != torch.float32 or not hidden.is_contiguous():
+        given = f"{hidden.dtype} {list(hidden.shape)}"
+        raise ValueError(f"hidden is {given}; expected contiguous float32 [splits, {num_tokens}, {ranks}]")
+
+
+def _check_slots(ranks: Tensor, token_slots: Tensor, shape: tuple[int, int], num_tokens: int) -> None:
+    """shape: of the ranks."""
+    for name, tensor, size in (("ranks", ranks, shape), ("token_slots", token_slots, (num_tokens,))):
+        if tensor.shape != size or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected contiguous int32 {list(size)}")
 
 
 def _launch_shrink(
@@ -387,7 +439,7 @@ def _launch_shrink(
     """One token without an adapter, as the next two."""
     x = torch.zeros(1, in_features, dtype=dtype, device=device)
     a = torch.zeros(1, num_parts, rank, in_features, dtype=dtype, device=device)
-    _shrink(x, a, _ints(0, num_parts, device), _ints(-1, 1, device)[0], plan)
+    shrink_lora(x, a, _ints(0, num_parts, device), _ints(-1, 1, device)[0], plan=plan)
 
 
 def _launch_expand(parts: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
@@ -395,7 +447,7 @@ def _launch_expand(parts: tuple[int, ...], rank: int, dtype: torch.dtype, device
     b = torch.zeros(1, sum(parts), rank, dtype=dtype, device=device)
     hidden = torch.zeros(plan.splits, 1, len(parts) * rank, dtype=torch.float32, device=device)
     slots = _ints(-1, 1, device)[0]
-    _expand(y, hidden, b, _ints(0, len(parts), device), slots, slots, parts, 0, plan.splits, plan)
+    expand_lora(y, hidden, b, _ints(0, len(parts), device), parts, slots, plan=plan)
 
 
 def _launch_embedding(
