@@ -26,7 +26,8 @@ from octavo.kernels.triton.lora import (
     _slots_of_tile,
 )
 
-_BLOCK_N = 128  # columns of gate, and as many of up: both sums fit in registers
+# Columns of gate, and as many of up, and warps: both sums, and a few shares of hidden, fit in registers.
+_BLOCK_N, _NUM_WARPS = 128, 8
 
 
 @triton.jit(
@@ -138,7 +139,7 @@ def silu_and_mul_lora_launches(
 
 def _plan_of(num_tokens: int, in_features: int, rank: int) -> LoraPlan:
     """Only its splits, which are those of hidden, go by in_features."""
-    return LoraPlan.of(num_tokens, in_features, 2, rank)._replace(block_n=_BLOCK_N)
+    return LoraPlan.of(num_tokens, in_features, 2, rank)._replace(block_n=_BLOCK_N, expand_warps=_NUM_WARPS)
 
 
 def _launch_silu_and_mul(size: int, rank: int, dtype: torch.dtype, device: torch.device, plan: LoraPlan) -> None:
