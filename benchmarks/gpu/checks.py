@@ -10,8 +10,9 @@ it is a tie, which rounding decides, and counted apart; the rest of that output 
 Constrained: greedy outputs that are held to schemas, patterns, choices and token lists, some of a batch in each way and
 some in none, equal to the CPU's and of the shape asked for. Embeddings: equal to the CPU's.
 bfloat16: log-probabilities of fixed texts under teacher forcing, beside float32. How far that may be off is the model's
-own affair, so the CPU's bfloat16 is the measure: the mean may be 1.25 times as far off, the largest 1.5 times, and
-either may be 2e-2 in any case. fp8 is held to a bound that only a wrong scale or layout exceeds.
+own affair, so the CPU's bfloat16 is the measure: the mean may be 1.25 times as far off, the largest, which is one
+position's luck, twice, and either may be 2e-2 in any case. fp8 is held to a bound that only a wrong scale or layout
+exceeds.
 Prints PASS or FAIL a check, in the order of the list, and ends with status 1 if one fails.
 """
 
@@ -305,7 +306,7 @@ class Checks:
         exact = self.cpu_scores()
         mean, largest = distance(exact, self._setup.score(device="cpu", dtype="bfloat16"))
         here = self._setup.score(dtype="bfloat16")
-        return [close_scores("bfloat16", exact, here, max(NEAR, 1.25 * mean), max(NEAR, 1.5 * largest))]
+        return [close_scores("bfloat16", exact, here, max(NEAR, 1.25 * mean), max(NEAR, 2 * largest))]
 
     def gross(self, name: str, **options: Any) -> list[Outcome]:
         return [close_scores(name, self.scores(), self._setup.score(**options), GROSS)]

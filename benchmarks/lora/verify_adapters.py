@@ -2,25 +2,32 @@
 """Does Octavo say with adapters what PEFT says? On SmolLM2-135M, in float32, on a CPU.
 
     pip install peft transformers accelerate
-    PYTHONPATH=src python benchmarks/lora/verify_adapters.py DIR
+    PYTHONPATH=src python benchmarks/lora/verify_adapters.py DIR [--references FILE] [--model MODEL]
 
 DIR holds what train_adapters.py saved. The greedy answers to 20 prompts are compared token by token with those that
 PEFT and transformers give one prompt at a time: of the base model and of each adapter alone, then of all three mixed in
 one batch. Prints a table of how many answers differ, and where the first that does leaves PEFT's. Exits 1 if one does.
+PEFT's answers are kept in FILE, so that a machine without PEFT, one with a GPU say, can compare too. MODEL: where
+Octavo finds SmolLM2, if that is not its own cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import chain
 from pathlib import Path
 
-from adapter_tasks import NUM_TOKENS, TASKS, greedy, held_out, load_reference, load_text
-from peft import PeftModel
+from adapter_tasks import NUM_TOKENS, TASKS, greedy, held_out, load_reference
 
 from octavo import LLM, LoRARequest, SamplingParams
 from octavo.text.tokenizer import Tokenizer
+
+try:
+    from peft import PeftModel
+except ImportError:  # answers that a file keeps need none
+    PeftModel = None
 
 BASE = "base"
 
@@ -47,10 +54,18 @@ def report(run: str, tokenizer: Tokenizer, expected: list[list[int]], got: list[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    tokenizer, prompts = load_text(), held_out()
-    expected = references(folder, tokenizer, prompts)
-    llm = LLM("smollm2", dtype="float32", max_model_len=256, enable_lora=True, max_loras=4)
+    parser.add_argument("--references", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    args = parser.parse_args()
+    folder, prompts = args.folder, held_out()
+    llm = LLM(args.model, dtype="float32", max_model_len=256, enable_lora=True, max_loras=4)
+    tokenizer = llm.get_tokenizer()
+    if args.references is not None and args.references.exists():
+        expected = json.loads(args.references.read_text())
+    else:
+        expected = references(folder, tokenizer, prompts)
+        if args.references is not None:
+            args.references.write_text(json.dumps(expected))
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     requests = {BASE: None} | {
         task.name: LoRARequest(task.name, number, str(folder / task.name)) for number, task in enumerate(TASKS, 1)

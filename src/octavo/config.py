@@ -76,6 +76,9 @@ class EngineOptions:
     token; fp8_per_tensor: one scale a checkpoint's tensor; fp8_per_block: one a 128 x 128 block; bitsandbytes: NF4
     with a scale for 64 weights. Of a quantized checkpoint, any may say what its config says already; one that
     disagrees is refused."""
+    dequantized_copy: bool | None = None
+    """Keep packed integer weights in the model's dtype besides, on a GPU, for steps of many tokens: faster, for the
+    memory of an unquantized model. None: where the copy takes no more than a tenth of the GPU."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Type of the KV cache. auto: as dtype; fp8: half the memory of bfloat16 (float8 e4m3, with the checkpoint's
     scales or 1), on a GPU."""
@@ -403,10 +406,11 @@ def _check_device(options: EngineOptions, cpu: bool) -> None:
             ("kv_cache_dtype", ("auto",)),
             ("attention_backend", ("auto", "torch")),
             ("dtype", ("auto", "bfloat16", "float32")),
+            ("dequantized_copy", (None, False)),
         ):
             value = getattr(options, name)
             if value not in served:
-                raise ValueError(f"{name}={value} needs a GPU; allowed on a CPU: {', '.join(served)}")
+                raise ValueError(f"{name}={value} needs a GPU; allowed on a CPU: {', '.join(map(str, served))}")
     elif options.block_size is not None and options.block_size % 16:
         raise ValueError(f"block_size={options.block_size} is refused; allowed on a GPU: multiples of 16 up to 256")
 

@@ -23,7 +23,10 @@ from octavo.distributed.executor import DeviceExecutor
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
 from octavo.loading.weights import as_loaded, load_model
+from octavo.models.base import CausalLM
+from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
+from octavo.quantization.scheme import LinearLayer
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
@@ -35,6 +38,7 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Seconds that recording CUDA graphs may take before the engine is ready; a server goes on until all are recorded.
 _GRAPH_SECONDS = 1.0
+_COPY_SHARE = 0.1  # of the device's memory, for dequantized copies that nobody asked for
 
 
 def build_cuda(
@@ -56,6 +60,8 @@ def build_cuda(
         torch.cuda.synchronize()
     lap("weights")
     _log.info("linear layers: %.1f bits a weight in memory", model.linear_bits)
+    with _memory_for("the copy of the weights", "use dequantized_copy=False"):
+        _copy_weights(model, config.options.dequantized_copy)
     with _memory_for("the adapters", "lower max_loras or max_lora_rank"):
         bank = adapter_bank(config, model, _DTYPES[config.dtype], device)
     compiling.result()
@@ -84,6 +90,17 @@ def build_cuda(
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
         lap("graphs")
     return DeviceExecutor(runner), ledger, bank
+
+
+def _copy_weights(model: CausalLM, wanted: bool | None) -> None:
+    """wanted: None where the copy is small beside the device's memory."""
+    if wanted is False:
+        return
+    total = torch.cuda.mem_get_info()[1]
+    layers = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
+    num_bytes = keep_plain_copies(layers, None if wanted else int(_COPY_SHARE * total))
+    if num_bytes:
+        _log.info("linear layers: %.0f MiB more for a copy that steps of many tokens use", num_bytes / 1024**2)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ def test_names_come_from_where_they_live() -> None:
     for name in octavo.__all__:
         assert getattr(octavo, name) is not None
     assert octavo.SamplingParams is importlib.import_module("octavo.sampling_params").SamplingParams
+    assert octavo.LoRARequest is importlib.import_module("octavo.lora.request").LoRARequest
     assert octavo.LLM is importlib.import_module("octavo.llm").LLM
     assert set(octavo.__all__) <= set(dir(octavo))
 

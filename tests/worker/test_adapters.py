@@ -188,6 +188,22 @@ def test_whole_tables_of_an_adapter_stand_in_for_the_models(tmp_path: Path, weig
             assert torch.allclose(logprobs(found[str(i)]), logprobs(want), atol=1e-4)
 
 
+def test_tables_that_are_the_models_own_are_not_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    """As PEFT saves them beside what it trained of an embedding."""
+    folder = tmp_path / "a"
+    write_adapter(folder, {"model.embed_tokens.weight": weights["model.embed_tokens.weight"]}, random.Random(1), 8)
+    path = "base_model.model.model.embed_tokens.base_layer.weight"
+    own = load_file(folder / "adapter_model.safetensors") | {path: weights["model.embed_tokens.weight"].clone()}
+    save_file(own, folder / "adapter_model.safetensors")
+    rig = Rig(model_of(weights), "cpu", SIZES)
+    lora = LoRARequest("a", 1, str(folder))
+    found = rig.run([request_for("r", [5, 9, 2], lora)])["r"]
+    assert rig.bank is not None
+    assert not rig.bank.set_replaces([0])
+    want = Rig(model_of(merged(weights, folder)), "cpu", None).run([request_for("r", [5, 9, 2], None)])["r"]
+    assert torch.allclose(logprobs(found), logprobs(want), atol=1e-4)
+
+
 def test_a_cached_prefix_is_of_the_adapter_that_computed_it(weights: dict[str, Tensor], folders: list[Path]) -> None:
     rig = Rig(model_of(weights), "cpu", SIZES)
     loras = [LoRARequest("a", 1, str(folders[0])), LoRARequest("same", 7, str(folders[0])), None]

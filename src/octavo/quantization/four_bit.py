@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from octavo.quantization.grouped import (
     Codes,
     GroupedWeight,
+    apply_held,
     chunk_size,
     held_bytes,
     joined,
     keeps_codes,
     launches,
-    multiply,
     weight_of,
 )
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
@@ -132,7 +132,7 @@ class FourBitScheme:
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
-        return UNQUANTIZED.apply(layer, x) if layer.held is None else multiply(x, layer.held, layer.bias)
+        return apply_held(layer, x)
 
 
 @dataclass(frozen=True)

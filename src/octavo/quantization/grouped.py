@@ -21,6 +21,8 @@ from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, Tens
 from octavo.quantization.unquantized import UNQUANTIZED
 
 _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
+# Tokens from which llama3-8b's products by dequantized weights were faster on an H200, where these lie there.
+_PLAIN_FROM = 80
 _FEW_ROWS = 32  # of a part: every format can have so many
 
 
@@ -132,13 +134,16 @@ def keeps_codes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def multiply(x: Tensor, weights: Sequence[GroupedWeight], bias: Tensor | None) -> Tensor:
-    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype, where W has the rows of all
-    weights: few tokens by the weights as they lie, more by dequantized ones."""
+def apply_held(layer: LinearLayer, x: Tensor) -> Tensor:
+    """x: floating-point [T, in_features], on a GPU. Returns x Wᵀ + bias in x's dtype, where W has the rows of all that
+    the layer holds: few tokens by the weights as they lie, more by dequantized ones, which the layer may have too."""
+    weights: Sequence[GroupedWeight] | None = layer.held
+    if weights is None or (layer.weight is not None and len(x) >= _PLAIN_FROM):
+        return UNQUANTIZED.apply(layer, x)
     if len(weights) == 1:
-        return _product(x, weights[0], bias)
+        return _product(x, weights[0], layer.bias)
     rows = [weight.packed.shape[1] for weight in weights]
-    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    biases = [None] * len(rows) if layer.bias is None else layer.bias.split(rows)
     return torch.cat([_product(x, weight, part) for weight, part in zip(weights, biases)], -1)
 
 
@@ -227,8 +232,7 @@ class GroupedScheme:
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
-        held: tuple[GroupedWeight, ...] | None = layer.held
-        return UNQUANTIZED.apply(layer, x) if held is None else multiply(x, held, layer.bias)
+        return apply_held(layer, x)
 
     def _group_size(self, in_features: int) -> int:
         return in_features if self.format.group_size == -1 else self.format.group_size

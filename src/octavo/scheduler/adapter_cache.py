@@ -9,11 +9,12 @@ class AdapterCache:
     """A fixed number of places, each for one adapter, by adapter id. Who uses an adapter pins it; of those that nobody
     uses, the least recently used makes room.
 
-    Nobody starves. Where every place is in use, an adapter that wants one claims that of a resident with the fewest
-    users: it takes no more of them, so that its place becomes free. Claims hold for one round: a pass over all who
+    Nobody starves. Where every place is in use, the first that wants one claims that of the resident with the fewest
+    users: it takes no more of them, so that its place becomes free. A claim holds for one round: a pass over all who
     wait, those who wait longest first. The fewest users that any resident has can only fall while somebody claims its
-    place, so the claims of later rounds go on where this one's stopped. No more than half of the places are claimed at
-    once, which keeps the others full.
+    place, so the next round's claim goes on where this one's stopped. A second claim would empty places for adapters
+    that few wait for: with a hundred adapters by Zipf's law in eight places, four claims took a tenth longer than one,
+    eight took 2.6 times as long.
     """
 
     def __init__(self, num_places: int) -> None:
@@ -21,8 +22,7 @@ class AdapterCache:
         self._users: dict[int, int] = {}  # by id of a resident
         self._free = list(range(num_places - 1, -1, -1))
         self._num_places = num_places
-        self._max_claims = max(1, num_places // 2)
-        self._claimed: set[int] = set()  # ids of residents that take no more users in this round
+        self._claimed: int | None = None  # the resident that takes no more users in this round
         self._denied: set[int] = set()  # ids that found no place in this round
 
     def __contains__(self, adapter_id: int) -> bool:
@@ -33,20 +33,20 @@ class AdapterCache:
         return self._places[adapter_id]
 
     def begin_round(self) -> None:
-        """Drop all claims: those who still wait make them anew, in their order."""
-        self._claimed.clear()
+        """Drop the claim: the first that still waits makes it anew."""
+        self._claimed = None
         self._denied.clear()
 
     def can_take(self, adapter_id: int) -> bool:
-        """Whether `take` would find it a place now. False: its users wait, and it has its claim."""
+        """Whether `take` would find it a place now. False: its users wait, and a place is claimed."""
         if adapter_id in self._denied:
             return False
         if adapter_id in self._places:
-            has_place = adapter_id not in self._claimed
+            has_place = adapter_id != self._claimed
         else:
             has_place = bool(self._free) or self._idle() is not None
-            if not has_place and len(self._claimed) < self._max_claims:
-                self._claim()
+            if not has_place and self._claimed is None:
+                self._claimed = min(self._places, key=self._users.__getitem__)
         if not has_place:
             self._denied.add(adapter_id)
         return has_place
@@ -91,11 +91,7 @@ class AdapterCache:
         require(all(count >= 0 for count in self._users.values()), "I27: an adapter has fewer than no users")
 
     def _idle(self) -> int | None:
-        return next((i for i in self._places if not self._users[i] and i not in self._claimed), None)
-
-    def _claim(self) -> None:
-        open_ones = [i for i in self._places if i not in self._claimed]
-        self._claimed.add(min(open_ones, key=self._users.__getitem__))
+        return next((i for i in self._places if not self._users[i] and i != self._claimed), None)
 
     def _forget(self, adapter_id: int) -> int:
         del self._users[adapter_id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from octavo.protocol.plan import NO_ADAPTER
 _log = logging.getLogger(__name__)
 
 _RANK_STEP = 16  # what tensor cores multiply at once
+_ROWS_COMPARED = 4096
 _ALIGNMENT = 64  # elements: every stack starts on 128 bytes or more
 
 
@@ -69,6 +70,7 @@ class AdapterBank:
         self._words = torch.zeros(sizes.max_loras, self._num_words, dtype=dtype, device=device)
         self._ranks = torch.zeros(len(self._parts), sizes.max_loras, dtype=torch.int32, device=device)
         self._layers: dict[str, LinearAdapters | EmbeddingAdapters] = {}  # by name of a part that is all of its layer
+        self._tables = _plain_tables(model)
         for (_, layer), names in zip(layers, spans):
             self._attach(layer, names)
         self._host: dict[int, _HostAdapter] = {}
@@ -87,7 +89,9 @@ class AdapterBank:
         """
         targets = {name: part.target for name, part in self._parts.items()}
         adapter = read_adapter(adapter_folder(request.lora_path), targets, self._max_rank, self._dtype)
-        self._host[request.lora_int_id] = self._pack(adapter)
+        # PEFT saves the base model's tables, unchanged, beside what it trained of them.
+        own = {n: t for n, t in adapter.replaced.items() if n not in self._tables or not _equal(self._tables[n], t)}
+        self._host[request.lora_int_id] = self._pack(replace(adapter, replaced=own))
         _log.info("loaded adapter %s from %s", request.lora_name, request.lora_path)
         return bytes.fromhex(adapter.digest)
 
@@ -192,6 +196,25 @@ class AdapterBank:
             layer.adapters = adapters = EmbeddingAdapters(self.active, a.view(num_slots, *first.a_shape), b, ranks)
         if len(names) == 1:
             self._layers[names[0]] = adapters
+
+
+def _plain_tables(model: CausalLM) -> dict[str, Tensor]:
+    """The embedding, and the language head where it can be read, by name."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Embedding):
+            found[path] = module.weight.data
+            if model.config.tie_word_embeddings:
+                found["lm_head"] = module.weight.data
+        elif path == "lm_head" and isinstance(module, Linear) and (weight := module.layers[0].weight) is not None:
+            found[path] = weight.data
+    return found
+
+
+def _equal(held: Tensor, given: Tensor) -> bool:
+    """Compared piece by piece where `held` lies, which takes little memory there."""
+    pieces = zip(held.split(_ROWS_COMPARED), given.split(_ROWS_COMPARED))
+    return held.shape == given.shape and all(torch.equal(a, b.to(a.device, a.dtype)) for a, b in pieces)
 
 
 def storage_rank(max_rank: int) -> int:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import torch
@@ -114,12 +115,16 @@ class StepGraphs:
         self._compute = compute
         self._clear = clear
         self._max_items = max_items
-        self._decode_sizes = [n for n in _DECODE_SIZES if n < max_rows] + [min(max_rows, _DECODE_SIZES[-1])]
-        self._mixed_tokens = [n for n in _MIXED_TOKENS if n <= max_tokens]
+        decode_sizes = [n for n in _DECODE_SIZES if n < max_rows] + [min(max_rows, _DECODE_SIZES[-1])]
+        mixed_tokens = [n for n in _MIXED_TOKENS if n <= max_tokens]
+        # With adapters every other size: their graphs take twice as long to record.
+        self._decode_sizes = {False: decode_sizes, True: sorted({1, *decode_sizes[::-2]})}
+        self._mixed_tokens = {False: mixed_tokens, True: mixed_tokens[::-2][::-1]}
         self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
         self._adapters = adapters
         # A mixed step has more tokens than rows, so it never shares its key with a decode step.
         self._graphs: dict[_Key, StepGraph] = {}
+        self._ran: set[tuple[bool, bool]] = set()  # StepShape.decodes and .adapters of steps that were launched here
         self._left = self._order()  # keys yet to record, the last one first; `record_next` takes from it
         self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
@@ -128,10 +133,9 @@ class StepGraphs:
     def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> StepGraph | None:
         """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
         memory ran out."""
-        size = self._size(num_tokens, num_rows, decodes)
-        if size is None:
+        key = self._key(num_tokens, num_rows, decodes, adapters)
+        if key is None:
             return None
-        key = _Key(*size, adapters)
         if key not in self._graphs:
             self._try_record(key)
         return self._graphs.get(key)
@@ -153,31 +157,36 @@ class StepGraphs:
         return len(self._graphs)
 
     def _order(self) -> list[_Key]:
-        """All keys, the first one last: the largest, in whose memory all others then find room; decode steps of round
-        sizes, then mixed steps of few rows, then what lies between."""
-        largest = self._decode_sizes[-1]
-        decodes = sorted(self._decode_sizes, key=lambda n: (n != largest, n.bit_count(), n))
-        num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
-        keys = [(n, n) for n in decodes]
-        mixed = [self._mixed(tokens, rows) for rows in self._mixed_rows for tokens in self._mixed_tokens]
-        num_few = len(self._mixed_tokens)
-        order = keys[:num_round] + mixed[:num_few] + keys[num_round:] + mixed[num_few:]
-        kinds = (False, True) if self._adapters else (False,)
-        return [_Key(*size, adapters) for size in order for adapters in kinds][::-1]
+        """All keys, the first one last; those with adapters and those without in turn."""
+        kinds = [self._order_of(adapters) for adapters in ((False, True) if self._adapters else (False,))]
+        pairs = zip_longest(*kinds)
+        return [key for pair in pairs for key in pair if key is not None][::-1]
 
-    def _size(self, num_tokens: int, num_rows: int, decodes: bool) -> tuple[int, int] | None:
+    def _order_of(self, adapters: bool) -> list[_Key]:
+        """The largest, in whose memory all others then find room; decode steps of round sizes, then mixed steps of few
+        rows, then what lies between."""
+        sizes = self._decode_sizes[adapters]
+        largest, tokens = sizes[-1], self._mixed_tokens[adapters]
+        decodes = sorted(sizes, key=lambda n: (n != largest, n.bit_count(), n))
+        num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
+        keys = [_Key(n, n, adapters) for n in decodes]
+        mixed = [self._mixed(n, rows, adapters) for rows in self._mixed_rows for n in tokens]
+        return keys[:num_round] + mixed[: len(tokens)] + keys[num_round:] + mixed[len(tokens) :]
+
+    def _key(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool) -> _Key | None:
         if decodes:
-            at = bisect.bisect_left(self._decode_sizes, num_rows)
-            return (self._decode_sizes[at],) * 2 if at < len(self._decode_sizes) else None
-        tokens = bisect.bisect_left(self._mixed_tokens, num_tokens)
+            sizes = self._decode_sizes[adapters]
+            at = bisect.bisect_left(sizes, num_rows)
+            return _Key(sizes[at], sizes[at], adapters) if at < len(sizes) else None
+        tokens = bisect.bisect_left(self._mixed_tokens[adapters], num_tokens)
         rows = bisect.bisect_left(self._mixed_rows, num_rows)
-        if tokens == len(self._mixed_tokens) or rows == len(self._mixed_rows):
+        if tokens == len(self._mixed_tokens[adapters]) or rows == len(self._mixed_rows):
             return None
-        return self._mixed(self._mixed_tokens[tokens], self._mixed_rows[rows])
+        return self._mixed(self._mixed_tokens[adapters][tokens], self._mixed_rows[rows], adapters)
 
     @staticmethod
-    def _mixed(num_tokens: int, num_rows: int) -> tuple[int, int]:
-        return num_tokens, min(num_rows, num_tokens - 1)
+    def _mixed(num_tokens: int, num_rows: int, adapters: bool) -> _Key:
+        return _Key(num_tokens, min(num_rows, num_tokens - 1), adapters)
 
     def _shape(self, key: _Key) -> StepShape:
         num_tokens, num_rows, adapters = key
@@ -201,9 +210,24 @@ class StepGraphs:
     def _record(self, key: _Key) -> None:
         began = time.perf_counter()
         shape = self._shape(key)
-        graph = torch.cuda.CUDAGraph()
         self._clear()
-        self._compute(shape)  # compiles, and sets up libraries: neither may happen while recording
+        kind = shape.decodes, shape.adapters
+        if kind not in self._ran:
+            self._compute(shape)  # compiles, and sets up libraries: neither may happen while recording
+            self._ran.add(kind)
+        try:
+            graph, computed = self._capture(shape)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # this size needs what no other of its kind did
+            self._compute(shape)
+            graph, computed = self._capture(shape)
+        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits))
+        self._graphs[key] = StepGraph(shape, graph, computed)
+        _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
+
+    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Computed]:
+        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -211,6 +235,4 @@ class StepGraphs:
                 computed = self._compute(shape)
             finally:
                 graph.capture_end()
-        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits))
-        self._graphs[key] = StepGraph(shape, graph, computed)
-        _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
+        return graph, computed
