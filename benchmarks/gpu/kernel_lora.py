@@ -4,7 +4,7 @@
 
 First the kernels are checked against the reference in float32, for the linear layers of Llama 3 8B. Then both are timed
 apart for several ways to cut them up, by graph replay over copies of the adapters that outgrow L2: tokens sorted by
-adapter, a tenth of them without one; and SwiGLU after B's product against both in one. Exits 1 if a result was wrong.
+adapter, a tenth of them without one. Exits 1 if a result was wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from octavo.kernels.reference import lora as reference
 from octavo.kernels.triton import lora
-from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.lora import LoraPlan, add_lora
-from octavo.kernels.triton.lora_activation import SiluLoraPlan, silu_and_mul_lora
 
 PARTS = {"qkv": (4096, 1024, 1024), "o": (4096,), "gate_up": (14336, 14336), "down": (4096,)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
@@ -177,77 +175,12 @@ def copies_of(first: Stacks) -> list[Stacks]:
     return [first, *(first._replace(a=first.a.clone(), b=first.b.clone()) for _ in range(count - 1))]
 
 
-def cases(room: int, copied: bool, names: Iterable[str] = PARTS) -> Iterator[Case]:
-    for name in names:
+def cases(room: int, copied: bool) -> Iterator[Case]:
+    for name in PARTS:
         first = stacks(name, 8, room, room)
         copies = copies_of(first) if copied else [first]
         for num_tokens in TOKENS if room == 16 else (16, 256, 8192):
             yield Case(name, copies, num_tokens, name == "qkv")
-
-
-def silu_plans(case: Case) -> Iterator[SiluLoraPlan]:
-    """The rule's, then other ways to cut up B's product and SwiGLU in one."""
-    rule = SiluLoraPlan.of(case.num_tokens, *reversed(case.copies[0].a.shape[2:]))
-    yield rule
-    for block_m, block_n in ((16, 128), (16, 256), (32, 128), (32, 256), (64, 128)):
-        for warps in (4, 8):
-            plan = rule._replace(block_m=block_m, block_n=block_n, num_warps=warps)
-            if plan != rule:
-                yield plan
-
-
-def silu_calls(case: Case, plan: SiluLoraPlan) -> list[partial[Tensor]]:
-    """B's product and SwiGLU in one kernel, for each copy of the adapters."""
-    _, gate_up, slots = case.inputs()
-    gate_up.normal_()
-    hidden = torch.randn(plan.splits, case.num_tokens, 2 * case.copies[0].a.shape[2], device=DEVICE)
-    return [partial(silu_and_mul_lora, gate_up, hidden, m.b, m.ranks, slots, plan=plan) for m in case.copies]
-
-
-def unfused(fused: partial[Tensor]) -> Tensor:
-    """The same in two kernels; gate_up is overwritten. The rule's plan is that for these tokens."""
-    gate_up, hidden, b, ranks, slots = fused.args
-    parts = PARTS["gate_up"]
-    plan = LoraPlan.of(len(gate_up), LLAMA["gate_up"][1], len(parts), b.shape[2])
-    lora.expand_lora(gate_up, hidden, b, ranks, parts, slots, plan=plan)
-    return silu_and_mul(gate_up)
-
-
-def silu_name(plan: SiluLoraPlan) -> str:
-    return f"{plan.block_m}x{plan.block_n} {plan.num_warps}w"
-
-
-def fused_us(case: Case, plan: SiluLoraPlan) -> float:
-    """Time in one kernel, whose result is compared with that of two."""
-    runs = silu_calls(case, plan)
-    got = runs[0]()
-    gate_up, *rest = runs[0].args
-    want = unfused(partial(silu_and_mul_lora, gate_up.clone(), *rest))
-    relative = ((got.float() - want.float()).norm() / want.float().norm()).item()
-    if not relative < 1e-3:
-        problems.append(f"WRONG: silu T={case.num_tokens} {silu_name(plan)}: relative error {relative:.3g}")
-    return replay_us(runs)
-
-
-def unfused_us(case: Case, plan: SiluLoraPlan) -> float:
-    """Time in two kernels. plan: of which the splits count."""
-    return replay_us([partial(unfused, run) for run in silu_calls(case, plan)])
-
-
-def silu_table(room: int) -> dict[str, Any]:
-    """Times of gate_up's B and SwiGLU, in two kernels and in one, the latter by plan."""
-    print(f"gate_up's B and SwiGLU, R={room}: T  two kernels us; rule's us; best us", flush=True)
-    result: dict[str, Any] = {}
-    for case in cases(room, copied=True, names=("gate_up",)):
-        label, plans = f"silu T={case.num_tokens}", list(silu_plans(case))
-        apart = attempt(label, partial(unfused_us, case, plans[0]))
-        found = {silu_name(plan): attempt(f"{label} {plan}", partial(fused_us, case, plan)) for plan in plans}
-        times = {name: us for name, us in found.items() if us is not None}
-        result[label] = {"two_kernels_us": apart, "rule": silu_name(plans[0]), "all": found}
-        rule, best = silu_name(plans[0]), min(times, key=times.__getitem__, default="none")
-        said = "; ".join(f"{times.get(name, float('nan')):.1f} ({name})" for name in (rule, best))
-        print(f"{label}: {apart or float('nan'):.1f}; {said}", flush=True)
-    return result
 
 
 def compile_all() -> None:
@@ -263,9 +196,6 @@ def compile_all() -> None:
                     jobs.setdefault((kind, num_parts, num_parts * room, plan.split("/")[0], plan.split()[1]), run)
                 else:
                     jobs.setdefault((kind, case.copies[0].parts, room, plan), run)
-            if case.name == "gate_up":
-                for plan in silu_plans(case):
-                    jobs.setdefault(("silu", room, plan), silu_calls(case, plan)[0])
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda item: attempt(str(item[0]), item[1]), jobs.items()))
     torch.cuda.synchronize()
@@ -348,7 +278,6 @@ def main() -> int:
     print(f"{time.monotonic() - began:.0f} s with checks", flush=True)
     result: dict[str, Any] = {"other": other_batches()}
     for room in (16, 64):
-        result[f"silu, R={room}"] = silu_table(room)
         result[f"R={room}"] = table(room, began + arguments.seconds)
     for line in problems[:20]:
         print(line)

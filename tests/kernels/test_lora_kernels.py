@@ -12,9 +12,7 @@ from kernel_launches import launches
 from torch import Tensor
 
 from octavo.kernels.reference import lora as reference
-from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding, expand_lora, shrink_lora
-from octavo.kernels.triton.lora_activation import SiluLoraPlan, silu_and_mul_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = float("nan")
@@ -152,67 +150,6 @@ def test_the_rule_serves_any_number_of_tokens(num_tokens: int) -> None:
     check(tokens(num_tokens, 256), made, slots.clamp(max=1))
 
 
-SILU_PLANS = [
-    SiluLoraPlan(splits=3, block_n=16),
-    SiluLoraPlan(block_n=32),
-    SiluLoraPlan(splits=4, block_m=64, block_n=64, block_r=16, num_warps=4),
-]
-
-
-@st.composite
-def silu_cases(draw: st.DrawFn) -> tuple[int, int, list[list[int]], list[int], SiluLoraPlan]:
-    """Size, R, ranks, slots of the tokens, plan."""
-    room, num_slots = draw(st.sampled_from([16, 32, 48, 96])), draw(st.integers(1, 4))
-    ranks = st.lists(st.one_of(st.just(0), st.integers(1, room)), min_size=num_slots, max_size=num_slots)
-    slots = draw(st.lists(st.integers(-1, num_slots - 1), min_size=1, max_size=40))
-    if draw(st.booleans()):
-        slots.sort()
-    return draw(st.integers(1, 40)), room, [draw(ranks), draw(ranks)], slots, draw(st.sampled_from(SILU_PLANS))
-
-
-def silu_both_ways(dtype: torch.dtype, case: tuple[int, int, list[list[int]], list[int], SiluLoraPlan]) -> list[Tensor]:
-    """In one kernel, in two, and by the reference. NaN are what hidden says of tokens that need it not."""
-    size, room, ranks, slots, plan = case
-    made, token_slots = adapters(8, (size, size), room, ranks, dtype), slots_of(*slots)
-    gate_up, shape = tokens(len(slots), 2 * size, dtype), (plan.splits, len(slots), 2, room)
-    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(4))
-    for token, slot in enumerate(slots):
-        for part in range(2):
-            hidden[:, token, part, -(-ranks[part][slot] // 16) * 16 if slot >= 0 else 0 :] = POISON
-    hidden = hidden.flatten(2).to(DEVICE)
-    before, rest = gate_up.clone(), (made.b, made.ranks, token_slots)
-    fused = silu_and_mul_lora(gate_up, hidden, *rest, plan=plan)
-    assert torch.equal(gate_up, before)
-    same = LoraPlan(expand_m=plan.block_m, block_n=plan.block_n, expand_r=plan.block_r)
-    expand_lora(gate_up, hidden, made.b, made.ranks, made.parts, token_slots, plan=same)
-    return [fused, silu_and_mul(gate_up), reference.silu_and_mul_lora(before, hidden.nan_to_num(), *rest)]
-
-
-@settings(max_examples=25, deadline=None)
-@given(case=silu_cases())
-def test_swiglu_adds_what_was_left_to_it(case: tuple[int, int, list[list[int]], list[int], SiluLoraPlan]) -> None:
-    fused, apart, wanted = silu_both_ways(torch.float32, case)
-    torch.testing.assert_close(fused, apart, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(fused, wanted, atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_swiglu_of_narrow_dtypes(dtype: torch.dtype) -> None:
-    case = 24, 32, [[16, 3, 0], [5, 0, 32]], [0, 0, 1, 1, -1, 2, 0], SILU_PLANS[0]
-    fused, apart, wanted = silu_both_ways(dtype, case)
-    assert torch.equal(fused, apart)
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(fused, wanted, atol=16 * unit, rtol=16 * unit)
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 300])
-def test_swiglu_without_adapters_is_plain(num_tokens: int) -> None:
-    made = adapters(8, (24, 24), 16, [[4], [0]])
-    gate_up, hidden = tokens(num_tokens, 48), torch.full((2, num_tokens, 32), POISON, device=DEVICE)
-    fused = silu_and_mul_lora(gate_up, hidden, made.b, made.ranks, slots_of(*[-1] * num_tokens))
-    assert torch.equal(fused, silu_and_mul(gate_up))
-
-
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
 def test_embedding(ids_dtype: torch.dtype) -> None:
     made = adapters(16, (40,), 32, [[32, 5, 0]])
@@ -276,12 +213,7 @@ def test_all_that_is_launched_has_been_compiled_ahead(k: int, parts: tuple[int, 
             launch()
         for launch in LoraPlan.embedding_launches(sum(parts), room, torch.float16, torch.int64, DEVICE).values():
             launch()
-        for launch in LoraPlan.shrink_launches(k, 2, room, torch.float16, DEVICE).values():
-            launch()
-        for launch in SiluLoraPlan.launches(k, parts[0], room, torch.float16, DEVICE).values():
-            launch()
     made = adapters(k, parts, room, [[1, 0]] * len(parts), torch.float16)
-    both = adapters(k, parts[:1] * 2, room, [[1, 0], [0, 1]], torch.float16)
     table = torch.zeros(2, 3, room, dtype=torch.float16, device=DEVICE)
     with launches(run_kernels=False) as launched:
         for num_tokens in (1, 16, 17, 300, 513, 2000, 5000, 9000):
@@ -290,9 +222,7 @@ def test_all_that_is_launched_has_been_compiled_ahead(k: int, parts: tuple[int, 
             add_lora(y, x, made.a, made.b, made.ranks, parts, slots)
             ids = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
             add_lora_embedding(y, ids, table, made.b, made.ranks[:1], slots)
-            hidden = shrink_lora(x, both.a, both.ranks, slots)
-            silu_and_mul_lora(tokens(num_tokens, 2 * parts[0], torch.float16), hidden, both.b, both.ranks, slots)
-    assert len({found[0] for found in launched}) == 3
+    assert len({found[0] for found in launched}) == 2
     assert launched <= compiled
 
 
@@ -315,15 +245,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for name, value, message in wrong:
         with pytest.raises(ValueError, match=message):
             add_lora(**{**given, name: value})  # type: ignore[arg-type]
-    hidden = torch.zeros(1, 2, 32, device=DEVICE)
-    for wrong_hidden in (hidden.half(), hidden[:, :1], hidden[..., :16]):
-        with pytest.raises(ValueError, match=r"expected contiguous float32 \[splits, 2, 32\]"):
-            expand_lora(y, wrong_hidden, made.b, made.ranks, (16, 8), slots)
-    equal = adapters(32, (12, 12), 16, [[4], [4]])
-    with pytest.raises(ValueError, match="it must be contiguous"):
-        silu_and_mul_lora(tokens(2, 48)[:, :24], hidden, equal.b, equal.ranks, slots)
-    with pytest.raises(ValueError, match="hidden is"):
-        silu_and_mul_lora(y, hidden[:, :1], equal.b, equal.ranks, slots)
     table = torch.zeros(1, 3, 16, device=DEVICE)
     with pytest.raises(ValueError, match="ids are"):
         add_lora_embedding(y, x[:, 0], table, made.b, made.ranks[:1], slots)

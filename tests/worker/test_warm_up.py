@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from octavo.distributed.executor import DeviceExecutor
 from octavo.engine.engine import Engine
 from octavo.kernels import triton
 from octavo.layers.linear import Linear
-from octavo.layers.lora import ActiveAdapters, LinearAdapters
 from octavo.loading.weights import dummy_weights
 from octavo.models.registry import build_model, model_facts
 from octavo.protocol.request import Request
@@ -104,57 +102,6 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     missing = launched - compiled
     names = {found[0] for found in missing}
     assert not missing, "\n".join(map(str, missing | {found for found in compiled if found[0] in names}))
-
-
-class Stream:
-    """Notes who waits for whom."""
-
-    def __init__(self, waits: list[tuple[Any, Any]]) -> None:
-        self.waits = waits
-
-    def wait_stream(self, other: Any) -> None:
-        self.waits.append((self, other))
-
-
-@pytest.mark.parametrize("num_tokens", [3, 300])
-def test_a_step_with_adapters_finds_its_kernels_compiled(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And computes what a CPU does, though gate and up get their adapters in SwiGLU, not before."""
-    triton.load()
-    room, num_slots, generator = 16, 2, torch.Generator().manual_seed(0)
-    config = config_of("LlamaForCausalLM", 96)
-    model = build_model(config, torch.float32, CPU)
-    model.load_weights(dummy_weights(model, 0, CPU))
-    options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
-    engine_config: Any = SimpleNamespace(max_model_len=96, block_size=BLOCK, options=options)
-    with launches(run_kernels=False) as compiled:
-        for job in _Shapes(engine_config, model_facts(config), PLAIN, torch.float32, CPU).adapter_jobs(room):
-            job()
-
-    waits: list[tuple[Any, Any]] = []
-    main, side = Stream(waits), Stream(waits)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    active = ActiveAdapters()
-    mlp: Any = model.get_submodule("model.layers.0.mlp")
-    for layer, parts in ((mlp.gate_up_proj, (INNER, INNER)), (mlp.down_proj, (HIDDEN,))):
-        shapes = (num_slots, len(parts), room, layer.in_features), (num_slots, sum(parts), room)
-        ranks = torch.tensor([[9, 16], [16, 0]][: len(parts)], dtype=torch.int32)
-        layer.adapters = LinearAdapters(
-            active, parts, *(torch.randn(s, generator=generator) / 4 for s in shapes), ranks
-        )
-    x = torch.randn(num_tokens, HIDDEN, generator=generator)
-    plain = mlp(x)
-    active.slots = torch.arange(num_tokens, dtype=torch.int32) % 3 - 1
-    wanted = mlp(x)
-    active.side = side  # type: ignore[assignment]
-    with launches() as launched:
-        found = mlp(x)
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
-    assert torch.equal((found - plain).abs().amax(1) > 1e-3, active.slots >= 0)
-    assert waits == [(side, main), (main, side)] * 2
-    assert {name for name, *_ in launched} == {"_shrink_kernel", "_silu_and_mul_lora_kernel", "_expand_kernel"}
-    assert launched <= compiled
-    assert not any(name == "_expand_kernel" and ("PARTS", (INNER, INNER)) in rest for name, *rest in compiled)
 
 
 def of_gptq(bits: int, **fields: Any) -> dict[str, Any]:

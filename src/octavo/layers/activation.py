@@ -6,21 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels import triton
-from octavo.layers.lora import LowRank
 from octavo.quantization.scheme import Fp8Tokens
 
 
-def silu_and_mul(gate_up: Tensor, fp8: bool = False, low_rank: LowRank | None = None) -> Tensor | Fp8Tokens:
+def silu_and_mul(gate_up: Tensor, fp8: bool = False) -> Tensor | Fp8Tokens:
     """silu(gate) * up (SwiGLU: Shazeer, 2020). gate_up: [T, 2 * size], gate first. Returns a new [T, size].
 
-    fp8: quantised, for a layer that takes it so. low_rank: what is still to be added to gate_up; a layer with adapters
-    takes no quantised tokens, so not together with fp8.
+    fp8: quantised, for a layer that takes it so.
     """
     kernels = triton.get()
-    if low_rank is not None:
-        assert not fp8
-        adapted: Tensor = kernels.silu_and_mul_lora(gate_up, *low_rank)
-        return adapted
     if fp8:
         return Fp8Tokens(*kernels.silu_and_mul_fp8(gate_up))
     if kernels is not None and gate_up.is_cuda:

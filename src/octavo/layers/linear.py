@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.lora import LinearAdapters, LowRank
+from octavo.layers.lora import LinearAdapters
 from octavo.layers.slot import WeightSlot
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, QuantizationMethod, TensorSpec, layers_of
 from octavo.quantization.unquantized import UNQUANTIZED
@@ -63,13 +63,6 @@ class Linear(nn.Module):
             return self._product(x)
         assert isinstance(x, Tensor)
         return self.adapters.add(self._product, x)
-
-    def deferred(self, x: Tensor | Fp8Tokens) -> tuple[Tensor, LowRank | None]:
-        """As `forward`, but for what adapters have still to add: whoever reads the product adds it then."""
-        if self.adapters is None or not self.adapters.are_active:
-            return self._product(x), None
-        assert isinstance(x, Tensor)
-        return self.adapters.deferred(self._product, x)
 
     def _product(self, x: Tensor | Fp8Tokens) -> Tensor:
         products = [layer.scheme.apply(layer, x) for layer in self.layers]

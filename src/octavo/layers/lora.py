@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +28,6 @@ class ActiveAdapters:
     side: torch.cuda.Stream | None = None
 
 
-class LowRank(NamedTuple):
-    """What adapters still have to add to a product y [T, N], on a GPU: y[t] += B[slot of t] hidden[t].
-
-    hidden: float32 [splits, T, P * R], of which the sum counts; b, ranks: of LinearAdapters; token_slots: int32 [T].
-    """
-
-    hidden: Tensor
-    b: Tensor
-    ranks: Tensor
-    token_slots: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class LinearAdapters:
     """The adapters of a linear layer with P parts, N rows in all, and K columns, one in each of S slots.
@@ -62,15 +49,7 @@ class LinearAdapters:
         return self.active.slots is not None
 
     def add(self, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """x: [T, K], some of which has an adapter. product: the layer's own. Returns what adapters make of it."""
-        y, low_rank = self.deferred(product, x)
-        if low_rank is not None:
-            hidden, b, ranks, slots = low_rank
-            device_kernels.get().expand_lora(y, hidden, b, ranks, self.parts, slots)
-        return y
-
-    def deferred(self, product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, LowRank | None]:
-        """As `add`, but what is still to be added is returned beside the product: on a CPU, nothing.
+        """x: [T, K], some of which has an adapter. product: the layer's own. Returns it with what adapters make of it.
 
         On a GPU, A x is computed beside the product, in a stream of its own: neither fills the device alone.
         """
@@ -79,7 +58,7 @@ class LinearAdapters:
         if active.side is None:
             y = self._replaced(product(x), x)
             torch_kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
-            return y, None
+            return y
         kernels, stream = device_kernels.get(), torch.cuda.current_stream()
         active.side.wait_stream(stream)
         with torch.cuda.stream(active.side):
@@ -87,7 +66,8 @@ class LinearAdapters:
         y = self._replaced(product(x), x)
         # What frees hidden later needs no event: all that the side stream computes next waits for this stream first.
         stream.wait_stream(active.side)
-        return y, LowRank(hidden, self.b, self.ranks, slots)
+        kernels.expand_lora(y, hidden, self.b, self.ranks, self.parts, slots)
+        return y
 
     def _replaced(self, y: Tensor, x: Tensor) -> Tensor:
         """y where no adapter has a weight of its own."""

@@ -58,8 +58,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias, *place)
 
     def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
-        gate_up, low_rank = self.gate_up_proj.deferred(x)
-        return self.down_proj(silu_and_mul(gate_up, self.down_proj.takes_fp8(gate_up), low_rank))
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(silu_and_mul(gate_up, self.down_proj.takes_fp8(gate_up)))
 
 
 class DecoderLayer(nn.Module):

@@ -163,13 +163,11 @@ class _Shapes:
         facts, rank = self.facts, storage_rank(max_rank)
         hidden, inner, dim = facts.hidden_size, facts.intermediate_size, facts.head_dim
         rows = tuple(heads * dim for heads in (facts.num_heads, facts.num_kv_heads, facts.num_kv_heads))
-        layers = [(hidden, rows), (rows[0], (hidden,)), (inner, (hidden,)), (hidden, (facts.vocab_size,))]
+        layers = [(hidden, rows), (rows[0], (hidden,)), (hidden, (inner, inner)), (inner, (hidden,))]
+        layers.append((hidden, (facts.vocab_size,)))
         plan, found = self.kernels.LoraPlan, {}
         for columns, parts in layers:
             found |= plan.launches(columns, parts, rank, self.dtype, self.device)
-        # SwiGLU adds what adapters make of gate and up.
-        found |= plan.shrink_launches(hidden, 2, rank, self.dtype, self.device)
-        found |= self.kernels.SiluLoraPlan.launches(hidden, inner, rank, self.dtype, self.device)
         found |= plan.embedding_launches(hidden, rank, self.dtype, torch.int32, self.device)
         return list(found.values())
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from octavo.kernels.reference.activation import silu_and_mul
-
 
 def _rows_by_slot(token_slots: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Every slot that some token has, and the indices of its tokens, int64."""
@@ -65,14 +63,6 @@ def expand_lora(
                 own = b[slot, first : first + size, :rank]
                 y[:, first : first + size].index_add_(0, rows, summed[rows, part, :rank] @ own.t())
             first += size
-
-
-def silu_and_mul_lora(gate_up: Tensor, hidden: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor) -> Tensor:
-    """silu(gate) * up of what `expand_lora` makes of gate_up [T, 2 * size], gate first. Returns a new [T, size]."""
-    size = gate_up.shape[1] // 2
-    y = gate_up.clone()
-    expand_lora(y, hidden, b, ranks, (size, size), token_slots)
-    return silu_and_mul(y)
 
 
 def add_lora_embedding(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor) -> None:

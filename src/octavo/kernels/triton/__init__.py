@@ -16,7 +16,6 @@ _MODULES = (
     "fp8",
     "grouped_gemm",
     "lora",
-    "lora_activation",
     "norm",
     "prefill_attention",
     "rope",

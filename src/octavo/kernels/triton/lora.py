@@ -64,23 +64,14 @@ class LoraPlan(NamedTuple):
     ) -> dict[Hashable, Callable[[], object]]:
         """What `add_lora` is compiled for, whatever the tokens, slots and true ranks: each call launches one variant of
         one kernel on a token without an adapter. Keys are equal where variants are, of whatever shapes they are."""
-        found = cls.shrink_launches(in_features, len(parts), rank, dtype, device)
+        found: dict[Hashable, Callable[[], object]] = {}
+        ranks = len(parts) * rank
         for num_tokens in _BUCKETS:
             plan = cls.of(num_tokens, in_features, len(parts), rank)
-            key: Hashable = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
+            key: Hashable = "lora shrink", dtype, len(parts), _block_r(ranks), plan._replace(splits=0)[:5]
+            found.setdefault(key, partial(_launch_shrink, in_features, len(parts), rank, dtype, device, plan))
+            key = "lora expand", dtype, parts, _block_r(rank, plan.expand_r), plan.splits, plan[5:]
             found.setdefault(key, partial(_launch_expand, parts, rank, dtype, device, plan))
-        return found
-
-    @classmethod
-    def shrink_launches(
-        cls, in_features: int, num_parts: int, rank: int, dtype: torch.dtype, device: torch.device
-    ) -> dict[Hashable, Callable[[], object]]:
-        """As `launches`, for `shrink_lora`."""
-        found: dict[Hashable, Callable[[], object]] = {}
-        for num_tokens in _BUCKETS:
-            plan = cls.of(num_tokens, in_features, num_parts, rank)
-            key = "lora shrink", dtype, num_parts, _block_r(num_parts * rank), plan._replace(splits=0)[:5]
-            found.setdefault(key, partial(_launch_shrink, in_features, num_parts, rank, dtype, device, plan))
         return found
 
     @classmethod
@@ -170,21 +161,6 @@ def _shrink_kernel(
         slot = tl.min(todo, 0)
 
 
-@triton.jit
-def _add_product_of_b(acc, h_rows, b_rows, r, rank, mine, is_row, per_split, SPLITS: tl.constexpr):
-    """acc [tokens, rows of B] and the share that the columns r [1, BLOCK_R] of B have in h times B, rank and up none.
-
-    h_rows [tokens, 1], of the first split; b_rows [rows, 1]; mine [tokens, 1], is_row [rows, 1]: what may be read.
-    """
-    padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
-    w = tl.load(b_rows + r, mask=is_row & (r < padded), other=0.0)
-    h = tl.load(h_rows + r, mask=mine & (r < padded), other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        h += tl.load(h_rows + split * per_split + r, mask=mine & (r < padded), other=0.0)
-    w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
-    return tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
-
-
 @triton.jit(
     do_not_specialize=["T", "S", "r_sixteenths", "stride_y_units", "stride_a_sixteenths", "stride_b_sixteenths"],
     do_not_specialize_on_alignment=["ranks_ptr", "token_slots_ptr", "ids_ptr"],
@@ -240,10 +216,16 @@ def _expand_kernel(
             h_slot = h_rows
             if IS_EMBEDDING:
                 h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
+            padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for at in tl.range(0, rank, BLOCK_R, num_stages=1):
                 r = (at + tl.arange(0, BLOCK_R))[None, :]
-                acc = _add_product_of_b(acc, h_slot, b_rows, r, rank, mine, (n < end)[:, None], per_split, SPLITS)
+                w = tl.load(b_rows + r, mask=(n < end)[:, None] & (r < padded), other=0.0)
+                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0)
+                for split in tl.static_range(1, SPLITS):
+                    h += tl.load(h_slot + split * per_split + r, mask=mine & (r < padded), other=0.0)
+                w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
+                acc = tl.dot(h.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
             tl.store(y_at, (y.to(tl.float32) + acc).to(y.dtype), mask=mine & in_part)
         todo = tl.where(mine.reshape(BLOCK_M), S, todo)
         slot = tl.min(todo, 0)
@@ -302,7 +284,10 @@ def expand_lora(
     """The second half of `add_lora`. hidden: as `shrink_lora` made it."""
     num_tokens, rank = len(y), b.shape[2]
     _check(y, b, ranks, token_slots, parts)
-    _check_hidden(hidden, num_tokens, len(parts) * rank)
+    if hidden.shape[1:] != (num_tokens, len(parts) * rank) or hidden.dtype != torch.float32:
+        raise ValueError(
+            f"hidden is {hidden.dtype} {list(hidden.shape)}; y {list(y.shape)}, b {list(b.shape)} do not fit"
+        )
     if num_tokens:
         plan = LoraPlan.of(num_tokens, rank, len(parts), rank) if plan is None else plan
         _expand(y, hidden, b, ranks, token_slots, token_slots, parts, 0, len(hidden), plan)
@@ -417,13 +402,6 @@ def _check(y: Tensor, b: Tensor, ranks: Tensor, token_slots: Tensor, parts: tupl
     if b.dtype != y.dtype:
         raise ValueError(f"b is {b.dtype} and y is {y.dtype}; they must be the same")
     _check_slots(ranks, token_slots, (len(parts), num_slots), num_tokens)
-
-
-def _check_hidden(hidden: Tensor, num_tokens: int, ranks: int) -> None:
-    """ranks: R of all parts together."""
-    if hidden.shape[1:] != (num_tokens, ranks) or hidden.dtype != torch.float32 or not hidden.is_contiguous():
-        given = f"{hidden.dtype} {list(hidden.shape)}"
-        raise ValueError(f"hidden is {given}; expected contiguous float32 [splits, {num_tokens}, {ranks}]")
 
 
 def _check_slots(ranks: Tensor, token_slots: Tensor, shape: tuple[int, int], num_tokens: int) -> None:
