@@ -15,6 +15,7 @@ from octavo.scheduler.audit import require
 _log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.01
+_NUM_THREADS = 4  # a second holds some three adapters of 80 MB: they are hashed, checked and laid out
 
 
 class AdapterDesk:
@@ -26,12 +27,12 @@ class AdapterDesk:
     """
 
     def __init__(self, load: Callable[[LoRARequest], bytes], drop: Callable[[int], None], max_adapters: int) -> None:
-        """load: reads an adapter, on a thread of the desk, and returns the digest of its weights, or raises ValueError
-        in words. drop: forgets what was loaded under a number."""
+        """load: reads an adapter, on one of the desk's threads, and returns the digest of its weights, or raises
+        ValueError in words. drop: forgets what was loaded under a number."""
         self._load, self._drop = load, drop
         self._cache = AdapterCache(max_adapters)
         self._by_place: dict[int, int] = {}  # the adapter id in each place that was ever taken
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="adapters")
         self._known: dict[int, tuple[LoRARequest, bytes]] = {}  # what each number stands for, and its digest
         self._loading: dict[int, tuple[LoRARequest, Future[bytes]]] = {}  # each is a user of its place
         self._waiting: dict[str, Request] = {}  # by request id, first come first

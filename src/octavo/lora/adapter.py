@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,17 +117,22 @@ class _Filling:
                 f"{what} has shape {list(part.tensor.shape)}; allowed: {list(shape)}, by the base model"
                 f" and the ranks in {CONFIG_NAME}"
             )
-        if not part.tensor.isfinite().all():
+        if not _is_finite(part.tensor):
             raise ValueError(f"{what} has values that are not finite")
         scaled = part.tensor if factor == 1 else part.tensor.float() * factor
         rounded = scaled.to(self.dtype)
-        if not rounded.isfinite().all():
+        if not _is_finite(rounded):
             largest = scaled.abs().max().item()
             raise ValueError(
                 f"{what} holds {largest:g}, its scale included; allowed: at most {torch.finfo(self.dtype).max:g},"
                 f" which is what {self.dtype} can hold"
             )
         return rounded
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. A sum says so five times as fast as a look at each, but for one that overflows."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
 
 
 def _most_bytes(targets: Mapping[str, Target], max_rank: int) -> int:
