@@ -14,8 +14,6 @@ from torch import Tensor
 from octavo.kernels.reference import lora as reference
 from octavo.kernels.triton.lora import LoraPlan, add_lora, add_lora_embedding, expand_lora, shrink_lora
 
-# numpy's, in the interpreter: what no token needs may be anything, and is added up before it is left out.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = float("nan")
 

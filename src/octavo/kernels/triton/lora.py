@@ -205,33 +205,23 @@ def _expand_kernel(
     else:
         h_rows = hidden_ptr + rows * (len(PARTS) * R) + part * R
     per_split = T.to(tl.int64) * (len(PARTS) * R)
-    # What needs no slot, or no rank, is loaded before these are known: a program's time is that of loads in a row.
-    r0 = tl.arange(0, BLOCK_R)[None, :]
-    h0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if not IS_EMBEDDING:
-        for split in tl.static_range(SPLITS):
-            h0 += tl.load(h_rows + split * per_split + r0, mask=(t < T)[:, None] & (r0 < R), other=0.0)
     todo = _slots_of_tile(token_slots_ptr, t, T, S, tl.program_id(2), tl.num_programs(2))
-    y = tl.load(y_at, mask=(todo < S)[:, None] & in_part, other=0.0)  # no slot writes another's rows
+    y = tl.load(y_at, mask=(todo < S)[:, None] & in_part, other=0.0)  # early: no slot writes another's rows
     slot = tl.min(todo, 0)
     while slot < S:
         mine = (todo == slot)[:, None]
         rank = tl.load(ranks_ptr + part * S + slot)
-        b_rows = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16) + n[:, None] * R
-        w0 = tl.load(b_rows + r0, mask=(n < end)[:, None] & (r0 < R), other=0.0)
-        h_slot, h = h_rows, h0
-        if IS_EMBEDDING:
-            h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
-            h = tl.load(h_slot + r0, mask=mine & (r0 < R), other=0.0).to(tl.float32)
         if rank > 0:
-            # From the true rank on, and where no token is mine, there may be anything.
-            h, w = tl.where(mine & (r0 < rank), h, 0.0), tl.where(r0 < rank, w0, 0.0)
-            acc = tl.dot(h.to(w.dtype), tl.trans(w), input_precision="ieee")
+            b_rows = b_ptr + slot.to(tl.int64) * (stride_b_sixteenths.to(tl.int64) * 16) + n[:, None] * R
+            h_slot = h_rows
+            if IS_EMBEDDING:
+                h_slot += slot.to(tl.int64) * (stride_a_sixteenths.to(tl.int64) * 16)
             padded = tl.cdiv(rank, 16) * 16  # up to here hidden is written; a multiple of 16 keeps the loads wide
-            for at in tl.range(BLOCK_R, rank, BLOCK_R, num_stages=1):
-                r = at + r0
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for at in tl.range(0, rank, BLOCK_R, num_stages=1):
+                r = (at + tl.arange(0, BLOCK_R))[None, :]
                 w = tl.load(b_rows + r, mask=(n < end)[:, None] & (r < padded), other=0.0)
-                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0).to(tl.float32)
+                h = tl.load(h_slot + r, mask=mine & (r < padded), other=0.0)
                 for split in tl.static_range(1, SPLITS):
                     h += tl.load(h_slot + split * per_split + r, mask=mine & (r < padded), other=0.0)
                 w, h = tl.where(r < rank, w, 0.0), tl.where(r < rank, h, 0.0)
@@ -257,9 +247,9 @@ def add_lora(
     y: [T, N], x: [T, K], K a multiple of 8, rows contiguous; a: [S, P, R, K], b: [S, N, R], R a multiple of 16, each
     slot contiguous; all bfloat16, float16 or float32. parts: rows of each of the P parts, whose sum is N; ranks: int32
     [P, S], contiguous: a part's true rank in a slot, at most R, 0 for a part that the slot's adapter leaves alone;
-    token_slots: int32 [T], contiguous: below S, -1 for none. Rows of A and columns of B from the true rank on may be
-    anything. Both products are accumulated in float32; the first is rounded to the dtype in between, the sum with y
-    once. The same input gives the same bits. plan: instead of the rule's.
+    token_slots: int32 [T], contiguous: below S, -1 for none. Rows of A and columns of B from the true rank on are not
+    read. Both products are accumulated in float32; the first is rounded to the dtype in between, the sum with y once.
+    The same input gives the same bits. plan: instead of the rule's.
     Raises ValueError for shapes, strides or dtypes that do not fit together.
     """
     expand_lora(y, shrink_lora(x, a, ranks, token_slots, plan=plan), b, ranks, parts, token_slots, plan=plan)
