@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ class ActiveAdapters:
     slots: Tensor | None = None
     replaces: bool = False
     side: torch.cuda.Stream | None = None
+
+    def replaced(self, y: Tensor, tables: Mapping[int, Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """y: [T, N], but what `compute` makes of a table where an adapter has its own. tables: by slot."""
+        if self.replaces and self.slots is not None:
+            for slot, table in tables.items():
+                y = torch.where((self.slots == slot)[:, None], compute(table), y)
+        return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +64,17 @@ class LinearAdapters:
         active, slots = self.active, self.active.slots
         assert slots is not None
         if active.side is None:
-            y = self._replaced(product(x), x)
+            y = active.replaced(product(x), self.replaced, partial(F.linear, x))
             torch_kernels.add_lora(y, x, self.a, self.b, self.ranks, self.parts, slots)
             return y
         kernels, stream = device_kernels.get(), torch.cuda.current_stream()
         active.side.wait_stream(stream)
         with torch.cuda.stream(active.side):
             hidden = kernels.shrink_lora(x, self.a, self.ranks, slots)
-        y = self._replaced(product(x), x)
+        y = active.replaced(product(x), self.replaced, partial(F.linear, x))
         # What frees hidden later needs no event: all that the side stream computes next waits for this stream first.
         stream.wait_stream(active.side)
         kernels.expand_lora(y, hidden, self.b, self.ranks, self.parts, slots)
-        return y
-
-    def _replaced(self, y: Tensor, x: Tensor) -> Tensor:
-        """y where no adapter has a weight of its own."""
-        if self.active.replaces:
-            for slot, weight in self.replaced.items():
-                y = torch.where((self.active.slots == slot)[:, None], F.linear(x, weight), y)  # type: ignore[union-attr]
         return y
 
 
@@ -93,9 +94,7 @@ class EmbeddingAdapters:
         slots = self.active.slots
         if slots is None:
             return y
-        if self.active.replaces:
-            for slot, table in self.replaced.items():
-                y = torch.where((slots == slot)[:, None], F.embedding(input_ids, table), y)
+        y = self.active.replaced(y, self.replaced, partial(F.embedding, input_ids))
         kernels = device_kernels.get() if y.is_cuda else torch_kernels
         kernels.add_lora_embedding(y, input_ids, self.a, self.b, self.ranks, slots)
         return y
