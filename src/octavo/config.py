@@ -258,6 +258,12 @@ class SchedulerConfig:
     policy: SchedulingPolicy = "fcfs"
     max_loras: int = 0
     """Adapters that sequences of one step may have between them; 0: none may have one."""
+    num_speculative_tokens: int = 0
+    """Guesses that a row may verify at most; 0: no speculation."""
+    adaptive_speculation: bool = True
+    """Guess fewer where that is faster."""
+    drafts_are_free: bool = False
+    """Whether guesses cost next to nothing to make."""
 
 
 @dataclass(frozen=True, kw_only=True)

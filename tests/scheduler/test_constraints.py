@@ -29,9 +29,11 @@ class Recorder:
     def num_free(self) -> int:
         return max(0, self.num_unmasked - len(self.accepted))
 
-    @property
-    def mask(self) -> bytes | None:
-        return None if self.num_free else bytes([*self.accepted, 255])
+    def masks(self, draft_ids: list[int]) -> list[bytes | None]:
+        return [
+            None if n < self.num_free else bytes([*self.accepted, *draft_ids[:n], 255])
+            for n in range(len(draft_ids) + 1)
+        ]
 
     @property
     def num_accepted(self) -> int:
@@ -91,7 +93,7 @@ def test_a_step_is_planned_when_the_token_before_it_is_known(depth: int) -> None
     pipeline.scheduler.add(make_request("bound", [4, 5], 8), constraint)
     pipeline.scheduler.add(make_request("late", [6, 7], 12, ignore_eos=True))
     pipeline.run()
-    masks = [row.mask for plan in pipeline.plans for row in plan.rows if row.mask is not None]
+    masks = [row.masks[0] for plan in pipeline.plans for row in plan.rows if row.masks is not None]
     tokens = pipeline.tokens("bound")
     # One mask a token, each made when all tokens before were known.
     assert masks == [bytes([*tokens[:n], 255]) for n in range(len(tokens))]
@@ -105,7 +107,7 @@ def test_the_others_go_on_meanwhile() -> None:
     pipeline.scheduler.add(make_request("free", [1, 2, 3], 8, ignore_eos=True))
     pipeline.step()
     assert [len(plan.rows) for plan in pipeline.plans] == [2, 1]
-    assert [row.mask is None for row in pipeline.plans[1].rows] == [True]
+    assert [row.masks is None for row in pipeline.plans[1].rows] == [True]
 
 
 def test_steps_overlap_while_no_mask_is_needed() -> None:
@@ -118,7 +120,7 @@ def test_steps_overlap_while_no_mask_is_needed() -> None:
     tokens = pipeline.tokens("bound")
     assert in_flight == [1, 1, 0, 0, 0, 0]  # after each commit: tokens 0, 1 and 2 overlap, each later one waits
     assert tokens == alone([4, 5], 6)  # without a grammar, ignore_eos is the sampler's
-    masks = [row.mask for plan in pipeline.plans for row in plan.rows]
+    masks = [row.masks and row.masks[0] for plan in pipeline.plans for row in plan.rows]
     assert masks == [None, None, None, *(bytes([*tokens[:n], 255]) for n in range(3, 6))]
 
 
@@ -133,7 +135,7 @@ def test_a_chunked_prompt_has_its_mask_in_the_chunk_that_samples() -> None:
     pipeline = Pipeline(2)
     pipeline.scheduler.add(make_request("bound", [1 + i % 9 for i in range(90)], 2), Recorder())
     pipeline.step()
-    assert [[row.mask for row in plan.rows] for plan in pipeline.plans] == [[None], [b"\xff"]]
+    assert [[row.masks for row in plan.rows] for plan in pipeline.plans] == [[None], [[b"\xff"]]]
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -17,12 +17,14 @@ class Step:
         "registered_blocks",
         "rows",
         "sequences",
+        "spare",
         "step_id",
     )
 
     def __init__(self, step_id: int, budget: int) -> None:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be added
+        self.spare = 0  # of these, how many guesses may take, so that every sequence gets its own
         self.adapters: list[tuple[int, int]] = []  # (slot, adapter id) of those to bring in
         self.new_sequences: list[NewSequence] = []
         self.rows: list[PlanRow] = []
