@@ -425,14 +425,14 @@ class Rig:
             <= {NO_ADAPTER, *range(self.config.max_loras)}
         )
         assert len(plan.drafts) in ((len(plan.rows),) if self.config.num_speculative_tokens else (0,))
-        for row in plan.rows:
+        for row, num_wanted in zip(plan.rows, plan.drafts or [0] * len(plan.rows)):
             new = fresh.get(row.slot)
             assert row.length > 0
-            assert new is None or not row.new_block_ids
-            table = new.block_table if new else self.worker.slots[row.slot].table + row.new_block_ids
+            assert new is None or not row.new_block_ids or plan.drafts
+            table = (new.block_table if new else self.worker.slots[row.slot].table) + row.new_block_ids
             tokens = new.token_ids if new else self.worker.slots[row.slot].tokens
             end = row.start + row.length
-            assert end <= len(table) * self.config.block_size
+            assert end + num_wanted * row.samples <= len(table) * self.config.block_size
             assert 0 <= row.num_drafts <= self.config.num_speculative_tokens
             if row.samples and self.config.num_speculative_tokens and new is None:
                 # As many tokens as may be known by then: the worker may be ahead of that.

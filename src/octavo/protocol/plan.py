@@ -37,7 +37,7 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
 
     The worker holds the token values: ids at positions that earlier steps sampled are already
     in its slot, whether or not the scheduler has seen them.
-    new_block_ids: blocks appended to the slot's table before the step (none for a NewSequence).
+    new_block_ids: blocks appended to the slot's table before the step.
     samples: the row's last token is the last one known, so the step samples position start + length.
     num_drafts: so many of the row's last tokens are guesses, which lie in the slot too: the step verifies them. It
     samples the positions start + length - num_drafts .. start + length, one after another, up to the first whose token
@@ -61,7 +61,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     adapters: (slot, lora_int_id) of those that are brought in before the step; what a slot held is gone then. Rows of
     one adapter are neighbours. drafts: how many guesses at the tokens to come the worker shall have ready after the step,
-    one number a row; empty for none at all.
+    one number a row; empty for none at all. On a row that samples nothing yet, a number above 0 says that its sequence
+    will be asked for some.
 
     Rows that share a prefix block may write and read it in one step: a worker writes the KV of
     all rows before any row attends, layer by layer.

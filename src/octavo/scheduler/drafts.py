@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo.config import SchedulerConfig
 from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult
+from octavo.scheduler.kv_manager import KVManager
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.speculation import SpeculationPolicy
 from octavo.scheduler.step import Step
@@ -29,20 +30,25 @@ class Drafts:
             num_drafts = min(num_drafts, sequence.constraint.num_free - num_unknown - 1)
         return max(0, num_drafts)
 
-    def ask(self, step: Step) -> list[int]:
-        """See StepPlan.drafts."""
+    def ask(self, step: Step, kv: KVManager, num_running: int) -> list[int]:
+        """See StepPlan.drafts. Blocks are taken for the guesses, since the worker may write KV of them, as long as each
+        running sequence could still grow by one."""
         if self._policy is None:
             return []
-        drafts = [0] * len(step.rows)
-        asked = [
-            (index, sequence)
-            for index, (row, sequence) in enumerate(zip(step.rows, step.sequences))
-            if row.samples and sequence is not None and sequence.num_tokens + 1 < sequence.max_num_tokens
-        ]
+        sequences = [sequence for sequence in step.sequences if sequence is not None]
         num_others = sum(row.length - 1 - row.num_drafts for row in step.rows)
-        chosen = self._policy.choose([sequence.acceptance for _, sequence in asked], num_others)
-        for (index, sequence), count in zip(asked, chosen):
-            drafts[index] = sequence.num_drafts = min(count, sequence.max_num_tokens - sequence.num_tokens - 1)
+        drafts = self._policy.choose([sequence.acceptance for sequence in sequences], num_others)
+        for index, (row, sequence) in enumerate(zip(step.rows, sequences)):
+            if not row.samples:
+                continue
+            count = min(drafts[index], sequence.max_num_tokens - sequence.num_tokens - 1)
+            end = sequence.num_tokens + count
+            if count > 0 and end > (room := len(sequence.block_table) * kv.block_size):
+                if kv.pool.num_free - kv.num_blocks_for(end - room) >= num_running:
+                    row.new_block_ids.extend(kv.grow(sequence, end) or [])
+                else:
+                    count = room - sequence.num_tokens
+            drafts[index] = sequence.num_drafts = max(0, count)
         return drafts
 
     def observe_step(self, plan: StepPlan, result: StepResult) -> None:

@@ -122,7 +122,8 @@ class Scheduler:
             step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, self._drafts.ask(step))
+        drafts = self._drafts.ask(step, self._kv, len(self._running))
+        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, drafts)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Take in what the oldest step in flight brought: new tokens and ends, in the order of its rows.
