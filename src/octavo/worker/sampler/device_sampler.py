@@ -134,7 +134,7 @@ class DeviceSampler:
     def set_masks(self, rows: Iterable[PlanRow]) -> None:
         """The rows of the step whose `draw_more` comes next: their masks say which tokens may be drawn."""
         # A slot with masks is special: where none is, no row is looked at.
-        self._masks = {row.slot: row.mask for row in rows if row.mask is not None} if self._special else {}
+        self._masks = {row.slot: row.masks[0] for row in rows if row.masks is not None} if self._special else {}
 
     def needs_more(self, slots: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The rows that `draw_more` must see. slots: of all rows, -1 where one draws nothing; positions: of draws."""

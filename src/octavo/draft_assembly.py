@@ -1,0 +1,73 @@
+"""Puts together what makes guesses (speculative decoding). A composition root."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from octavo.attention.cpu import CpuAttention
+from octavo.config import EngineConfig, ModelFacts
+from octavo.loading.source import ModelSource, resolve_source
+from octavo.loading.weights import load_model
+from octavo.models.base import CausalLM
+from octavo.models.registry import model_facts
+from octavo.protocol.speculation import LOOKUPS, SpeculationConfig
+from octavo.worker.drafters.draft_model import ModelDrafter
+from octavo.worker.drafters.drafter import Drafter
+from octavo.worker.slots import Slots
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What is to make guesses. source, facts: of its model, where it is one; kv_bytes_per_token: its own."""
+
+    config: SpeculationConfig
+    source: ModelSource | None = None
+    facts: ModelFacts | None = None
+    kv_bytes_per_token: int = 0
+
+    @property
+    def scheduling(self) -> dict[str, Any]:
+        """The fields of SchedulerConfig."""
+        return {
+            "num_speculative_tokens": self.config.num_speculative_tokens,
+            "adaptive_speculation": self.config.adaptive,
+            "drafts_are_free": self.config.method in LOOKUPS,
+        }
+
+
+def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFacts) -> Draft:
+    """Find the model that makes guesses, if it takes one. Raises ValueError where it does not fit the target model."""
+    if wanted.method in LOOKUPS:
+        return Draft(config=wanted)
+    assert wanted.model is not None
+    source = resolve_source(wanted.model, revision=wanted.revision, load_format=_load_format(config))
+    facts = model_facts(source.config)
+    if facts.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"speculative_config: model={wanted.model!r} has a vocabulary of {facts.vocab_size} tokens; allowed: the "
+            f"model's, {target.vocab_size}"
+        )
+    itemsize = config.kv_bytes_per_token // (2 * target.num_layers * target.num_kv_heads * target.head_dim)
+    num_bytes = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * itemsize
+    return Draft(config=wanted, source=source, facts=facts, kv_bytes_per_token=num_bytes)
+
+
+def _load_format(config: EngineConfig) -> Any:
+    return "dummy" if config.options.load_format == "dummy" else "auto"
+
+
+def cpu_drafter(draft: Draft, model: CausalLM, slots: Slots, num_blocks: int, dtype: torch.dtype) -> Drafter:
+    """What makes guesses for the model on a CPU, over a KV cache of so many blocks."""
+    if draft.source is None or draft.facts is None:
+        raise ValueError("lookups are still to come")
+    facts, device = draft.facts, torch.device("cpu")
+    small = load_model(draft.source, dtype, device, 0, None)
+    _log.info("draft model: %.0f MiB", small.weight_bytes / 1024**2)
+    attention = CpuAttention(facts.num_layers, num_blocks, slots.block_size, facts.num_kv_heads, facts.head_dim, dtype)
+    return ModelDrafter(small, attention, slots)
