@@ -21,6 +21,7 @@ _MODULES = (
     "rope",
     "sampling",
     "skinny_gemm",
+    "speculation",
     "step_inputs",
 )
 _loaded: Any = None  # written by `load` only
