@@ -124,7 +124,7 @@ class EngineOptions:
     """Type of adapters in memory: that of the model, which auto says too."""
     speculative_config: str | None = None
     """Guess tokens to come and verify several in one step, which changes no output: a JSON object with method (ngram,
-    suffix, draft_model, eagle, eagle3), model, num_speculative_tokens and more (docs/guide.md); LLM takes a dict too."""
+    suffix, draft_model, eagle, eagle3), model, num_speculative_tokens and more; LLM takes a dict too."""
     speculative_model: str | None = None
     """The model of speculative_config, or [ngram]."""
     num_speculative_tokens: int | None = None
@@ -267,6 +267,8 @@ class SchedulerConfig:
     """Adapters that sequences of one step may have between them; 0: none may have one."""
     num_speculative_tokens: int = 0
     """Guesses that a row may verify at most; 0: no speculation."""
+    max_step_rows: int = 2**31
+    """Rows of a step, each guess counted as one more."""
     adaptive_speculation: bool = True
     """Guess fewer where that is faster."""
     drafts_are_free: bool = False

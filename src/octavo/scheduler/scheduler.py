@@ -113,7 +113,7 @@ class Scheduler:
 
         now: seconds on the monotonic clock.
         """
-        step = Step(self._next_step_id, self._config.max_num_batched_tokens)
+        step = Step(self._next_step_id, self._config.max_num_batched_tokens, self._config.max_step_rows)
         if self._continue_running(step):
             self._admit_waiting(step, now)
         if not step.rows:
@@ -253,7 +253,7 @@ class Scheduler:
         """
         prompts: list[Sequence] = []
         complete = True
-        step.spare = step.budget - len(self._running)
+        step.spare = min(step.budget, step.room) - len(self._running)
         for sequence in self._running:
             length = sequence.num_tokens - sequence.num_computed_tokens
             if length > 1:
@@ -313,6 +313,7 @@ class Scheduler:
         step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, masks, num_drafts))
         step.sequences.append(sequence)
         step.budget -= end - start
+        step.room -= 1 + num_drafts
         sequence.num_computed_tokens = end
         sequence.num_tokens += (1 + num_drafts) * samples
         sequence.last_step_id = step.step_id
@@ -322,7 +323,7 @@ class Scheduler:
     def _admit_waiting(self, step: Step, now: float) -> None:
         self._adapters.begin_round()
         index = 0  # of the first that may be admitted: those before it wait for a slot of their adapter
-        while index < len(self._waiting) and self._free_slots and step.budget:
+        while index < len(self._waiting) and self._free_slots and step.budget and step.room:
             sequence = self._waiting[index]
             if not self._adapters.can_start(sequence):
                 index += 1

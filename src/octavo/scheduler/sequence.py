@@ -40,6 +40,7 @@ class Sequence:
         "block_keys",
         "block_table",
         "constraint",
+        "depends_on_output",
         "draft_ids",
         "last_step_id",
         "max_num_tokens",
@@ -104,6 +105,7 @@ class Sequence:
         self.next_key_at = 0  # num_computed_tokens from which another block can be registered
         self.last_step_id = -1  # the last step with a row of this sequence
         self.acceptance = Acceptance()  # of guesses at its tokens; kept over preemption
+        self.depends_on_output = sampling.depends_on_output
         self.num_drafts = 0  # guesses that the worker has ready for the next row, at most
         self.draft_ids: list[int] = []  # those known to be ready after the last row that was committed
         self.admitted_step_id = -1  # the step that took it out of the queue last
@@ -138,8 +140,11 @@ class Sequence:
 
     @property
     def awaits_token(self) -> bool:
-        """Whether its next step needs the value of a token that is not known yet: what may come depends on it."""
+        """Whether its next step needs the value of a token that is not known yet: what may come depends on it. Where it
+        depends on the tokens before in a way that the worker sees to, how many there are is enough."""
         num_unknown = self.num_tokens - len(self.token_ids)
+        if self.depends_on_output and num_unknown > 1:
+            return True
         return self.constraint is not None and num_unknown > 0 and self.constraint.num_free <= num_unknown
 
     def next_masks(self, num_drafts: int) -> Masks:

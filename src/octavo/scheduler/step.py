@@ -15,16 +15,18 @@ class Step:
         "detached_tables",
         "new_sequences",
         "registered_blocks",
+        "room",
         "rows",
         "sequences",
         "spare",
         "step_id",
     )
 
-    def __init__(self, step_id: int, budget: int) -> None:
+    def __init__(self, step_id: int, budget: int, room: int) -> None:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be added
-        self.spare = 0  # of these, how many guesses may take, so that every sequence gets its own
+        self.room = room  # rows that may still be added, each guess counted as one more
+        self.spare = 0  # of both, how many guesses may take, so that every sequence gets its own
         self.adapters: list[tuple[int, int]] = []  # (slot, adapter id) of those to bring in
         self.new_sequences: list[NewSequence] = []
         self.rows: list[PlanRow] = []

@@ -15,7 +15,15 @@ _BLOCK = 128
 
 @triton.jit(do_not_specialize=["num_rows", "num_items"], do_not_specialize_on_alignment=["offsets_ptr", "items_ptr"])
 def _follow_kernel(
-    row_slots_ptr, offsets_ptr, lengths_ptr, starts_ptr, positions_ptr, items_ptr, num_rows, num_items, BLOCK: tl.constexpr
+    row_slots_ptr,
+    offsets_ptr,
+    lengths_ptr,
+    starts_ptr,
+    positions_ptr,
+    items_ptr,
+    num_rows,
+    num_items,
+    BLOCK: tl.constexpr,
 ):
     """The first programs see to the rows, the others to the items."""
     programs_of_rows = tl.cdiv(num_rows, BLOCK)
