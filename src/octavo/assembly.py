@@ -91,11 +91,11 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     else:
         from octavo.device_assembly import build_cuda  # brings Triton
 
-        built = build_cuda(config, facts, source, watch.lap)
+        built = build_cuda(config, facts, source, draft, watch.lap)
     executor, ledger, bank = built
     scheduler_config = config.scheduler(ledger.num_blocks, ledger.max_model_len)
     if draft is not None:
-        scheduler_config = replace(scheduler_config, **draft.scheduling)
+        scheduler_config = replace(scheduler_config, **draft.scheduling(config.max_num_seqs))
     scheduler = Scheduler(scheduler_config)
     grammars = None if options.skip_tokenizer_init else _grammar_desk(source, facts.vocab_size)
     adapters = None
@@ -181,7 +181,7 @@ def _build_cpu(
     slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
     speculation = None
     if draft is not None:
-        speculation = Speculation(cpu_drafter(draft, model, slots, ledger.num_blocks, dtype), slots)
+        speculation = Speculation(cpu_drafter(draft, slots, ledger.num_blocks, dtype), slots)
         watch.lap("draft")
     runner = ModelRunner(model, attention, sampler, slots, bank, speculation)
     return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger, bank

@@ -20,6 +20,7 @@ from octavo.attention.torch_operators import TorchAttention
 from octavo.attention.triton import TritonAttention
 from octavo.config import LONG_CHUNK, EngineConfig, ModelFacts
 from octavo.distributed.executor import DeviceExecutor
+from octavo.draft_assembly import Draft, draft_model
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
 from octavo.loading.weights import as_loaded, load_model
@@ -27,8 +28,11 @@ from octavo.models.base import CausalLM
 from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
 from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.unquantized import PLAIN
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.device_speculation import DeviceSpeculation
+from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.warm_up import compile_kernels
@@ -42,7 +46,7 @@ _COPY_SHARE = 0.1  # of the device's memory, for dequantized copies that nobody 
 
 
 def build_cuda(
-    config: EngineConfig, facts: ModelFacts, source: ModelSource, lap: Callable[[str], None]
+    config: EngineConfig, facts: ModelFacts, source: ModelSource, draft: Draft | None, lap: Callable[[str], None]
 ) -> tuple[DeviceExecutor, MemoryLedger, AdapterBank | None]:
     """Load the model, measure what its steps take, and give the rest to the KV cache. lap: told what each part of the
     time went into. Raises ValueError naming an option or a file, and where memory is short, what to lower.
@@ -55,6 +59,8 @@ def build_cuda(
     values, option = as_loaded(source, device, config.quantization)
     method = method_of(option, values.get("quantization_config"))
     compiling = compile_kernels(config, facts, method, _DTYPES[config.dtype], device)
+    if draft is not None and draft.facts is not None:
+        compile_kernels(config, draft.facts, PLAIN, _DTYPES[config.dtype], device)  # done before it is first used
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()
@@ -64,17 +70,28 @@ def build_cuda(
         _copy_weights(model, config.options.dequantized_copy)
     with _memory_for("the adapters", "lower max_loras or max_lora_rank"):
         bank = adapter_bank(config, model, _DTYPES[config.dtype], device)
+    small = None
+    if draft is not None:
+        with _memory_for("the draft model", "use a smaller one"):
+            small = draft_model(draft, _DTYPES[config.dtype], device)
+        lap("draft")
     compiling.result()
     lap("kernels")
 
     limits = DeviceLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size)
-    make_attention = _attention_maker(config, facts, device)
+    if draft is not None:
+        limits = limits._replace(max_draft_rows=draft.num_draft_rows(config.max_num_seqs))
+    max_rows = limits.max_num_seqs + limits.max_draft_rows
+    make_attention = _attention_maker(config, facts, max_rows, device)
 
     def make_runner(num_blocks: int, max_model_len: int, use_graphs: bool) -> DeviceRunner:
         own = limits._replace(max_model_len=max_model_len)
         sampler = DeviceSampler(config.max_num_seqs, facts.vocab_size, device)
         slots = DeviceSlots(own, device)
-        return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank)
+        speculation = None
+        if draft is not None:
+            speculation = _speculation(draft, small, slots, own, (num_blocks, use_graphs))
+        return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank, speculation)
 
     with _memory_for("the largest step", "lower max_num_batched_tokens or max_num_seqs"):
         trial = make_runner(2, config.max_model_len, False)
@@ -90,6 +107,29 @@ def build_cuda(
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
         lap("graphs")
     return DeviceExecutor(runner), ledger, bank
+
+
+def _speculation(
+    draft: Draft, model: CausalLM | None, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+) -> DeviceSpeculation:
+    """What makes and verifies guesses on a GPU. model: the smaller one. blocks: how many the KV cache has, and whether
+    CUDA graphs are recorded."""
+    num_blocks, use_graphs = blocks
+    device, most = slots.token_ids.device, draft.config.num_speculative_tokens
+    if model is None or draft.facts is None:
+        raise ValueError("lookups are still to come")
+    facts = draft.facts
+    num_sequences = max(1, limits.max_draft_rows // most)
+    block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
+    dtype = next(model.parameters()).dtype
+    cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    rows = num_sequences * (most + 2)
+    attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill())
+    sizes = limits.block_size, num_sequences
+    drafter = DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
+    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
+    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance)
 
 
 def _copy_weights(model: CausalLM, wanted: bool | None) -> None:
@@ -114,9 +154,9 @@ def _memory_for(what: str, advice: str) -> Iterator[None]:
 
 
 def _attention_maker(
-    config: EngineConfig, facts: ModelFacts, device: torch.device
+    config: EngineConfig, facts: ModelFacts, max_rows: int, device: torch.device
 ) -> Callable[[int], FusedAttentionBackend]:
-    """Makes the attention over a KV cache of so many blocks. Says which backend it is."""
+    """max_rows: of a step. Makes the attention over a KV cache of so many blocks. Says which backend it is."""
     dtype = _DTYPES[config.dtype]
     cache_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
     block = 2, facts.num_kv_heads, config.block_size, facts.head_dim
@@ -130,7 +170,7 @@ def _attention_maker(
         cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=cache_dtype, device=device)
         if name == "torch":
             return TorchAttention(cache, facts.num_heads)
-        return TritonAttention(cache, facts.num_heads, num_processors, config.max_num_seqs, long_prefill)
+        return TritonAttention(cache, facts.num_heads, num_processors, max_rows, long_prefill)
 
     return make
 
@@ -145,8 +185,9 @@ def _measure(trial: DeviceRunner, limits: DeviceLimits) -> DeviceMemory:
         trial.compute_largest(num_rows, num_tokens)
         return torch.cuda.max_memory_allocated() - before
 
-    decode = peak_of(limits.max_num_seqs, limits.max_num_seqs)
-    largest = peak_of(limits.max_num_seqs, limits.max_num_batched_tokens)
+    max_rows = limits.max_num_seqs + limits.max_draft_rows
+    decode = peak_of(max_rows, max_rows)
+    largest = peak_of(max_rows, limits.max_num_batched_tokens)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     slack = (largest + decode) // 16  # fragments, and what libraries take for themselves later

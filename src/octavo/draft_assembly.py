@@ -21,6 +21,8 @@ from octavo.worker.slots import Slots
 
 _log = logging.getLogger(__name__)
 
+_MAX_DRAFT_ROWS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
@@ -31,18 +33,26 @@ class Draft:
     facts: ModelFacts | None = None
     kv_bytes_per_token: int = 0
 
-    @property
-    def scheduling(self) -> dict[str, Any]:
+    def num_draft_rows(self, max_num_seqs: int) -> int:
+        """Guesses that a step verifies at most."""
+        return min(max_num_seqs * self.config.num_speculative_tokens, _MAX_DRAFT_ROWS)
+
+    def scheduling(self, max_num_seqs: int) -> dict[str, Any]:
         """The fields of SchedulerConfig."""
         return {
             "num_speculative_tokens": self.config.num_speculative_tokens,
             "adaptive_speculation": self.config.adaptive,
             "drafts_are_free": self.config.method in LOOKUPS,
+            "max_step_rows": max_num_seqs + self.num_draft_rows(max_num_seqs),
         }
 
 
 def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFacts) -> Draft:
     """Find the model that makes guesses, if it takes one. Raises ValueError where it does not fit the target model."""
+    if wanted.synthetic_acceptance is not None and config.device == "cpu":
+        raise ValueError(f"speculative_config: synthetic_acceptance={wanted.synthetic_acceptance} needs a GPU")
+    if config.options.attention_backend == "torch" and config.device != "cpu":
+        raise ValueError("attention_backend=torch has no speculation; allowed: auto, triton, flashinfer")
     if wanted.method in LOOKUPS:
         return Draft(config=wanted)
     assert wanted.model is not None
@@ -62,12 +72,20 @@ def _load_format(config: EngineConfig) -> Any:
     return "dummy" if config.options.load_format == "dummy" else "auto"
 
 
-def cpu_drafter(draft: Draft, model: CausalLM, slots: Slots, num_blocks: int, dtype: torch.dtype) -> Drafter:
-    """What makes guesses for the model on a CPU, over a KV cache of so many blocks."""
-    if draft.source is None or draft.facts is None:
+def draft_model(draft: Draft, dtype: torch.dtype, device: torch.device) -> CausalLM | None:
+    """The smaller model, loaded, where there is one."""
+    if draft.source is None:
+        return None
+    model = load_model(draft.source, dtype, device, 0, None)
+    _log.info("draft model: %.0f MiB", model.weight_bytes / 1024**2)
+    return model
+
+
+def cpu_drafter(draft: Draft, slots: Slots, num_blocks: int, dtype: torch.dtype) -> Drafter:
+    """What makes guesses on a CPU, over a KV cache of so many blocks."""
+    model = draft_model(draft, dtype, torch.device("cpu"))
+    if model is None or draft.facts is None:
         raise ValueError("lookups are still to come")
-    facts, device = draft.facts, torch.device("cpu")
-    small = load_model(draft.source, dtype, device, 0, None)
-    _log.info("draft model: %.0f MiB", small.weight_bytes / 1024**2)
+    facts = draft.facts
     attention = CpuAttention(facts.num_layers, num_blocks, slots.block_size, facts.num_kv_heads, facts.head_dim, dtype)
-    return ModelDrafter(small, attention, slots)
+    return ModelDrafter(model, attention, slots)

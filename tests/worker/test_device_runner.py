@@ -26,6 +26,7 @@ from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.device_speculation import DeviceDraftBatch, DeviceSpeculation
+from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.sampler.device_sampler import DeviceSampler
 
 CPU = torch.device("cpu")
@@ -250,3 +251,17 @@ def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, An
         said = [entry for output in one for entry in output.logprobs or ()]
         expected = [entry for output in other for entry in output.logprobs or ()]
         assert [entry.token_ids for entry in said] == [entry.token_ids for entry in expected]
+
+
+def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
+    """Its KV lies beside the model's own, under the same blocks; so guesses are what comes, but for ends."""
+    asked = prompts()[1:3]
+    slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], []), NUM_DRAFTS, (4, 12), CPU))
+    slots = slots_of.runner._slots
+    attention = TritonAttention(torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16), 3, 4, 4 * 5, NoLongPrefill())
+    drafter = DeviceModelDrafter(model, attention, slots.block_tables, (LIMITS.block_size, 4), NUM_DRAFTS, False)
+    slots_of.runner._speculation._drafter = drafter
+    slots_of.max_tokens = 9
+    outputs = slots_of.run(asked, SamplingParams(temperature=0))
+    assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in asked]
+    assert slots_of.engine.stats().num_steps_total <= 6

@@ -15,6 +15,7 @@ _RANGES = {
     "prompt_lookup_min": (1, 16),
     "prompt_lookup_max": (1, 16),
     "suffix_cached_tokens": (1, 2**24),
+    "synthetic_acceptance": (0, 1),
 }
 
 
@@ -25,7 +26,8 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     past outputs of other requests too; draft_model: a smaller model; eagle, eagle3: a head on the model's own states.
     model: of the last three: a folder or hub id. num_speculative_tokens: guesses a step, at most. adaptive: fewer where
     that is faster. prompt_lookup_min, prompt_lookup_max: tokens that must be, and are at most, compared.
-    suffix_cached_tokens: tokens of past outputs that are kept. revision: of a hub model.
+    suffix_cached_tokens: tokens of past outputs that are kept. revision: of a hub model. synthetic_acceptance: for
+    measurements on a GPU: each guess is taken with this probability, whatever it is; outputs then mean nothing.
     """
 
     method: SpeculationMethod
@@ -36,6 +38,7 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     prompt_lookup_max: int = 5
     suffix_cached_tokens: int = 65536
     revision: str | None = None
+    synthetic_acceptance: float | None = None
 
 
 def speculation_config(
@@ -85,7 +88,7 @@ def _checked(values: dict[str, object]) -> SpeculationConfig:
         raise ValueError(f"speculative_config: {error}") from None
     for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise ValueError(f"speculative_config: {name}={value} is out of range; allowed: {low}..{high}")
     if config.prompt_lookup_min > config.prompt_lookup_max:
         raise ValueError(

@@ -270,7 +270,7 @@ class DeviceRunner:
             if drew_more:
                 self._speculation.verify(buffers, shape)
             asked = self._asked(step.plan, plan_rows)
-            step.verdict = self._speculation.propose(plan_rows, step.split, asked, self._slots.token_ids)
+            step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids)
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)
         if pooled is not None:

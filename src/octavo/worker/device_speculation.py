@@ -21,14 +21,16 @@ Ints = NDArray[np.int32]
 class DeviceDraftBatch(NamedTuple):
     """A step that was sampled, on the device.
 
-    split: its rows, which the host knows by upper bounds. slots: int32 [G], of its sequences, -1 for those that are
-    asked for no guesses. counts: int32 [G], tokens that came. lengths: int32 [num_slots], known tokens. token_ids:
-    int32 [num_slots, max_len]. drafts: int32 [G, K] and found: int32 [G], to be written.
+    rows: those of the plan that ran, G of them, whose starts and lengths are upper bounds. prompts: whether a row is of
+    a prompt, and right as it is. asked: guesses wanted, one number a row; of a prompt that goes on, whether there will
+    be some. slots: int32 [G], -1 where no guess is wanted now. lengths: int32 [num_slots], known tokens. token_ids:
+    int32 [num_slots, max_len]. To be written: drafts, int32 [G, K], and found, int32 [G], which is 0.
     """
 
-    split: SplitRows
+    rows: Sequence[PlanRow]
+    prompts: Sequence[bool]
+    asked: Sequence[int]
     slots: Tensor
-    counts: Tensor
     lengths: Tensor
     token_ids: Tensor
     drafts: Tensor
@@ -108,11 +110,12 @@ class DeviceSpeculation:
             self._acceptance,
         )
 
-    def propose(self, rows: Sequence[PlanRow], split: SplitRows, asked: Sequence[int], token_ids: Tensor) -> Tensor:
-        """Make the guesses that are asked for, one number a row, and put them into the slots.
+    def propose(self, rows: Sequence[PlanRow], asked: Sequence[int], token_ids: Tensor) -> Tensor:
+        """Make the guesses that are asked for, and put them into the slots. asked: see StepPlan.drafts.
 
         Returns the verdict, on the host once the step is done: int32 [rows, 2 + K], see `results`.
         """
+        prompts = [row.slot not in self._follows for row in rows]
         self._follows.update(row.slot for row in rows if row.samples)
         num_rows, device = len(rows), self._lengths.device
         verdict = self._verdict[:num_rows]
@@ -121,12 +124,12 @@ class DeviceSpeculation:
         wanted = np.array(
             [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
         )
-        if wanted[:, 1].any():
+        if any(asked):
             slots, counts = upload(np.ascontiguousarray(wanted.T), device)
             drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
             found = torch.zeros(num_rows, dtype=torch.int32, device=device)
-            came = self._counts[:num_rows]
-            self._drafter.propose(DeviceDraftBatch(split, slots, came, self._lengths, token_ids, drafts, found))
+            batch = DeviceDraftBatch(rows, prompts, asked, slots, self._lengths, token_ids, drafts, found)
+            self._drafter.propose(batch)
             self._kernels.place_drafts(slots, drafts, found, counts, self._lengths, self._ready, token_ids)
             verdict[:, 1].copy_(found)
             verdict[:, 2:].copy_(drafts)
