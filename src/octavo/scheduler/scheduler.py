@@ -408,7 +408,7 @@ class Scheduler:
             if not self._is_in_flight(sequence):
                 sequence.num_drafts = len(sequence.draft_ids)
             if sequence.num_computed_tokens >= sequence.next_key_at:
-                # A block whose last value was unknown when it was scheduled: it is full now, or a step in flight fills it.
+                # A block whose last value was unknown when it was scheduled: it is full, or a step in flight fills it.
                 registered = self._kv.register(sequence)
                 if self._in_flight:
                     self._in_flight[-1].registered_blocks += registered

@@ -47,6 +47,7 @@ class Sequence:
         "min_num_tokens",
         "next_key_at",
         "num_cached_tokens",
+        "num_chosen",
         "num_computed_tokens",
         "num_drafts",
         "num_prompt_tokens",
@@ -104,8 +105,9 @@ class Sequence:
         self.num_registered_blocks = 0  # leading blocks that were offered to the prefix cache or came from it
         self.next_key_at = 0  # num_computed_tokens from which another block can be registered
         self.last_step_id = -1  # the last step with a row of this sequence
-        self.acceptance = Acceptance()  # of guesses at its tokens; kept over preemption
+        self.acceptance: Acceptance | None = None  # of guesses at its tokens; kept over preemption
         self.depends_on_output = sampling.depends_on_output
+        self.num_chosen = 0  # guesses that its next row is to verify
         self.num_drafts = 0  # guesses that the worker has ready for the next row, at most
         self.draft_ids: list[int] = []  # those known to be ready after the last row that was committed
         self.admitted_step_id = -1  # the step that took it out of the queue last

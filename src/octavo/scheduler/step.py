@@ -44,3 +44,8 @@ class Step:
         order = sorted(range(len(adapters)), key=adapters.__getitem__)
         self.rows = [self.rows[index] for index in order]
         self.sequences = [self.sequences[index] for index in order]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of rows that compute more than their last known token and guesses."""
+        return sum(row.length for row in self.rows if row.length > 1 + row.num_drafts)

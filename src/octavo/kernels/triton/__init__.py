@@ -15,6 +15,7 @@ _MODULES = (
     "decode_attention",
     "fp8",
     "grouped_gemm",
+    "lookup",
     "lora",
     "norm",
     "prefill_attention",
