@@ -25,8 +25,7 @@ _PROBE_EVERY = 4  # steps between two probes: what the former brought is known b
 _PLAIN_EVERY = 200  # steps after which a step without drafts is tried again
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
-_MANY_ROWS = 16  # from here on a choice is kept
-_KEPT = 4  # for so many steps
+_KEPT = 4  # steps for which a choice is kept
 
 
 class Acceptance:
@@ -78,16 +77,18 @@ class SpeculationPolicy:
         self._shared = _FIRST_SHARED  # acceptance of rows' first drafts, rows chosen without regard to it
         self._judged_by = _FIRST_SHARED  # the shared estimate at which all levels were last renewed
         self._now = 0  # calls of choose
-        self._kept: tuple[_Choice, list[int]] | None = None  # the choice for many rows, and drafts by level
+        self._kept: _Choice | None = None  # the latest choice that was no probe
+        self._kept_by_level: list[int] = []  # its drafts by level
         self._kept_rows = 0
         self._kept_until = 0
+        self._turn = 0  # of the limits that take turns
         self._depth = 0  # the most drafts a row in the latest choice that was no probe
         self._credit = 0.0  # seconds that probing may cost
         self._probe_at = 0  # the first step that may probe again
         self._plain_at = 0  # the first step in which one without drafts is due, if there is none before
         self._plain_left = 0  # steps of a begun probe without drafts
         values = [min(level / _LEVELS, _CERTAIN) for level in range(_LEVELS + 1)]
-        self._values = values
+        self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
         # (tokens that it adds, level, j) for the j-th draft of a row at that level, the most promising first.
         self._drafts = sorted(
             ((values[level] ** j, level, j) for level in range(1, _LEVELS + 1) for j in range(1, max_drafts + 1)),
@@ -133,16 +134,20 @@ class SpeculationPolicy:
             age = self._now - acceptance.sampled_at
             if acceptance.num_tried < 2.0 or age >= _UNBIASED_AGE:
                 self._shared += _SHARED_GAIN * ((num_accepted > 0) - self._shared)
-            num_tried = num_accepted + (num_accepted < num_drafts)
-            memory = _MEMORY**num_tried * (_FADING ** (age - 1) if age > 1 else 1.0)
-            acceptance.num_tried = memory * acceptance.num_tried + num_tried
-            acceptance.num_accepted = memory * acceptance.num_accepted + num_accepted
+            seen = num_accepted + (num_accepted < num_drafts)  # what follows a rejected draft tells nothing
+            memory = self._memory[seen] if age <= 1 else self._memory[seen] * _FADING ** (age - 1)
+            tried = acceptance.num_tried = memory * acceptance.num_tried + seen
+            accepted = acceptance.num_accepted = memory * acceptance.num_accepted + num_accepted
             acceptance.sampled_at = self._now
-        elif not self._proposes_free:
-            return
+            level = _LEVELS * (accepted + _SHARED_WEIGHT * self._shared) / (tried + _SHARED_WEIGHT)
+            acceptance.level = int(level + 0.5)
         if self._proposes_free:
-            acceptance.is_ready = num_found > 0
-        self._judge(acceptance)
+            if not num_found:
+                acceptance.is_ready = False
+                acceptance.level = 0
+            elif not acceptance.is_ready:
+                acceptance.is_ready = True
+                self._judge(acceptance)
 
     def observe_step(self, num_rows: int, num_tokens: int, num_drafts: int, num_passes: int, seconds: float) -> None:
         """A step took so many seconds: num_rows rows, num_tokens tokens of which num_drafts were drafts, and
@@ -170,9 +175,9 @@ class SpeculationPolicy:
     def _choice(self, levels: list[int], num_other_tokens: int) -> tuple[_Choice, list[int]]:
         """What is best as far as known, and drafts by level: of that, or of a probe."""
         num_rows = len(levels)
-        kept = self._kept
-        if kept and self._now < self._kept_until and abs(num_rows - self._kept_rows) * 16 <= self._kept_rows:
-            return kept
+        is_like_before = abs(num_rows - self._kept_rows) * 16 <= num_rows
+        if self._kept is not None and self._now < self._kept_until and is_like_before and not num_other_tokens:
+            return self._kept, self._kept_by_level
         counts = [0] * (_LEVELS + 1)
         for level in levels:
             counts[level] += 1
@@ -180,10 +185,10 @@ class SpeculationPolicy:
         self._depth = best.cap
         if num_other_tokens:
             best = self._beside(best, counts, num_rows, num_other_tokens)
-        by_level = self._spread(best)
-        self._kept = (best, by_level) if num_rows >= _MANY_ROWS and not num_other_tokens else None
+            return best, self._spread(best)
+        self._kept, self._kept_by_level = best, self._spread(best)
         self._kept_rows, self._kept_until = num_rows, self._now + _KEPT
-        if not num_other_tokens and self._now >= self._probe_at:
+        if self._now >= self._probe_at:
             if self._now >= self._plain_at and best.cap:
                 plain = self._plain(num_rows)
                 if self._pay(plain, best.rate, _PLAIN_STEPS):
@@ -191,7 +196,7 @@ class SpeculationPolicy:
                     return best, self._spread(plain)
             elif hope.rate > best.rate and hope[1:3] != best[1:3] and self._pay(hope, best.rate, 1):
                 return best, self._spread(hope)
-        return best, by_level
+        return best, self._kept_by_level
 
     def _pay(self, probe: _Choice, rate: float, num_steps: int) -> bool:
         """Buy a probe for its expected loss against so many tokens per second. False: it is too dear for now."""
@@ -213,8 +218,8 @@ class SpeculationPolicy:
         num_tokens = num_rows + num_drafts + num_other_tokens
         before, _ = self._cost.estimate(num_rows, num_tokens, passes, num_drafts)
         after, _ = self._cost.estimate(num_rows, num_tokens + len(rows), max(passes, least), 1)
-        gain = sum(self._values[acceptances[row].level] for row in rows)
-        if self._pay(_Choice(0.0, 1, 0.0, gain, after - before), rate, 1):
+        # Nothing is expected of them: else what is hoped for would pay for itself.
+        if self._pay(_Choice(rate, 1, 0.0, 0.0, after - before), rate, 1):
             for row in rows:
                 chosen[row] = 1
 
@@ -239,8 +244,10 @@ class SpeculationPolicy:
         most, depth = self._max_drafts, self._depth
         if self._proposes_free:
             return [most]
-        near = {1, depth - 1, depth, depth + 1, 2 * depth} if depth else {1, 2, 4}
-        return sorted(cap for cap in near if 0 < cap <= most)
+        self._turn += 1
+        others = (2 * depth, depth + 1, depth - 1, 1) if depth else (1, 2, 4)
+        near = {depth, others[self._turn % len(others)]}
+        return sorted(cap for cap in near if 0 < cap <= most) or [1]
 
     def _walk(
         self, drafts: list[tuple[float, int, int]], counts: list[int], cap: int, best: _Choice, hope: _Choice
