@@ -25,6 +25,7 @@ _PROBE_EVERY = 4  # steps between two probes: what the former brought is known b
 _PLAIN_EVERY = 200  # steps after which a step without drafts is tried again
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
+_STRIDE = 1.1  # growth of the number of drafts between two looks at what it costs
 _KEPT = 4  # steps for which a choice is kept
 
 
@@ -253,23 +254,30 @@ class SpeculationPolicy:
         self, drafts: list[tuple[float, int, int]], counts: list[int], cap: int, best: _Choice, hope: _Choice
     ) -> tuple[_Choice, _Choice]:
         """`best` and `hope`, or what is better with at most cap drafts a row."""
-        num_rows = sum(counts)
-        num_tokens, gain, passes = num_rows, float(num_rows), 0
-        furthest = 2 * self._cost.most_tokens
+        num_rows, cost = sum(counts), self._cost
+        num_drafts, gain, passes, due = 0, float(num_rows), 0, 0.0
+        furthest = 2 * cost.most_tokens - num_rows
+        best_rate, best_at, hope_rate, hope_at = best.rate, None, hope.rate, None
         for promise, level, j in drafts:
             if j > cap:
                 continue
-            num_tokens += counts[level]
+            num_drafts += counts[level]
             gain += promise * counts[level]
             if j > passes and not self._proposes_free:
                 passes = j
-            seconds, deviation = self._cost.estimate(num_rows, num_tokens, passes, 1)
-            if gain > best.rate * (seconds + deviation):
-                best = _Choice(gain / (seconds + deviation), cap, promise, gain, seconds)
+            if num_drafts < due:
+                continue
+            due = _STRIDE * num_drafts
+            seconds, deviation = cost.estimate(num_rows, num_rows + num_drafts, passes, num_drafts)
+            if gain > best_rate * (seconds + deviation):
+                best_rate, best_at = gain / (seconds + deviation), (promise, gain, seconds)
             low = max(seconds - deviation, 0.1 * seconds)
-            if gain > hope.rate * low and num_tokens <= furthest:
-                hope = _Choice(gain / low, cap, promise, gain, seconds)
-        return best, hope
+            if gain > hope_rate * low and num_drafts <= furthest:
+                hope_rate, hope_at = gain / low, (promise, gain, seconds)
+        return (
+            _Choice(best_rate, cap, *best_at) if best_at else best,
+            _Choice(hope_rate, cap, *hope_at) if hope_at else hope,
+        )
 
     def _beside(self, best: _Choice, counts: list[int], num_rows: int, num_other_tokens: int) -> _Choice:
         """Of the best choice for a step by itself, what pays beside other tokens: there a draft may cost more."""
