@@ -10,12 +10,15 @@ from octavo.scheduler.step_cost import StepCost
 
 _LEVELS = 20  # acceptance is rounded to multiples of 1 / _LEVELS
 _CERTAIN = 0.98  # what the highest level stands for
-_MEMORY = 0.94  # weight that a row's earlier drafts keep with each further one
+_MEMORY = 0.96  # weight that a row's earlier drafts keep with each further one
 _FADING = 0.99  # weight that they keep with each step in which the row verifies none
-_SHARED_WEIGHT = 4.0  # drafts' worth of trust in what is known of all rows, against a row's own
+_SHARED_WEIGHT = 2.0  # drafts' worth of trust in what is known of all rows, against a row's own
 _FIRST_SHARED = 0.4  # acceptance expected before any draft has been verified
 _SHARED_GAIN = 0.06  # of one row's result in the shared estimate
 _SHARED_STEP = 0.04  # change of the shared estimate at which rows are judged anew
+_ABSENT = _LEVELS + 1  # the level of rows for which a lookup found nothing; by now it may have found something
+_FIND_GAIN = 0.02  # of one row's result in the estimate of that
+_FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
 
 _MARGIN = 0.03  # drafts must promise so much more throughput than none
@@ -38,7 +41,7 @@ class Acceptance:
         self.num_tried = 0.0  # drafts whose predecessors were accepted, fading
         self.num_accepted = 0.0  # those of them that were accepted
         self.sampled_at = -_UNBIASED_AGE  # step of the policy in which drafts of it were last seen verified
-        self.level = level  # estimate of the acceptance, in 1 / _LEVELS; 0 where there is nothing to verify
+        self.level = level  # estimate of the acceptance, in 1 / _LEVELS; or _ABSENT
         self.is_ready = is_ready  # the proposer has drafts, or makes them when asked
 
 
@@ -88,18 +91,15 @@ class SpeculationPolicy:
         self._probe_at = 0  # the first step that may probe again
         self._plain_at = 0  # the first step in which one without drafts is due, if there is none before
         self._plain_left = 0  # steps of a begun probe without drafts
-        values = [min(level / _LEVELS, _CERTAIN) for level in range(_LEVELS + 1)]
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
-        # (tokens that it adds, level, j) for the j-th draft of a row at that level, the most promising first.
-        self._drafts = sorted(
-            ((values[level] ** j, level, j) for level in range(1, _LEVELS + 1) for j in range(1, max_drafts + 1)),
-            key=lambda draft: (-draft[0], draft[2]),
-        )
+        self._finds = 0.1  # probability that a lookup finds something where it last found nothing
+        self._ranked_by = 0.0  # that probability when drafts were ranked
+        self._rank_drafts()
 
     def track(self) -> Acceptance:
         """The record of a new sequence."""
         if self._proposes_free:
-            return Acceptance(0, False)
+            return Acceptance(_ABSENT, False)
         return Acceptance(round(self._shared * _LEVELS), True)
 
     def num_to_propose(self, num_chosen: int) -> int:
@@ -122,6 +122,9 @@ class SpeculationPolicy:
             self._judged_by = self._shared
             for acceptance in acceptances:
                 self._judge(acceptance)
+            self._rank_drafts()
+        elif not self._ranked_by / _FIND_STEP < self._finds < self._ranked_by * _FIND_STEP:
+            self._rank_drafts()
         levels = [acceptance.level for acceptance in acceptances]
         choice, by_level = self._choice(levels, num_other_tokens)
         chosen = [by_level[level] for level in levels]
@@ -130,7 +133,10 @@ class SpeculationPolicy:
         return chosen
 
     def observe_row(self, acceptance: Acceptance, num_drafts: int, num_accepted: int, num_found: int) -> None:
-        """Of a row's num_drafts verified drafts num_accepted were accepted; num_found are ready for the next step."""
+        """Of a row's num_drafts verified drafts num_accepted were accepted; num_found are ready for the next step.
+
+        num_drafts: those that were there. A lookup may have found fewer than were chosen.
+        """
         if num_drafts:
             age = self._now - acceptance.sampled_at
             if acceptance.num_tried < 2.0 or age >= _UNBIASED_AGE:
@@ -140,14 +146,14 @@ class SpeculationPolicy:
             tried = acceptance.num_tried = memory * acceptance.num_tried + seen
             accepted = acceptance.num_accepted = memory * acceptance.num_accepted + num_accepted
             acceptance.sampled_at = self._now
-            level = _LEVELS * (accepted + _SHARED_WEIGHT * self._shared) / (tried + _SHARED_WEIGHT)
-            acceptance.level = int(level + 0.5)
+            if acceptance.is_ready:
+                level = _LEVELS * (accepted + _SHARED_WEIGHT * self._shared) / (tried + _SHARED_WEIGHT)
+                acceptance.level = int(level + 0.5)
         if self._proposes_free:
-            if not num_found:
-                acceptance.is_ready = False
-                acceptance.level = 0
-            elif not acceptance.is_ready:
-                acceptance.is_ready = True
+            if not acceptance.is_ready:
+                self._finds += _FIND_GAIN * ((num_found > 0) - self._finds)
+            if acceptance.is_ready != (num_found > 0):
+                acceptance.is_ready = num_found > 0
                 self._judge(acceptance)
 
     def observe_step(self, num_rows: int, num_tokens: int, num_drafts: int, num_passes: int, seconds: float) -> None:
@@ -163,10 +169,20 @@ class SpeculationPolicy:
             self._plain_at = self._now + _PLAIN_EVERY
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
 
+    def _rank_drafts(self) -> None:
+        """Renew the list of what a row's j-th draft adds, (tokens, level, j), the most first."""
+        steps = range(1, self._max_drafts + 1)
+        ranked = [(min(level / _LEVELS, _CERTAIN) ** j, level, j) for level in range(1, _LEVELS + 1) for j in steps]
+        if self._proposes_free:
+            shared = min(self._shared, _CERTAIN)
+            ranked += [(self._finds * shared**j, _ABSENT, j) for j in steps]
+        self._drafts = sorted(ranked, key=lambda draft: (-draft[0], draft[2]))
+        self._ranked_by = self._finds
+
     def _judge(self, acceptance: Acceptance) -> None:
         """Renew its level. What the row itself showed fades with time."""
         if not acceptance.is_ready:
-            acceptance.level = 0
+            acceptance.level = _ABSENT
             return
         age = self._now - acceptance.sampled_at
         trust = _FADING**age if age > 1 else 1.0
@@ -179,7 +195,7 @@ class SpeculationPolicy:
         is_like_before = abs(num_rows - self._kept_rows) * 16 <= num_rows
         if self._kept is not None and self._now < self._kept_until and is_like_before and not num_other_tokens:
             return self._kept, self._kept_by_level
-        counts = [0] * (_LEVELS + 1)
+        counts = [0] * (_LEVELS + 2)
         for level in levels:
             counts[level] += 1
         best, hope = self._decide(counts, num_rows)
@@ -301,7 +317,7 @@ class SpeculationPolicy:
 
     def _spread(self, choice: _Choice) -> list[int]:
         """Drafts for a row of each level."""
-        by_level = [0] * (_LEVELS + 1)
+        by_level = [0] * (_LEVELS + 2)
         for promise, level, j in self._drafts:
             if promise < choice.least:
                 break
