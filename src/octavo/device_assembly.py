@@ -31,8 +31,9 @@ from octavo.quantization.scheme import LinearLayer
 from octavo.quantization.unquantized import PLAIN
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
-from octavo.worker.device_speculation import DeviceSpeculation
+from octavo.worker.device_speculation import DeviceDrafter, DeviceSpeculation
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
+from octavo.worker.drafters.lookup import DeviceLookupDrafter
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.warm_up import compile_kernels
@@ -114,11 +115,22 @@ def _speculation(
 ) -> DeviceSpeculation:
     """What makes and verifies guesses on a GPU. model: the smaller one. blocks: how many the KV cache has, and whether
     CUDA graphs are recorded."""
-    num_blocks, use_graphs = blocks
     device, most = slots.token_ids.device, draft.config.num_speculative_tokens
-    if model is None or draft.facts is None:
-        raise ValueError("lookups are still to come")
-    facts = draft.facts
+    drafter: DeviceDrafter
+    if model is None:
+        drafter = DeviceLookupDrafter(draft.lookup, slots.token_ids)
+    else:
+        drafter = _model_drafter(draft, model, slots, limits, blocks)
+    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
+    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance)
+
+
+def _model_drafter(
+    draft: Draft, model: CausalLM, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+) -> DeviceModelDrafter:
+    num_blocks, use_graphs = blocks
+    facts, device, most = draft.facts, slots.token_ids.device, draft.config.num_speculative_tokens
+    assert facts is not None
     num_sequences = max(1, limits.max_draft_rows // most)
     block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
     dtype = next(model.parameters()).dtype
@@ -127,9 +139,7 @@ def _speculation(
     rows = num_sequences * (most + 2)
     attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill())
     sizes = limits.block_size, num_sequences
-    drafter = DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
-    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
-    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance)
+    return DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
 
 
 def _copy_weights(model: CausalLM, wanted: bool | None) -> None:

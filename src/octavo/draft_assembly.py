@@ -17,6 +17,7 @@ from octavo.models.registry import model_facts
 from octavo.protocol.speculation import LOOKUPS, SpeculationConfig
 from octavo.worker.drafters.draft_model import ModelDrafter
 from octavo.worker.drafters.drafter import Drafter
+from octavo.worker.drafters.lookup import LookupDrafter, LookupSettings
 from octavo.worker.slots import Slots
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,17 @@ class Draft:
     source: ModelSource | None = None
     facts: ModelFacts | None = None
     kv_bytes_per_token: int = 0
+
+    @property
+    def lookup(self) -> LookupSettings:
+        """Of a method that looks for guesses in text."""
+        config = self.config
+        return LookupSettings(
+            config.prompt_lookup_min,
+            config.prompt_lookup_max,
+            config.num_speculative_tokens,
+            config.suffix_cached_tokens if config.method == "suffix" else 0,
+        )
 
     def num_draft_rows(self, max_num_seqs: int) -> int:
         """Guesses that a step verifies at most."""
@@ -85,7 +97,7 @@ def cpu_drafter(draft: Draft, slots: Slots, num_blocks: int, dtype: torch.dtype)
     """What makes guesses on a CPU, over a KV cache of so many blocks."""
     model = draft_model(draft, dtype, torch.device("cpu"))
     if model is None or draft.facts is None:
-        raise ValueError("lookups are still to come")
+        return LookupDrafter(draft.lookup, slots.token_ids)
     facts = draft.facts
     attention = CpuAttention(facts.num_layers, num_blocks, slots.block_size, facts.num_kv_heads, facts.head_dim, dtype)
     return ModelDrafter(model, attention, slots)

@@ -20,6 +20,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     token_ids: every token known so far, the prompt first, then the output.
     block_table: all its KV blocks, those that cover this step included.
     adapter_slot: where the worker has its adapter; NO_ADAPTER where it has none.
+    is_private: no other sequence may learn anything of its tokens, be it from how fast it is itself.
     """
 
     slot: int
@@ -30,6 +31,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: tuple[int, ...]
     pooling: PoolingParams | None = None
     adapter_slot: int = NO_ADAPTER
+    is_private: bool = False
 
 
 class PlanRow(msgspec.Struct, frozen=True, array_like=True):
@@ -40,9 +42,9 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
     new_block_ids: blocks appended to the slot's table before the step.
     samples: the row's last token is the last one known, so the step samples position start + length.
     num_drafts: so many of the row's last tokens are guesses, which lie in the slot too: the step verifies them. It
-    samples the positions start + length - num_drafts .. start + length, one after another, up to the first whose token
-    is not the guess there. While an earlier step in flight verifies guesses, `start` is an upper bound: the worker knows
-    where the sequence ends, and how many guesses there are.
+    samples the positions start + length - num_drafts .. start + length, one after another, up to the first whose
+    token is not the guess there. While an earlier step in flight verifies guesses, `start` is an upper bound: the
+    worker knows where the sequence ends, and how many guesses there are.
     masks: one a position that is sampled: the tokens allowed there, one bit each, the lowest of a byte first, None for
     all. None: all, at all of them.
     """
@@ -60,9 +62,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Everything one step needs, as a diff against what the worker's slots hold.
 
     adapters: (slot, lora_int_id) of those that are brought in before the step; what a slot held is gone then. Rows of
-    one adapter are neighbours. drafts: how many guesses at the tokens to come the worker shall have ready after the step,
-    one number a row; empty for none at all. On a row that samples nothing yet, a number above 0 says that its sequence
-    will be asked for some.
+    one adapter are neighbours. drafts: how many guesses at the tokens to come the worker shall have ready after the
+    step, one number a row; empty for none at all. On a row that samples nothing yet, a number above 0 says that its
+    sequence will be asked for some.
 
     Rows that share a prefix block may write and read it in one step: a worker writes the KV of
     all rows before any row attends, layer by layer.

@@ -376,6 +376,7 @@ class Scheduler:
                 request.eos_token_ids,
                 request.pooling,
                 sequence.adapter_slot,
+                request.cache_salt is not None,
             )
         )
 

@@ -22,9 +22,9 @@ class StepCost:
     """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * (c + rows * d).
 
     The curve is nearly flat where weights are read once (few tokens, a GPU) and nearly straight through zero where
-    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and d
-    are a draft model's pass. The parameters follow the measurements as in a Kalman filter whose covariances are dropped:
-    what is known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line
+    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and
+    d are a draft model's pass. The parameters follow the measurements as in a Kalman filter without covariances: what
+    is known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line
     through their measured neighbours, and are poorly known.
     """
 
@@ -110,9 +110,7 @@ class StepCost:
         for corner in range(_NUM_CORNERS):
             self._mean[corner], self._variance[corner], self._scale[corner] = seconds, seconds * seconds, seconds
 
-    def _features(
-        self, num_rows: int, num_tokens: int, num_passes: int, num_drafts: int
-    ) -> list[tuple[int, float]]:
+    def _features(self, num_rows: int, num_tokens: int, num_passes: int, num_drafts: int) -> list[tuple[int, float]]:
         """(parameter, weight) of those that such a step's seconds are the weighted sum of."""
         right = min(bisect_right(_CORNERS, num_tokens), _NUM_CORNERS - 1)
         share = (num_tokens - _CORNERS[right - 1]) / (_CORNERS[right] - _CORNERS[right - 1])

@@ -23,14 +23,15 @@ class DeviceDraftBatch(NamedTuple):
 
     rows: those of the plan that ran, G of them, whose starts and lengths are upper bounds. prompts: whether a row is of
     a prompt, and right as it is. asked: guesses wanted, one number a row; of a prompt that goes on, whether there will
-    be some. slots: int32 [G], -1 where no guess is wanted now. lengths: int32 [num_slots], known tokens. token_ids:
-    int32 [num_slots, max_len]. To be written: drafts, int32 [G, K], and found, int32 [G], which is 0.
+    be some. slots, wanted: int32 [G], the same; slot -1 where no guess is wanted now. lengths: int32 [num_slots], known
+    tokens. token_ids: int32 [num_slots, max_len]. To be written: drafts, int32 [G, K], and found, int32 [G], which is 0.
     """
 
     rows: Sequence[PlanRow]
     prompts: Sequence[bool]
     asked: Sequence[int]
     slots: Tensor
+    wanted: Tensor
     lengths: Tensor
     token_ids: Tensor
     drafts: Tensor
@@ -128,7 +129,7 @@ class DeviceSpeculation:
             slots, counts = upload(np.ascontiguousarray(wanted.T), device)
             drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
             found = torch.zeros(num_rows, dtype=torch.int32, device=device)
-            batch = DeviceDraftBatch(rows, prompts, asked, slots, self._lengths, token_ids, drafts, found)
+            batch = DeviceDraftBatch(rows, prompts, asked, slots, counts, self._lengths, token_ids, drafts, found)
             self._drafter.propose(batch)
             self._kernels.place_drafts(slots, drafts, found, counts, self._lengths, self._ready, token_ids)
             verdict[:, 1].copy_(found)

@@ -11,6 +11,9 @@ from torch import Tensor
 from octavo.kernels import triton
 from octavo.kernels.reference import lookup as reference
 from octavo.kernels.reference.lookup import SEPARATOR
+from octavo.protocol.plan import NewSequence
+from octavo.worker.device_speculation import DeviceDraftBatch
+from octavo.worker.drafters.drafter import DraftRow
 
 MAX_MATCH = 64  # tokens; the kernel's time grows with it where text repeats itself
 _LIMITS = {"min_match": (1, MAX_MATCH), "max_match": (1, MAX_MATCH), "max_drafts": (1, 64), "corpus_tokens": (0, 2**28)}
@@ -85,3 +88,73 @@ class Lookup:
         ring = (None, None) if self.past is None else (self.past.tokens, self.past.head)
         match = self.settings.min_match, self.settings.max_match
         self._find(token_ids, slots, lengths, wanted, *ring, *match, drafts, counts)
+
+
+class _Owners:
+    """Whose tokens a slot holds, so that they can be kept when the next one takes it."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._past = lookup.past
+        self._spans: dict[int, tuple[int, int]] = {}  # by slot: prompt tokens, and known tokens at most
+
+    def enter(self, new: NewSequence, token_ids: Tensor) -> None:
+        """A sequence takes a slot; keep the output that lies there."""
+        begin, end = self._spans.pop(new.slot, (0, 0))
+        if self._past is not None and end > begin:
+            self._past.add(token_ids[new.slot, begin:end])
+        if not new.is_private:
+            self._spans[new.slot] = new.num_prompt_tokens, 0
+
+    def know(self, slot: int, num_tokens: int) -> None:
+        """The slot's sequence has so many tokens."""
+        if slot in self._spans:
+            self._spans[slot] = self._spans[slot][0], num_tokens
+
+
+class LookupDrafter:
+    """Guesses by lookup on a CPU."""
+
+    def __init__(self, settings: LookupSettings, token_ids: Tensor) -> None:
+        """token_ids: of all slots, [num_slots, max_len]."""
+        self._token_ids = token_ids
+        self._most = settings.max_drafts
+        self._lookup = Lookup(settings, token_ids.device)
+        self._owners = _Owners(self._lookup)
+
+    def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
+        """See Drafter."""
+        self._owners.enter(new, self._token_ids)
+
+    def propose(self, rows: list[DraftRow], features: Tensor | None) -> list[list[int]]:  # noqa: ARG002
+        """See Drafter."""
+        for row in rows:
+            self._owners.know(row.slot, row.num_tokens)
+        slots, lengths, wanted = torch.tensor(
+            [[row.slot for row in rows], [row.num_tokens for row in rows], [row.count for row in rows]],
+            dtype=torch.int32,
+        )
+        drafts = torch.zeros(len(rows), self._most, dtype=torch.int32)
+        counts = torch.zeros(len(rows), dtype=torch.int32)
+        self._lookup.find(self._token_ids, slots, lengths, wanted, drafts, counts)
+        return [found[:count] for found, count in zip(drafts.tolist(), counts.tolist())]
+
+
+class DeviceLookupDrafter:
+    """Guesses by lookup on a GPU, where the tokens are; the host waits for nothing."""
+
+    def __init__(self, settings: LookupSettings, token_ids: Tensor) -> None:
+        """token_ids: int32 [num_slots, max_len], of all slots."""
+        self._token_ids = token_ids
+        self._lookup = Lookup(settings, token_ids.device)
+        self._owners = _Owners(self._lookup)
+
+    def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
+        """See Drafter."""
+        self._owners.enter(new, self._token_ids)
+
+    def propose(self, batch: DeviceDraftBatch) -> None:
+        """See DeviceDrafter."""
+        for row in batch.rows:
+            self._owners.know(row.slot, row.start + row.length + row.samples)
+        lengths = batch.lengths[batch.slots.clamp(min=0).long()]
+        self._lookup.find(batch.token_ids, batch.slots, lengths, batch.wanted, batch.drafts, batch.found)
