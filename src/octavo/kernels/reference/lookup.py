@@ -29,8 +29,8 @@ def find_drafts(
     Prompt lookup decoding (Saxena 2023) in a row's own tokens; with a corpus, also in past outputs as SuffixDecoding
     (Oliaro et al. 2024) does, by a scan instead of suffix trees.
 
-    token_ids: int32 or int64 [num_slots, max_len], ids >= 0; slots: int32 [R], -1 for a padding row; lengths: int32
-    [R], known tokens of each row's slot; wanted: int32 [R], drafts wished for, no more than fit in drafts.
+    token_ids: int32 or int64 [num_slots, max_len], ids >= 0; lengths: int32 [num_slots], how many are known.
+    slots: int32 [R], -1 for a padding row; wanted: int32 [R], drafts wished for, no more than fit in drafts.
     corpus: int32 [C], a ring of outputs, a -1 after each and wherever none was written, one at least; head: int32 [1],
     where the ring's oldest token lies. None for both: own tokens alone.
     drafts: int32 [R, max_drafts] and counts: int32 [R] are written; of drafts, counts[r] ids of row r.
@@ -42,10 +42,11 @@ def find_drafts(
     """
     ring = None if corpus is None else corpus.cpu().numpy()
     oldest = 0 if head is None else int(head)
-    for row, (slot, length, most) in enumerate(zip(slots.tolist(), lengths.tolist(), wanted.tolist())):
+    known = lengths.tolist()
+    for row, (slot, most) in enumerate(zip(slots.tolist(), wanted.tolist())):
         found: _Ids = np.empty(0, np.int32)
-        if slot >= 0 and most > 0 and length > 0:
-            tokens = token_ids[slot, :length].cpu().numpy()
+        if slot >= 0 and most > 0 and known[slot] > 0:
+            tokens = token_ids[slot, : known[slot]].cpu().numpy()
             found = _drafts_of(tokens, ring, oldest, min_match, max_match, most)
         counts[row] = len(found)
         if len(found):

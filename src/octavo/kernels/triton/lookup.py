@@ -37,13 +37,14 @@ def _score_kernel(
 ):
     """Program (row, share): the first own_shares of a row compare its own tokens, the others the corpus."""
     row, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    slot, length = tl.load(slots_ptr + row), tl.load(lengths_ptr + row)
+    slot = tl.load(slots_ptr + row)
+    length = tl.load(lengths_ptr + slot, mask=slot >= 0, other=0)
     tokens_ptr = token_ids_ptr + slot.to(tl.int64) * token_ids_stride
     is_own = share < own_shares
     first = tl.where(is_own, share, share - own_shares) * BLOCK
     step = tl.where(is_own, own_shares, shares - own_shares) * BLOCK
     places = tl.where(is_own, length - 1, corpus_size)
-    if (slot < 0) | (tl.load(wanted_ptr + row) <= 0) | (length < MIN_MATCH):
+    if (tl.load(wanted_ptr + row) <= 0) | (length < MIN_MATCH):
         places = 0
     best = tl.zeros((BLOCK,), tl.int64)
     for begin in range(first, places, step):
@@ -100,8 +101,9 @@ def _take_kernel(
     else:
         late = (score & 0xFFFFFFFF).to(tl.int32)
         if (score >> 32) & 1:
-            tokens_ptr = token_ids_ptr + tl.load(slots_ptr + row).to(tl.int64) * token_ids_stride
-            period = tl.load(lengths_ptr + row) - 1 - late
+            slot = tl.load(slots_ptr + row)
+            tokens_ptr = token_ids_ptr + slot.to(tl.int64) * token_ids_stride
+            period = tl.load(lengths_ptr + slot) - 1 - late
             found = tl.load(tokens_ptr + late + 1 + draft % period, mask=draft < count, other=0)
         else:
             at = tl.load(head_ptr) + late + 1 + draft
@@ -123,8 +125,8 @@ def find_drafts(
     drafts: Tensor,
     counts: Tensor,
 ) -> None:
-    """As kernels/reference/lookup.py has it. All int32, contiguous, on one device; padding rows may hold anything in
-    lengths and wanted. Launches depend on shapes, min_match and max_match alone."""
+    """As kernels/reference/lookup.py has it. All int32, contiguous, on one device. Launches depend on shapes, min_match
+    and max_match alone."""
     num_rows, max_drafts = drafts.shape
     size = 0 if corpus is None else len(corpus)
     most = max(1, min(_MAX_SHARES, _PROGRAMS // max(num_rows, 1)))

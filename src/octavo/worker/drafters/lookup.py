@@ -82,7 +82,8 @@ class Lookup:
     ) -> None:
         """Write drafts, int32 [R, max_drafts], and how many there are of each row to counts, int32 [R].
 
-        token_ids: [num_slots, max_len]; slots, lengths, wanted: int32 [R]. All as kernels/reference/lookup.py has them.
+        token_ids: [num_slots, max_len]; lengths: int32 [num_slots]; slots, wanted: int32 [R]. All as
+        kernels/reference/lookup.py has them.
         On a GPU the launches depend on shapes alone.
         """
         ring = (None, None) if self.past is None else (self.past.tokens, self.past.head)
