@@ -23,8 +23,8 @@ class DeviceDraftBatch(NamedTuple):
 
     rows: those of the plan that ran, G of them, whose starts and lengths are upper bounds. prompts: whether a row is of
     a prompt, and right as it is. asked: guesses wanted, one number a row; of a prompt that goes on, whether there will
-    be some. slots, wanted: int32 [G], the same; slot -1 where no guess is wanted now. lengths: int32 [num_slots], known
-    tokens. token_ids: int32 [num_slots, max_len]. To be written: drafts, int32 [G, K], and found, int32 [G], which is 0.
+    be some. slots, wanted: int32 [G], the same; slot -1 where no guess is wanted now. lengths: int32 [num_slots],
+    known tokens. token_ids: int32 [num_slots, max_len]. Written: drafts, int32 [G, K], and found, int32 [G], 0 so far.
     """
 
     rows: Sequence[PlanRow]

@@ -119,6 +119,7 @@ class LookupDrafter:
         """token_ids: of all slots, [num_slots, max_len]."""
         self._token_ids = token_ids
         self._most = settings.max_drafts
+        self._lengths = torch.zeros(len(token_ids), dtype=torch.int32)  # known tokens, by slot
         self._lookup = Lookup(settings, token_ids.device)
         self._owners = _Owners(self._lookup)
 
@@ -130,13 +131,11 @@ class LookupDrafter:
         """See Drafter."""
         for row in rows:
             self._owners.know(row.slot, row.num_tokens)
-        slots, lengths, wanted = torch.tensor(
-            [[row.slot for row in rows], [row.num_tokens for row in rows], [row.count for row in rows]],
-            dtype=torch.int32,
-        )
+            self._lengths[row.slot] = row.num_tokens
+        slots, wanted = torch.tensor([[row.slot for row in rows], [row.count for row in rows]], dtype=torch.int32)
         drafts = torch.zeros(len(rows), self._most, dtype=torch.int32)
         counts = torch.zeros(len(rows), dtype=torch.int32)
-        self._lookup.find(self._token_ids, slots, lengths, wanted, drafts, counts)
+        self._lookup.find(self._token_ids, slots, self._lengths, wanted, drafts, counts)
         return [found[:count] for found, count in zip(drafts.tolist(), counts.tolist())]
 
 
@@ -157,5 +156,4 @@ class DeviceLookupDrafter:
         """See DeviceDrafter."""
         for row in batch.rows:
             self._owners.know(row.slot, row.start + row.length + row.samples)
-        lengths = batch.lengths[batch.slots.clamp(min=0).long()]
-        self._lookup.find(batch.token_ids, batch.slots, lengths, batch.wanted, batch.drafts, batch.found)
+        self._lookup.find(batch.token_ids, batch.slots, batch.lengths, batch.wanted, batch.drafts, batch.found)
