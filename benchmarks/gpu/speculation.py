@@ -5,8 +5,9 @@ probability, whatever they are.
     python benchmarks/gpu/speculation.py --model FOLDER [--draft FOLDER] [--acceptance 0.8] [--tokens 5] [--fixed]
                                          [--batches 1,8,64,256] [--out FILE]
 
-Random weights of the folders' config.json; --acceptance none: no speculation. Each batch: prompts of 512 random tokens
-and 192 output tokens, once to warm up, then timed. Seconds are of the whole batch, ms of a token of one sequence.
+Random weights of the folders' config.json, the draft's in FP8; --acceptance none: no speculation. Each batch: prompts
+of 512 random tokens and 192 output tokens, once to warm up, then timed. Seconds are of the whole batch, ms of a token
+of one sequence.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
             "num_speculative_tokens": args.tokens,
             "synthetic_acceptance": float(args.acceptance),
             "adaptive": not args.fixed,
+            "quantization": "fp8",
         }
     began = time.perf_counter()
     llm = LLM(str(args.model), load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, **options)

@@ -28,7 +28,6 @@ from octavo.models.base import CausalLM
 from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
 from octavo.quantization.scheme import LinearLayer
-from octavo.quantization.unquantized import PLAIN
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.device_speculation import DeviceDrafter, DeviceSpeculation
@@ -61,7 +60,8 @@ def build_cuda(
     method = method_of(option, values.get("quantization_config"))
     compiling = compile_kernels(config, facts, method, _DTYPES[config.dtype], device)
     if draft is not None and draft.facts is not None:
-        compile_kernels(config, draft.facts, PLAIN, _DTYPES[config.dtype], device)  # done before it is first used
+        form = method_of(draft.config.quantization, None)
+        compile_kernels(config, draft.facts, form, _DTYPES[config.dtype], device)  # done before it is first used
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()

@@ -63,6 +63,8 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFac
     """Find the model that makes guesses, if it takes one. Raises ValueError where it does not fit the target model."""
     if wanted.synthetic_acceptance is not None and config.device == "cpu":
         raise ValueError(f"speculative_config: synthetic_acceptance={wanted.synthetic_acceptance} needs a GPU")
+    if wanted.quantization is not None and config.device == "cpu":
+        raise ValueError(f"speculative_config: quantization={wanted.quantization} needs a GPU")
     if config.options.attention_backend == "torch" and config.device != "cpu":
         raise ValueError("attention_backend=torch has no speculation; allowed: auto, triton, flashinfer")
     if wanted.method in LOOKUPS:
@@ -88,7 +90,7 @@ def draft_model(draft: Draft, dtype: torch.dtype, device: torch.device) -> Causa
     """The smaller model, loaded, where there is one."""
     if draft.source is None:
         return None
-    model = load_model(draft.source, dtype, device, 0, None)
+    model = load_model(draft.source, dtype, device, 0, draft.config.quantization)
     _log.info("draft model: %.0f MiB", model.weight_bytes / 1024**2)
     return model
 

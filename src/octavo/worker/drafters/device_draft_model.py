@@ -15,6 +15,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.staging import upload
+from octavo.worker.step_buffers import NUM_PARAMS
 
 Ints = NDArray[np.int32]
 
@@ -48,6 +49,7 @@ class _Buffers:
         self.steps = torch.arange(width, dtype=torch.int32, device=device).repeat(num_sequences)
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
+        self.drawn = ints(num_sequences, 2)
         self.token_positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
 
@@ -84,6 +86,8 @@ class DeviceModelDrafter:
         largest = self._sizes[-1]
         self._max_items = tuple(attention.max_items(rows, rows)[0] for rows in (largest * self._width, largest))
         self._buffers = _Buffers(largest, self._width, most, (self._max_items[0], self._max_items[1]), device)
+        # Parameters of slots whose draws are greedy: temperature 0.
+        self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
         self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None  # passes follow each other: one for all
 
@@ -169,27 +173,16 @@ class DeviceModelDrafter:
         position = behind[row_slots.clamp(min=0).long()] - 1 + steps
         row_slots = torch.where(position >= 0, row_slots, -1)
         items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
-        hidden = self._pass(row_slots, steps, behind, items, token_ids, None)
-        guess = self._model.compute_logits(hidden[width - 1 :: width]).argmax(-1).int()
-        buffers.drafts[:size, 0] = guess
+        hidden = self._pass(row_slots, steps, behind, items, token_ids)
+        self._take(hidden[width - 1 :: width], slots, buffers.positions[width - 1 : rows : width], token_ids, 0)
         for index in range(1, key.num_drafts):
             items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
             ahead = torch.full((size,), index, dtype=torch.int32, device=slots.device)
-            hidden = self._pass(slots, ahead, lengths, items, token_ids, guess)
-            guess = self._model.compute_logits(hidden).argmax(-1).int()
-            buffers.drafts[:size, index] = guess
+            hidden = self._pass(slots, ahead, lengths, items, token_ids)
+            self._take(hidden, slots, buffers.positions[:size], token_ids, index)
 
-    def _pass(
-        self,
-        row_slots: Tensor,
-        offsets: Tensor,
-        lengths: Tensor,
-        items: Tensor,
-        token_ids: Tensor,
-        input_ids: Tensor | None,
-    ) -> Tensor:
-        """Hidden states of one token a row, `offsets` after the last of `lengths`. input_ids: None: those in the
-        table."""
+    def _pass(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Tensor:
+        """Hidden states of one token a row, `offsets` after the last of `lengths`."""
         buffers, count = self._buffers, len(row_slots)
         starts, positions, cu_q = buffers.starts[:count], buffers.positions[:count], buffers.cu_q[: count + 1]
         self._kernels.follow_rows(row_slots, offsets, lengths, starts, positions, items)
@@ -199,7 +192,17 @@ class DeviceModelDrafter:
         self._attention.prepare(
             DeviceBatch(row_slots, starts, cu_q, made[2], self._block_tables, items, none, rows=None)
         )
-        return self._model(made[0] if input_ids is None else input_ids, made[1], self._attention)
+        return self._model(made[0], made[1], self._attention)
+
+    def _take(self, hidden: Tensor, slots: Tensor, positions: Tensor, token_ids: Tensor, index: int) -> None:
+        """The likeliest tokens are the guesses of this index; they go into the table too, where the next pass reads."""
+        buffers, count = self._buffers, len(slots)
+        logits = self._model.compute_logits(hidden)
+        out = buffers.drawn[:count]
+        samples = buffers.cu_q[1 : count + 1]  # none is 0
+        drawing = slots, positions.contiguous(), self._greedy, samples
+        self._kernels.draw_tokens(logits, *drawing, token_ids, out)
+        buffers.drafts[:count, index].copy_(out[:, 0])
 
     def _record(self, key: _Key, lengths: Tensor, token_ids: Tensor) -> None:
         self._guess(key, lengths, token_ids)  # compiles, and sets up libraries
