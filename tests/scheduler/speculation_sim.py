@@ -29,10 +29,6 @@ class Machine:
         return self.base * (work + passes) + num_rows * self.per_row + drafts
 
 
-GPU = Machine()
-CPU = Machine(flat_tokens=0)
-
-
 @dataclass
 class Outcome:
     speed: float  # time that the same tokens take without drafts, over the time taken
@@ -52,28 +48,16 @@ class Load:
     life: int = 400  # steps after which a row is another sequence
     noise: float = 0.1
     delay: int = 2  # steps after which results are known
+    accidents: float = 0.0  # part of the steps that take ten times as long
 
     def rows_at(self, step: int) -> int:
         return self.num_rows if isinstance(self.num_rows, int) else self.num_rows(step)
-
-
-class Chooser:
-    """A policy, or one fixed number of drafts for comparison."""
-
-    def __init__(self, policy: SpeculationPolicy, fixed: int | None = None) -> None:
-        self.policy, self.fixed = policy, fixed
-
-    def choose(self, rows: list[Acceptance]) -> list[int]:
-        if self.fixed is None:
-            return self.policy.choose(rows)
-        return [self.fixed] * len(rows)
 
 
 def simulate(machine: Machine, load: Load, max_drafts: int = 8, fixed: int | None = None, seed: int = 0) -> Outcome:
     """Run load.num_steps steps. fixed: not the policy's choice but always so many drafts."""
     random, luck = Random(seed), Random(seed + 1)  # luck: of lookups, the same whatever is chosen
     policy = SpeculationPolicy(max_drafts, proposes_free=load.is_lookup)
-    chooser = Chooser(policy, fixed)
     most = max(load.rows_at(step) for step in range(load.num_steps))
     records = [policy.track() for _ in range(most)]
     finds = [not load.is_lookup or luck.random() < load.found for _ in range(most)]
@@ -87,7 +71,7 @@ def simulate(machine: Machine, load: Load, max_drafts: int = 8, fixed: int | Non
                 records[row], drafted[row] = policy.track(), 0
         while len(pending) >= load.delay:
             pending.popleft()()
-        asked = chooser.choose(records[:num_rows])
+        asked = policy.choose(records[:num_rows]) if fixed is None else [fixed] * num_rows
         if load.is_lookup:  # what is found is chosen from; what is asked for was found a step before
             verified = [min(k, max_drafts) if find else 0 for k, find in zip(asked, finds)]
             num_passes = 0
@@ -112,6 +96,7 @@ def simulate(machine: Machine, load: Load, max_drafts: int = 8, fixed: int | Non
         plain += machine.seconds(num_rows, num_rows, 0) * tokens / num_rows
         time += seconds
         measured = seconds * random.uniform(1.0 - load.noise, 1.0 + load.noise)
+        measured *= 10.0 if random.random() < load.accidents else 1.0
 
         def report(
             results: list[tuple[Acceptance, int, int, int]] = results,

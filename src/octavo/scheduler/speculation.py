@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import nsmallest
-from typing import NamedTuple
 
+from octavo.scheduler.draft_search import ABSENT, LEVELS, Choice, DraftSearch
 from octavo.scheduler.step_cost import StepCost
 
-_LEVELS = 20  # acceptance is rounded to multiples of 1 / _LEVELS
-_CERTAIN = 0.98  # what the highest level stands for
 _MEMORY = 0.96  # weight that a row's earlier drafts keep with each further one
 _FADING = 0.99  # weight that they keep with each step in which the row verifies none
 _SHARED_WEIGHT = 2.0  # drafts' worth of trust in what is known of all rows, against a row's own
 _FIRST_SHARED = 0.4  # acceptance expected before any draft has been verified
 _SHARED_GAIN = 0.06  # of one row's result in the shared estimate
 _SHARED_STEP = 0.04  # change of the shared estimate at which rows are judged anew
-_ABSENT = _LEVELS + 1  # the level of rows for which a lookup found nothing; by now it may have found something
 _FIND_GAIN = 0.02  # of one row's result in the estimate of that
 _FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
 
-_MARGIN = 0.03  # drafts must promise so much more throughput than none
-_BUDGET = 0.01  # part of all time that probing may cost
-_FIRST_BUDGET, _MOST_BUDGET = 6.0, 10.0  # steps' worth of time
+_BUDGET = 0.008  # part of all time that probing may cost
+_FIRST_BUDGET, _MOST_BUDGET = 5.0, 10.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _PLAIN_EVERY = 200  # steps after which a step without drafts is tried again
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
-_STRIDE = 1.1  # growth of the number of drafts between two looks at what it costs
 _KEPT = 4  # steps for which a choice is kept
 
 
@@ -41,18 +36,8 @@ class Acceptance:
         self.num_tried = 0.0  # drafts whose predecessors were accepted, fading
         self.num_accepted = 0.0  # those of them that were accepted
         self.sampled_at = -_UNBIASED_AGE  # step of the policy in which drafts of it were last seen verified
-        self.level = level  # estimate of the acceptance, in 1 / _LEVELS; or _ABSENT
+        self.level = level  # estimate of the acceptance, in 1 / LEVELS; or ABSENT
         self.is_ready = is_ready  # the proposer has drafts, or makes them when asked
-
-
-class _Choice(NamedTuple):
-    """Drafts for all rows: each draft that promises `least` tokens or more, and is one of its row's first `cap`."""
-
-    rate: float  # tokens per second by which it is compared
-    cap: int
-    least: float
-    num_tokens: float  # expected of the step
-    seconds: float  # expected
 
 
 class SpeculationPolicy:
@@ -62,7 +47,7 @@ class SpeculationPolicy:
     taken in the order of what they promise, over all rows, for as long as the step's tokens per second (StepCost) grow.
     Drafts are only used where they win by a margin at a pessimistic estimate of costs; what wins only at an optimistic
     one is tried now and then, and so are steps without drafts, and drafts for rows that have none. Each such probe is
-    paid for, by its expected loss, out of 1 % of the time.
+    paid for, by its expected loss, out of less than 1 % of the time.
 
     Results may come any number of steps late.
     """
@@ -78,14 +63,14 @@ class SpeculationPolicy:
         self._adaptive = adaptive
         self._proposes_free = proposes_free
         self._cost = StepCost()
+        self._search = DraftSearch(self._cost, max_drafts, proposes_free)
         self._shared = _FIRST_SHARED  # acceptance of rows' first drafts, rows chosen without regard to it
         self._judged_by = _FIRST_SHARED  # the shared estimate at which all levels were last renewed
         self._now = 0  # calls of choose
-        self._kept: _Choice | None = None  # the latest choice that was no probe
+        self._kept: Choice | None = None  # the latest choice that was no probe
         self._kept_by_level: list[int] = []  # its drafts by level
         self._kept_rows = 0
         self._kept_until = 0
-        self._turn = 0  # of the limits that take turns
         self._depth = 0  # the most drafts a row in the latest choice that was no probe
         self._credit = 0.0  # seconds that probing may cost
         self._probe_at = 0  # the first step that may probe again
@@ -93,14 +78,14 @@ class SpeculationPolicy:
         self._plain_left = 0  # steps of a begun probe without drafts
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
         self._finds = 0.1  # probability that a lookup finds something where it last found nothing
-        self._ranked_by = 0.0  # that probability when drafts were ranked
-        self._rank_drafts()
+        self._ranked_by = self._finds  # that probability when drafts were ranked
+        self._search.rank(self._finds, self._shared)
 
     def track(self) -> Acceptance:
         """The record of a new sequence."""
         if self._proposes_free:
-            return Acceptance(_ABSENT, False)
-        return Acceptance(round(self._shared * _LEVELS), True)
+            return Acceptance(ABSENT, False)
+        return Acceptance(round(self._shared * LEVELS), True)
 
     def num_to_propose(self, num_chosen: int) -> int:
         """How many drafts to ask the proposer for when num_chosen are wanted. What is free is always asked for: only
@@ -118,13 +103,7 @@ class SpeculationPolicy:
         if self._plain_left:
             self._plain_left -= 1
             return [0] * num_rows
-        if abs(self._shared - self._judged_by) > _SHARED_STEP:
-            self._judged_by = self._shared
-            for acceptance in acceptances:
-                self._judge(acceptance)
-            self._rank_drafts()
-        elif not self._ranked_by / _FIND_STEP < self._finds < self._ranked_by * _FIND_STEP:
-            self._rank_drafts()
+        self._renew(acceptances)
         levels = [acceptance.level for acceptance in acceptances]
         choice, by_level = self._choice(levels, num_other_tokens)
         chosen = [by_level[level] for level in levels]
@@ -147,7 +126,7 @@ class SpeculationPolicy:
             accepted = acceptance.num_accepted = memory * acceptance.num_accepted + num_accepted
             acceptance.sampled_at = self._now
             if acceptance.is_ready:
-                level = _LEVELS * (accepted + _SHARED_WEIGHT * self._shared) / (tried + _SHARED_WEIGHT)
+                level = LEVELS * (accepted + _SHARED_WEIGHT * self._shared) / (tried + _SHARED_WEIGHT)
                 acceptance.level = int(level + 0.5)
         if self._proposes_free:
             if not acceptance.is_ready:
@@ -162,6 +141,8 @@ class SpeculationPolicy:
 
         Steps with prompts may be told too: they teach what many tokens cost.
         """
+        if seconds <= 0.0:
+            return  # the clock is too coarse to tell anything
         if not self._cost.is_known:
             self._credit = _FIRST_BUDGET * seconds
         self._credit = min(self._credit + _BUDGET * seconds, max(self._credit, _MOST_BUDGET * seconds))
@@ -169,53 +150,54 @@ class SpeculationPolicy:
             self._plain_at = self._now + _PLAIN_EVERY
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
 
-    def _rank_drafts(self) -> None:
-        """Renew the list of what a row's j-th draft adds, (tokens, level, j), the most first."""
-        steps = range(1, self._max_drafts + 1)
-        ranked = [(min(level / _LEVELS, _CERTAIN) ** j, level, j) for level in range(1, _LEVELS + 1) for j in steps]
-        if self._proposes_free:
-            shared = min(self._shared, _CERTAIN)
-            ranked += [(self._finds * shared**j, _ABSENT, j) for j in steps]
-        self._drafts = sorted(ranked, key=lambda draft: (-draft[0], draft[2]))
-        self._ranked_by = self._finds
+    def _renew(self, acceptances: Sequence[Acceptance]) -> None:
+        """Bring levels and ranks up to date with what is known of all rows."""
+        is_old = abs(self._shared - self._judged_by) > _SHARED_STEP
+        if is_old:
+            self._judged_by = self._shared
+            for acceptance in acceptances:
+                self._judge(acceptance)
+        if is_old or not self._ranked_by / _FIND_STEP < self._finds < self._ranked_by * _FIND_STEP:
+            self._ranked_by = self._finds
+            self._search.rank(self._finds, self._shared)
 
     def _judge(self, acceptance: Acceptance) -> None:
         """Renew its level. What the row itself showed fades with time."""
         if not acceptance.is_ready:
-            acceptance.level = _ABSENT
+            acceptance.level = ABSENT
             return
         age = self._now - acceptance.sampled_at
         trust = _FADING**age if age > 1 else 1.0
         own = trust * acceptance.num_accepted + _SHARED_WEIGHT * self._shared
-        acceptance.level = int(_LEVELS * own / (trust * acceptance.num_tried + _SHARED_WEIGHT) + 0.5)
+        acceptance.level = int(LEVELS * own / (trust * acceptance.num_tried + _SHARED_WEIGHT) + 0.5)
 
-    def _choice(self, levels: list[int], num_other_tokens: int) -> tuple[_Choice, list[int]]:
+    def _choice(self, levels: list[int], num_other_tokens: int) -> tuple[Choice, list[int]]:
         """What is best as far as known, and drafts by level: of that, or of a probe."""
         num_rows = len(levels)
         is_like_before = abs(num_rows - self._kept_rows) * 16 <= num_rows
         if self._kept is not None and self._now < self._kept_until and is_like_before and not num_other_tokens:
             return self._kept, self._kept_by_level
-        counts = [0] * (_LEVELS + 2)
+        counts = [0] * (LEVELS + 2)
         for level in levels:
             counts[level] += 1
-        best, hope = self._decide(counts, num_rows)
+        best, hope = self._search.best(self._depth, counts, num_rows)
         self._depth = best.cap
         if num_other_tokens:
-            best = self._beside(best, counts, num_rows, num_other_tokens)
-            return best, self._spread(best)
-        self._kept, self._kept_by_level = best, self._spread(best)
+            best = self._search.beside(best, counts, num_rows, num_other_tokens)
+            return best, self._search.spread(best)
+        self._kept, self._kept_by_level = best, self._search.spread(best)
         self._kept_rows, self._kept_until = num_rows, self._now + _KEPT
         if self._now >= self._probe_at:
             if self._now >= self._plain_at and best.cap:
-                plain = self._plain(num_rows)
+                plain = self._search.plain(num_rows)
                 if self._pay(plain, best.rate, _PLAIN_STEPS):
                     self._plain_left = _PLAIN_STEPS - 1
-                    return best, self._spread(plain)
+                    return best, self._search.spread(plain)
             elif hope.rate > best.rate and hope[1:3] != best[1:3] and self._pay(hope, best.rate, 1):
-                return best, self._spread(hope)
+                return best, self._search.spread(hope)
         return best, self._kept_by_level
 
-    def _pay(self, probe: _Choice, rate: float, num_steps: int) -> bool:
+    def _pay(self, probe: Choice, rate: float, num_steps: int) -> bool:
         """Buy a probe for its expected loss against so many tokens per second. False: it is too dear for now."""
         loss = num_steps * (probe.seconds - probe.num_tokens / rate)
         if loss > self._credit:
@@ -236,94 +218,9 @@ class SpeculationPolicy:
         before, _ = self._cost.estimate(num_rows, num_tokens, passes, num_drafts)
         after, _ = self._cost.estimate(num_rows, num_tokens + len(rows), max(passes, least), 1)
         # Nothing is expected of them: else what is hoped for would pay for itself.
-        if self._pay(_Choice(rate, 1, 0.0, 0.0, after - before), rate, 1):
+        if self._pay(Choice(rate, 1, 0.0, 0.0, after - before), rate, 1):
             for row in rows:
                 chosen[row] = 1
-
-    def _plain(self, num_rows: int) -> _Choice:
-        """No drafts."""
-        seconds, _ = self._cost.estimate(num_rows, num_rows, 0, 0)
-        return _Choice(num_rows / seconds, 0, 2.0, num_rows, seconds)
-
-    def _decide(self, counts: list[int], num_rows: int) -> tuple[_Choice, _Choice]:
-        """The choice with most tokens per second at pessimistic costs, and at optimistic ones; counts: rows a level."""
-        plain = self._plain(num_rows)
-        best = plain._replace(rate=plain.rate * (1.0 + _MARGIN))
-        _, deviation = self._cost.estimate(num_rows, num_rows, 0, 0)
-        hope = plain._replace(rate=num_rows / max(plain.seconds - deviation, 0.1 * plain.seconds))
-        drafts = [draft for draft in self._drafts if counts[draft[1]]]
-        for cap in self._caps():
-            best, hope = self._walk(drafts, counts, cap, best, hope)
-        return best._replace(rate=best.num_tokens / best.seconds), hope
-
-    def _caps(self) -> list[int]:
-        """Limits on the drafts a row that are worth a look: one more for a single row is a pass for all."""
-        most, depth = self._max_drafts, self._depth
-        if self._proposes_free:
-            return [most]
-        self._turn += 1
-        others = (2 * depth, depth + 1, depth - 1, 1) if depth else (1, 2, 4)
-        near = {depth, others[self._turn % len(others)]}
-        return sorted(cap for cap in near if 0 < cap <= most) or [1]
-
-    def _walk(
-        self, drafts: list[tuple[float, int, int]], counts: list[int], cap: int, best: _Choice, hope: _Choice
-    ) -> tuple[_Choice, _Choice]:
-        """`best` and `hope`, or what is better with at most cap drafts a row."""
-        num_rows, cost = sum(counts), self._cost
-        num_drafts, gain, passes, due = 0, float(num_rows), 0, 0.0
-        furthest = 2 * cost.most_tokens - num_rows
-        best_rate, best_at, hope_rate, hope_at = best.rate, None, hope.rate, None
-        for promise, level, j in drafts:
-            if j > cap:
-                continue
-            num_drafts += counts[level]
-            gain += promise * counts[level]
-            if j > passes and not self._proposes_free:
-                passes = j
-            if num_drafts < due:
-                continue
-            due = _STRIDE * num_drafts
-            seconds, deviation = cost.estimate(num_rows, num_rows + num_drafts, passes, num_drafts)
-            if gain > best_rate * (seconds + deviation):
-                best_rate, best_at = gain / (seconds + deviation), (promise, gain, seconds)
-            low = max(seconds - deviation, 0.1 * seconds)
-            if gain > hope_rate * low and num_drafts <= furthest:
-                hope_rate, hope_at = gain / low, (promise, gain, seconds)
-        return (
-            _Choice(best_rate, cap, *best_at) if best_at else best,
-            _Choice(hope_rate, cap, *hope_at) if hope_at else hope,
-        )
-
-    def _beside(self, best: _Choice, counts: list[int], num_rows: int, num_other_tokens: int) -> _Choice:
-        """Of the best choice for a step by itself, what pays beside other tokens: there a draft may cost more."""
-        width, gain, passes = num_rows + num_other_tokens, float(num_rows), 0
-        seconds, _ = self._cost.estimate(num_rows, width, 0, 0)
-        profit = gain - best.rate * seconds
-        kept = _Choice(best.rate, 0, 2.0, gain, seconds)
-        for promise, level, j in self._drafts:
-            if promise < best.least:
-                break
-            if j > best.cap or not counts[level]:
-                continue
-            width += counts[level]
-            gain += promise * counts[level]
-            passes = 0 if self._proposes_free else max(passes, j)
-            seconds, _ = self._cost.estimate(num_rows, width, passes, 1)
-            if gain - best.rate * seconds > profit:
-                profit = gain - best.rate * seconds
-                kept = _Choice(best.rate, best.cap, promise, gain, seconds)
-        return kept
-
-    def _spread(self, choice: _Choice) -> list[int]:
-        """Drafts for a row of each level."""
-        by_level = [0] * (_LEVELS + 2)
-        for promise, level, j in self._drafts:
-            if promise < choice.least:
-                break
-            if j <= choice.cap:
-                by_level[level] = j
-        return by_level
 
 
 class SpeculationStats:

@@ -13,6 +13,8 @@ _NUM_PARAMETERS = _NUM_CORNERS + 4
 
 _DRIFT = 0.004**2  # variance that a parameter gains a step, relative to its scale squared: conditions change
 _LEAST_NOISE, _FIRST_NOISE, _MOST_NOISE = 0.01**2, 0.05**2, 0.15**2  # variance of a measurement, relative
+_FAR_BELOW = 0.4  # part of an estimate below which a measurement disproves it
+_LEAST_SHARE = 0.05  # of a measured step's seconds, in its corners
 _TELLING = 0.3  # weight of a corner in a measurement from which on it counts as measured
 _FILL_EVERY = 8  # observations after which unmeasured corners follow their neighbours
 _CLIP = 2.5  # standard deviations by which one measurement may differ and be believed: others are accidents
@@ -22,10 +24,11 @@ class StepCost:
     """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * (c + rows * d).
 
     The curve is nearly flat where weights are read once (few tokens, a GPU) and nearly straight through zero where
-    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and
-    d are a draft model's pass. The parameters follow the measurements as in a Kalman filter without covariances: what
-    is known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line
-    through their measured neighbours, and are poorly known.
+    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and d
+    are a draft model's pass. The parameters follow the measurements as in a Kalman filter without covariances: what is
+    known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line through
+    their measured neighbours, and are poorly known. Accidents make steps long, none makes them short: so what is far
+    above the estimate counts little, and what is far below shows that the estimate was an accident.
     """
 
     def __init__(self) -> None:
@@ -49,18 +52,20 @@ class StepCost:
         return self._most_tokens
 
     def observe(self, num_rows: int, num_tokens: int, num_passes: int, num_drafts: int, seconds: float) -> None:
-        """A step of num_rows rows and num_tokens tokens, num_drafts of them drafts, took so many seconds."""
+        """A step of num_rows rows and num_tokens tokens, num_drafts of them drafts, took so many seconds, > 0."""
         if not self._num_observed:
             self._set_priors(num_rows, seconds)
         self._num_observed += 1
         self._most_tokens = max(self._most_tokens, num_tokens)
         features = self._features(num_rows, num_tokens, num_passes, num_drafts)
         mean, variance, now = self._mean, self._variance, self._num_observed
-        estimate, spread, is_news = 0.0, 0.0, False
+        estimate = sum(weight * mean[index] for index, weight in features)
+        spread, is_news, was_accident = 0.0, False, seconds < _FAR_BELOW * estimate
         for index, weight in features:
             variance[index] += _DRIFT * self._scale[index] ** 2 * (now - self._seen[index])
+            if was_accident:
+                variance[index] += mean[index] ** 2
             self._seen[index] = now
-            estimate += weight * mean[index]
             spread += weight * weight * variance[index]
         total = spread + self._noise * estimate * estimate
         limit = _CLIP * sqrt(total)
@@ -70,6 +75,7 @@ class StepCost:
             mean[index] = max(mean[index] + gain * error, 0.0)
             variance[index] *= 1.0 - gain * weight
             if index < _NUM_CORNERS:
+                mean[index] = max(mean[index], _LEAST_SHARE * seconds)
                 self._scale[index] = mean[index]
                 if weight >= _TELLING and not self._measured[index]:
                     self._measured[index] = is_news = True
@@ -99,10 +105,10 @@ class StepCost:
 
     def _set_priors(self, num_rows: int, seconds: float) -> None:
         for index, mean, deviation in (
-            (_PER_ROW, 0.0, 0.1 * seconds / num_rows),
+            (_PER_ROW, 0.0, 0.1 * seconds / max(num_rows, 1)),
             (_ANY_DRAFT, 0.0, 0.03 * seconds),
             (_PER_PASS, 0.1 * seconds, 0.1 * seconds),
-            (_PER_PASS_ROW, 0.0, 0.02 * seconds / num_rows),
+            (_PER_PASS_ROW, 0.0, 0.02 * seconds / max(num_rows, 1)),
         ):
             self._mean[index] = mean
             self._variance[index] = deviation * deviation
