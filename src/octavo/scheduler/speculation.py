@@ -19,7 +19,7 @@ _FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
 
 _BUDGET = 0.008  # part of all time that probing may cost
-_FIRST_BUDGET, _MOST_BUDGET = 5.0, 10.0  # steps' worth of time
+_FIRST_BUDGET, _MOST_BUDGET = 5.0, 8.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _PLAIN_EVERY = 200  # steps after which a step without drafts is tried again
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
@@ -145,7 +145,7 @@ class SpeculationPolicy:
             return  # the clock is too coarse to tell anything
         if not self._cost.is_known:
             self._credit = _FIRST_BUDGET * seconds
-        self._credit = min(self._credit + _BUDGET * seconds, max(self._credit, _MOST_BUDGET * seconds))
+        self._credit = min(self._credit + _BUDGET * seconds, _MOST_BUDGET * seconds)
         if not num_drafts and not num_passes and num_tokens == num_rows:
             self._plain_at = self._now + _PLAIN_EVERY
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
