@@ -180,6 +180,8 @@ class DeviceRunner:
         if self.graphs is None:
             return 0
         with torch.cuda.stream(self._stream):
+            if self._speculation is not None:
+                self._speculation.record(self._slots.token_ids)
             return self.graphs.record_for(seconds)
 
     @torch.inference_mode()

@@ -45,6 +45,10 @@ class DeviceDrafter(Protocol):
 
     def propose(self, batch: DeviceDraftBatch) -> None: ...
 
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """Record the CUDA graphs that it replays; the tables as in DeviceDraftBatch."""
+        ...
+
 
 class DeviceSpeculation:
     """Knows the true lengths of the sequences that decode, on the device, and which slots those are."""
@@ -136,6 +140,10 @@ class DeviceSpeculation:
             verdict[:, 2:].copy_(drafts)
         host = torch.empty(verdict.shape, dtype=verdict.dtype, pin_memory=verdict.is_cuda)
         return host.copy_(verdict, non_blocking=True)
+
+    def record(self, token_ids: Tensor) -> None:
+        """Record what the drafter needs, before the first step."""
+        self._drafter.record(self._lengths, token_ids)
 
     @staticmethod
     def results(verdict: Ints, split: SplitRows, drawn: Sequence[RowResult]) -> list[RowResult]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,20 +22,14 @@ Ints = NDArray[np.int32]
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
 
 
-class _Key(NamedTuple):
-    """What passes are recorded for: sequences, and guesses of each."""
-
-    num_sequences: int
-    num_drafts: int
-
-
 class _Buffers:
     """What passes for up to N sequences read and write, at fixed addresses.
 
-    slots: int32 [N], -1 for padding. window_items, chain_items: of decode attention. drafts: int32 [N, K].
+    slots: int32 [N], -1 for padding. window_items, chain_items: of decode attention. ahead: int32 [N], how far the next
+    pass is past the last known token.
     """
 
-    def __init__(self, num_sequences: int, width: int, most: int, max_items: tuple[int, int], device: torch.device):
+    def __init__(self, num_sequences: int, width: int, max_items: tuple[int, int], device: torch.device):
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -44,7 +38,7 @@ class _Buffers:
         end = num_sequences + 6 * max_items[0]
         self.window_items = self.words[num_sequences:end].view(-1, 6)
         self.chain_items = self.words[end:].view(-1, 6)
-        self.drafts = ints(num_sequences, most)
+        self.ahead = ints(num_sequences)
         rows = num_sequences * width
         self.steps = torch.arange(width, dtype=torch.int32, device=device).repeat(num_sequences)
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -59,7 +53,7 @@ class DeviceModelDrafter:
 
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
     `most + 2` known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess;
-    each further one takes a pass of one token. All these are one CUDA graph.
+    each further one takes a pass of one token. Each pass is a CUDA graph, of as many sequences as it is padded to.
     """
 
     def __init__(
@@ -85,10 +79,12 @@ class DeviceModelDrafter:
         device = block_tables.device
         largest = self._sizes[-1]
         self._max_items = tuple(attention.max_items(rows, rows)[0] for rows in (largest * self._width, largest))
-        self._buffers = _Buffers(largest, self._width, most, (self._max_items[0], self._max_items[1]), device)
+        self._buffers = _Buffers(largest, self._width, (self._max_items[0], self._max_items[1]), device)
         # Parameters of slots whose draws are greedy: temperature 0.
         self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
-        self._graphs: dict[_Key, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[
+            tuple[int, bool], torch.cuda.CUDAGraph
+        ] = {}  # by sequences, and whether it is the first pass
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None  # passes follow each other: one for all
 
     def enter(self, new: NewSequence, start: int) -> None:
@@ -104,22 +100,26 @@ class DeviceModelDrafter:
         if not asked:
             return
         size = next(size for size in self._sizes if size >= len(asked))
-        key = _Key(size, max(batch.asked[index] for index in asked))
         self._describe([batch.rows[index] for index in asked])
-        if not self._use_graphs:
-            self._guess(key, batch.lengths, batch.token_ids)
-        else:
-            if key not in self._graphs:
-                self._record(key, batch.lengths, batch.token_ids)
-            self._graphs[key].replay()
-        where = slice(len(asked))
+        most = max(batch.asked[index] for index in asked)
+        for index in range(most):
+            self._launch(size, index == 0, batch.lengths, batch.token_ids)
+        # The draws are in the table by now, behind the known tokens.
+        where = slice(None)
         if len(asked) < len(batch.rows):
-            [indices] = upload(np.array([asked], np.int32), batch.drafts.device)
-            batch.drafts[indices.long(), : key.num_drafts] = self._buffers.drafts[where, : key.num_drafts]
-            batch.found[indices.long()] = key.num_drafts
-        else:
-            batch.drafts[:, : key.num_drafts] = self._buffers.drafts[where, : key.num_drafts]
-            batch.found.fill_(key.num_drafts)
+            where = upload(np.array(asked, np.int32), batch.drafts.device).long()
+        slots = self._buffers.slots[: len(asked)].long()
+        columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
+        batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
+        batch.found[where] = most
+
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
+        if self._use_graphs:
+            self._buffers.words.fill_(-1)
+            for size in reversed(self._sizes):  # in the memory of the largest the others find room
+                for is_first in (True, False):
+                    self._launch(size, is_first, lengths, token_ids)
 
     def _compute_prompts(self, rows: list[PlanRow], token_ids: Tensor) -> None:
         """Write the KV of the rows' tokens."""
@@ -162,24 +162,40 @@ class DeviceModelDrafter:
         words[begin : begin + chain.size] = chain.reshape(-1)
         buffers.words.copy_(upload(words, buffers.words.device))
 
-    def _guess(self, key: _Key, lengths: Tensor, token_ids: Tensor) -> None:
-        """The passes, on what the buffers hold. Launches depend on the key alone."""
-        buffers, width = self._buffers, self._width
-        size, rows = key.num_sequences, key.num_sequences * width
-        slots = buffers.slots[:size]
-        steps = buffers.steps[:rows]
+    def _launch(self, size: int, is_first: bool, lengths: Tensor, token_ids: Tensor) -> None:
+        """The next guess of each sequence. The tables are the same at each call."""
+        compute = self._first if is_first else self._next
+        if not self._use_graphs:
+            compute(size, lengths, token_ids)
+            return
+        key = size, is_first
+        if key not in self._graphs:
+            compute(size, lengths, token_ids)  # compiles, and sets up libraries
+            self._graphs[key] = self._recorded(lambda: compute(size, lengths, token_ids))
+        self._graphs[key].replay()
+
+    def _first(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Pass over the last known tokens of each sequence. Launches depend on the size alone, as do those of
+        `_next`."""
+        buffers, width, rows = self._buffers, self._width, size * self._width
+        slots, steps = buffers.slots[:size], buffers.steps[:rows]
         row_slots = slots.repeat_interleave(width, output_size=rows)
         behind = lengths - (width - 1)
         position = behind[row_slots.clamp(min=0).long()] - 1 + steps
         row_slots = torch.where(position >= 0, row_slots, -1)
         items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
         hidden = self._pass(row_slots, steps, behind, items, token_ids)
-        self._take(hidden[width - 1 :: width], slots, buffers.positions[width - 1 : rows : width], token_ids, 0)
-        for index in range(1, key.num_drafts):
-            items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
-            ahead = torch.full((size,), index, dtype=torch.int32, device=slots.device)
-            hidden = self._pass(slots, ahead, lengths, items, token_ids)
-            self._take(hidden, slots, buffers.positions[:size], token_ids, index)
+        self._take(hidden[width - 1 :: width], slots, buffers.positions[width - 1 : rows : width], token_ids)
+        buffers.ahead.fill_(1)
+
+    def _next(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Pass over the last guess of each sequence."""
+        buffers = self._buffers
+        slots, ahead = buffers.slots[:size], buffers.ahead[:size]
+        items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
+        hidden = self._pass(slots, ahead, lengths, items, token_ids)
+        self._take(hidden, slots, buffers.positions[:size], token_ids)
+        buffers.ahead.add_(1)
 
     def _pass(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Tensor:
         """Hidden states of one token a row, `offsets` after the last of `lengths`."""
@@ -194,26 +210,22 @@ class DeviceModelDrafter:
         )
         return self._model(made[0], made[1], self._attention)
 
-    def _take(self, hidden: Tensor, slots: Tensor, positions: Tensor, token_ids: Tensor, index: int) -> None:
-        """The likeliest tokens are the guesses of this index; they go into the table too, where the next pass reads."""
+    def _take(self, hidden: Tensor, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """Put the likeliest tokens into the table at these positions, where the next pass reads."""
         buffers, count = self._buffers, len(slots)
         logits = self._model.compute_logits(hidden)
-        out = buffers.drawn[:count]
         samples = buffers.cu_q[1 : count + 1]  # none is 0
         drawing = slots, positions.contiguous(), self._greedy, samples
-        self._kernels.draw_tokens(logits, *drawing, token_ids, out)
-        buffers.drafts[:count, index].copy_(out[:, 0])
+        self._kernels.draw_tokens(logits, *drawing, token_ids, buffers.drawn[:count])
 
-    def _record(self, key: _Key, lengths: Tensor, token_ids: Tensor) -> None:
-        self._guess(key, lengths, token_ids)  # compiles, and sets up libraries
-        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
+    def _recorded(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        stream, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(stream)
         with torch.cuda.stream(side):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._guess(key, lengths, token_ids)
+                compute()
             finally:
                 graph.capture_end()
         stream.wait_stream(side)
-        self._graphs[key] = graph
+        return graph

@@ -157,3 +157,6 @@ class DeviceLookupDrafter:
         for row in batch.rows:
             self._owners.know(row.slot, row.start + row.length + row.samples)
         self._lookup.find(batch.token_ids, batch.slots, batch.lengths, batch.wanted, batch.drafts, batch.found)
+
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """See DeviceDrafter: it has no graphs."""
