@@ -83,6 +83,6 @@ class Lookup:
         kernels/reference/lookup.py has them.
         On a GPU the launches depend on shapes alone.
         """
-        ring = (None, None) if self.past is None else (self.past.tokens, self.past.head)
-        match = self.settings.min_match, self.settings.max_match
-        self._find(token_ids, slots, lengths, wanted, *ring, *match, drafts, counts)
+        corpus, head = (None, None) if self.past is None else (self.past.tokens, self.past.head)
+        least, most = self.settings.min_match, self.settings.max_match
+        self._find(token_ids, slots, lengths, wanted, corpus, head, least, most, drafts, counts)
