@@ -47,7 +47,7 @@ _EDITS: list[tuple[Callable[..., Any], str, str]] = [  # function, variable, its
     (string.Formatter.get_field, "obj", "found"),
     (csv.DictReader.__next__, "row", "line"),
 ]
-_PAGES = ("with", "for", "global", "exceptions", "raise", "in", "augassign", "dict", "id-classes", "context-managers")
+_PAGES = ("with", "for", "global", "exceptions", "raise", "in", "augassign", "dict", "class", "context-managers")
 _PAGE_CHARACTERS, _QUOTED_CHARACTERS = 1600, 1100
 _EXAMPLE = """The "pass" statement does nothing. It is used where a statement is
 required by the syntax, but no code needs to be executed.

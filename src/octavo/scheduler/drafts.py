@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from octavo.config import SchedulerConfig
 from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult
 from octavo.scheduler.kv_manager import KVManager
@@ -16,7 +18,7 @@ class Drafts:
     def __init__(self, config: SchedulerConfig) -> None:
         self._policy: SpeculationPolicy | None = None
         self._are_free = config.drafts_are_free
-        self.stats = SpeculationStats(config.num_speculative_tokens)
+        self._stats = SpeculationStats(config.num_speculative_tokens)
         if config.num_speculative_tokens:
             self._policy = SpeculationPolicy(
                 config.num_speculative_tokens, config.adaptive_speculation, config.drafts_are_free
@@ -85,5 +87,14 @@ class Drafts:
             return
         num_verified, num_accepted = min(row.num_drafts, len(sequence.draft_ids)), len(result.token_ids) - 1
         self._policy.observe_row(sequence.acceptance, num_verified, num_accepted, len(result.draft_ids))
-        self.stats.add(num_verified, num_accepted)
+        self._stats.add(num_verified, num_accepted)
         sequence.draft_ids = result.draft_ids
+
+    def stats(self) -> dict[str, Any]:
+        """Their fields of SchedulerStats."""
+        return {
+            "num_drafts_total": self._stats.num_drafts,
+            "num_draft_tokens_total": self._stats.num_draft_tokens,
+            "num_accepted_tokens_total": self._stats.num_accepted_tokens,
+            "num_accepted_by_position_total": tuple(self._stats.num_accepted_tokens_per_pos),
+        }

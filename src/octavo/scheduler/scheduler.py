@@ -207,6 +207,7 @@ class Scheduler:
             running_adapters=self._adapters.names(self._running),
             waiting_adapters=self._adapters.names(self._waiting),
             num_adapter_loads_total=self._adapters.num_loads,
+            **self._drafts.stats(),
         )
 
     def reset_prefix_cache(self) -> bool:
