@@ -43,14 +43,15 @@ class Drafts:
         decoding = [
             sequence for row, sequence in zip(step.rows, step.sequences) if row.samples and sequence is not None
         ]
-        for sequence in decoding:
-            if sequence.acceptance is None:
-                sequence.acceptance = self._policy.track()
-        records = [sequence.acceptance for sequence in decoding if sequence.acceptance is not None]
+        records = []
+        for own in decoding:
+            if own.acceptance is None:
+                own.acceptance = self._policy.track()
+            records.append(own.acceptance)
         chosen = self._policy.choose(records, step.num_prompt_tokens)
         # A prompt that goes on will be asked for guesses as the others are.
         will = int(any(chosen) or not chosen)
-        counts = dict(zip((sequence.slot for sequence in decoding), chosen))
+        counts = dict(zip((own.slot for own in decoding), chosen))
         drafts = []
         for row, sequence in zip(step.rows, step.sequences):
             if not row.samples or sequence is None:

@@ -61,7 +61,6 @@ class Scheduler:
         # again before there are more. They come: it fits once all is free, which `add` made sure of.
         self._blocked_head: Sequence | None = None
         self._blocked_num_free = 0
-
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
         self._num_preemptions = 0
@@ -122,8 +121,8 @@ class Scheduler:
             step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        drafts = self._drafts.ask(step, self._kv, len(self._running))
-        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, drafts)
+        asked = self._drafts.ask(step, self._kv, len(self._running))
+        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, asked)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Take in what the oldest step in flight brought: new tokens and ends, in the order of its rows.
@@ -384,10 +383,9 @@ class Scheduler:
     def _take_tokens(self, sequence: Sequence, row: PlanRow, row_result: RowResult) -> TokenOutput:
         """Append what the row sampled, up to the first token that ends the output."""
         token_ids, logprobs = row_result.token_ids, row_result.logprobs
-        num_refuted = row.num_drafts + 1 - len(token_ids)
-        fits = 0 <= num_refuted <= row.num_drafts
-        name = sequence.request.request_id
-        require(fits, f"the worker sampled {len(token_ids)} tokens for {name!r} with {row.num_drafts} guesses")
+        num_refuted, name = row.num_drafts + 1 - len(token_ids), sequence.request.request_id
+        said = f"the worker sampled {len(token_ids)} tokens for {name!r} with {row.num_drafts} guesses"
+        require(0 <= num_refuted <= row.num_drafts, said)
         self._drafts.observe(sequence, row, row_result)
         if row.start + row.length == sequence.num_prompt_tokens:
             self._num_prompt_tokens += sequence.num_prompt_tokens
