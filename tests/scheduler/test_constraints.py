@@ -53,11 +53,13 @@ class Pipeline:
 
     depth: int
     num_blocks: int = 33
+    num_drafts: int = 0
     plans: list[StepPlan] = field(default_factory=list)
     told: dict[str, list[TokenOutput]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        made = config(num_blocks=self.num_blocks)
+        drafts = {"num_speculative_tokens": self.num_drafts, "adaptive_speculation": False}
+        made = config(num_blocks=self.num_blocks, **drafts)
         self.scheduler, self.worker = Scheduler(made), FakeWorker(made.block_size)
         self.in_flight: list[tuple[StepPlan, StepResult]] = []
 
@@ -184,3 +186,33 @@ def test_the_audit_notices_a_constraint_that_is_out_of_step() -> None:
     constraint.accepted.append(7)
     with pytest.raises(ConsistencyError, match="constraint of 'bound'"):
         scheduler.audit()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_each_guess_has_the_mask_of_what_comes_before_it(depth: int) -> None:
+    pipeline = Pipeline(depth, num_drafts=3)
+    pipeline.scheduler.add(make_request("bound", [4, 5], 20, ignore_eos=True), Recorder())
+    pipeline.scheduler.add(make_request("free", [1, 2, 3], 20, ignore_eos=True))
+    pipeline.run()
+    tokens = pipeline.tokens("bound")
+    assert tokens == alone([4, 5], 20)
+    assert pipeline.tokens("free") == alone([1, 2, 3], 20)
+    rows = [row for plan in pipeline.plans for row in plan.rows if row.masks is not None]
+    assert sum(row.num_drafts for row in rows) > 0
+    for row in rows:
+        assert len(row.masks) == row.num_drafts + 1
+        start = row.start + row.length - row.num_drafts - 2  # output tokens before the first that is sampled
+        for index, mask in enumerate(row.masks):
+            assert len(mask) == start + index + 1
+            assert mask[:start] == bytes(tokens[:start])
+
+
+def test_guesses_wait_for_what_has_no_mask_to_end() -> None:
+    """While no mask is needed several steps are in flight, and their guesses stay within it."""
+    pipeline = Pipeline(2, num_drafts=3)
+    pipeline.scheduler.add(make_request("bound", [4, 5], 20, ignore_eos=True), Recorder(num_unmasked=9))
+    pipeline.run()
+    tokens = pipeline.tokens("bound")
+    assert tokens == alone([4, 5], 20)
+    masks = [mask for plan in pipeline.plans for row in plan.rows for mask in row.masks or () if mask is not None]
+    assert min(len(mask) for mask in masks) == 10
