@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +28,7 @@ from octavo.loading.weights import as_loaded, load_model
 from octavo.models.base import CausalLM
 from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
-from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.scheme import LinearLayer, QuantizationMethod
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.device_speculation import DeviceDrafter, DeviceSpeculation
@@ -58,10 +59,7 @@ def build_cuda(
     lap("CUDA")
     values, option = as_loaded(source, device, config.quantization)
     method = method_of(option, values.get("quantization_config"))
-    compiling = compile_kernels(config, facts, method, _DTYPES[config.dtype], device)
-    if draft is not None and draft.facts is not None:
-        form = method_of(draft.config.quantization, None)
-        compile_kernels(config, draft.facts, form, _DTYPES[config.dtype], device)  # done before it is first used
+    compiling = _compile(config, facts, method, draft, device)
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()
@@ -108,6 +106,17 @@ def build_cuda(
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
         lap("graphs")
     return DeviceExecutor(runner), ledger, bank
+
+
+def _compile(
+    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, draft: Draft | None, device: torch.device
+) -> Future[None]:
+    """Start compiling the kernels of the model, and of the draft model, whose are done before it is first used."""
+    dtype = _DTYPES[config.dtype]
+    compiling = compile_kernels(config, facts, method, dtype, device)
+    if draft is not None and draft.facts is not None:
+        compile_kernels(config, draft.facts, method_of(draft.config.quantization, None), dtype, device)
+    return compiling
 
 
 def _speculation(
