@@ -21,7 +21,7 @@ _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen w
 _BUDGET = 0.008  # part of all time that probing may cost
 _FIRST_BUDGET, _MOST_BUDGET = 5.0, 8.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
-_PLAIN_EVERY = 200  # steps after which a step without drafts is tried again
+_FIRST_PLAIN, _PLAIN_EVERY = 25, 200  # steps after which a step without drafts is tried again: at first, later
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 4  # steps for which a choice is kept
@@ -38,6 +38,11 @@ class Acceptance:
         self.sampled_at = -_UNBIASED_AGE  # step of the policy in which drafts of it were last seen verified
         self.level = level  # estimate of the acceptance, in 1 / LEVELS; or ABSENT
         self.is_ready = is_ready  # the proposer has drafts, or makes them when asked
+
+
+def _is_other(hope: Choice, best: Choice) -> bool:
+    """Whether there is more to hope for than what is known to be best."""
+    return hope.rate > best.rate and (hope.cap, hope.least) != (best.cap, best.least)
 
 
 class SpeculationPolicy:
@@ -74,7 +79,10 @@ class SpeculationPolicy:
         self._depth = 0  # the most drafts a row in the latest choice that was no probe
         self._credit = 0.0  # seconds that probing may cost
         self._probe_at = 0  # the first step that may probe again
+        self._hope_at = 0  # the first step that may try again what wins at optimistic costs: others come in between
+        self._decided_at = 0  # the step of the latest choice that was not kept from before
         self._plain_at = 0  # the first step in which one without drafts is due, if there is none before
+        self._plain_every = _FIRST_PLAIN
         self._plain_left = 0  # steps of a begun probe without drafts
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
         self._finds = 0.1  # probability that a lookup finds something where it last found nothing
@@ -107,7 +115,7 @@ class SpeculationPolicy:
         levels = [acceptance.level for acceptance in acceptances]
         choice, by_level = self._choice(levels, num_other_tokens)
         chosen = [by_level[level] for level in levels]
-        if self._now >= self._probe_at:
+        if self._now >= self._probe_at and self._now == self._decided_at:
             self._sample(acceptances, chosen, num_other_tokens, choice.rate)
         return chosen
 
@@ -147,7 +155,7 @@ class SpeculationPolicy:
             self._credit = _FIRST_BUDGET * seconds
         self._credit = min(self._credit + _BUDGET * seconds, _MOST_BUDGET * seconds)
         if not num_drafts and not num_passes and num_tokens == num_rows:
-            self._plain_at = self._now + _PLAIN_EVERY
+            self._plain_at = self._now + self._plain_every
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
 
     def _renew(self, acceptances: Sequence[Acceptance]) -> None:
@@ -180,6 +188,7 @@ class SpeculationPolicy:
         counts = [0] * (LEVELS + 2)
         for level in levels:
             counts[level] += 1
+        self._decided_at = self._now
         best, hope = self._search.best(self._depth, counts, num_rows)
         self._depth = best.cap
         if num_other_tokens:
@@ -192,8 +201,10 @@ class SpeculationPolicy:
                 plain = self._search.plain(num_rows)
                 if self._pay(plain, best.rate, _PLAIN_STEPS):
                     self._plain_left = _PLAIN_STEPS - 1
+                    self._plain_every = min(2 * self._plain_every, _PLAIN_EVERY)
                     return best, self._search.spread(plain)
-            elif hope.rate > best.rate and hope[1:3] != best[1:3] and self._pay(hope, best.rate, 1):
+            elif self._now >= self._hope_at and _is_other(hope, best) and self._pay(hope, best.rate, 1):
+                self._hope_at = self._now + 2 * _PROBE_EVERY
                 return best, self._search.spread(hope)
         return best, self._kept_by_level
 

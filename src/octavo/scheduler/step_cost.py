@@ -13,7 +13,7 @@ _NUM_PARAMETERS = _NUM_CORNERS + 4
 
 _DRIFT = 0.004**2  # variance that a parameter gains a step, relative to its scale squared: conditions change
 _LEAST_NOISE, _FIRST_NOISE, _MOST_NOISE = 0.01**2, 0.05**2, 0.15**2  # variance of a measurement, relative
-_FAR_BELOW = 0.4  # part of an estimate below which a measurement disproves it
+_LEAST_SHORTFALL = 0.15  # part of an estimate that a measurement must lack to disprove it
 _LEAST_SHARE = 0.05  # of a measured step's seconds, in its corners
 _TELLING = 0.3  # weight of a corner in a measurement from which on it counts as measured
 _FILL_EVERY = 8  # observations after which unmeasured corners follow their neighbours
@@ -60,16 +60,19 @@ class StepCost:
         features = self._features(num_rows, num_tokens, num_passes, num_drafts)
         mean, variance, now = self._mean, self._variance, self._num_observed
         estimate = sum(weight * mean[index] for index, weight in features)
-        spread, is_news, was_accident = 0.0, False, seconds < _FAR_BELOW * estimate
-        for index, weight in features:
+        for index, _ in features:
             variance[index] += _DRIFT * self._scale[index] ** 2 * (now - self._seen[index])
-            if was_accident:
-                variance[index] += mean[index] ** 2
             self._seen[index] = now
-            spread += weight * weight * variance[index]
-        total = spread + self._noise * estimate * estimate
-        limit = _CLIP * sqrt(total)
-        error = min(max(seconds - estimate, -limit), limit)
+        noise = self._noise * estimate * estimate
+        spread = sum(weight * weight * variance[index] for index, weight in features)
+        shortfall = 1.0 - seconds / estimate
+        if shortfall > _LEAST_SHORTFALL and (shortfall * estimate) ** 2 > _CLIP**2 * (spread + noise):
+            for index, _ in features:
+                variance[index] += (shortfall * mean[index]) ** 2
+            spread = sum(weight * weight * variance[index] for index, weight in features)
+        total = spread + noise
+        error = min(seconds - estimate, _CLIP * sqrt(total))
+        is_news = False
         for index, weight in features:
             gain = weight * variance[index] / total
             mean[index] = max(mean[index] + gain * error, 0.0)
