@@ -96,8 +96,8 @@ class LayersDraft:
         return imitation(hidden @ self._table.T, text.hidden[first:-1], self._table)
 
     def matches(self, text: Text) -> Tensor:
-        """As `chain_matches`: while its drafts are right, a draft model has read the text itself."""
-        first = text.num_prompt_tokens - 1
+        """As HeadDraft.matches: while its drafts are right, a draft model has read the text itself."""
+        first = text.num_prompt_tokens
         right = self.model(text.ids[None, :-1]).logits[0, first:].argmax(-1) == text.ids[first + 1 :]
         padded = F.pad(right, (0, CHAIN - 1))
         return torch.stack([padded[step : step + len(right)] for step in range(CHAIN)])
@@ -134,9 +134,9 @@ class HeadDraft:
         return total
 
     def matches(self, text: Text) -> Tensor:
-        """Whether step s of the chain that begins at an anchor has the text's token, [CHAIN, anchors]; the first anchor
-        is the token before the prompt's last, so that the first output token is drafted."""
-        first, ids = text.num_prompt_tokens - 2, text.ids
+        """Whether step s of the chain that begins at an anchor has the text's token, [CHAIN, anchors]. The first anchor
+        is the prompt's last token: with it, the target gives the first output token itself."""
+        first, ids = text.num_prompt_tokens - 1, text.ids
         chain = self._head.begin(self._states(text)[:-2])
         num_anchors = len(chain.features)
         padded = F.pad(ids, (0, CHAIN), value=-1)
@@ -170,7 +170,7 @@ def accepted_per_step(matches: Matches, texts: list[Text], length: int) -> float
         right = matches(text)[:length].int()
         runs = right.cumprod(0).sum(0).tolist()
         at = 0
-        while at < len(runs):
+        while at + length <= len(runs):
             accepted += runs[at]
             at += runs[at] + 1
             num_steps += 1
