@@ -60,8 +60,7 @@ def read(target: Any, texts: list[Tokens], tap_layers: tuple[int, ...]) -> list[
     for at in range(0, len(texts), _PASS_TEXTS):
         chosen = texts[at : at + _PASS_TEXTS]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in chosen], batch_first=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            states = target.model(ids, output_hidden_states=True).hidden_states
+        states = target.model(ids, output_hidden_states=True).hidden_states
         taps = torch.cat([states[layer] for layer in tap_layers], -1).bfloat16()
         last = states[-1].bfloat16()
         for row, (tokens, num_prompt_tokens) in enumerate(chosen):

@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+# Where training starts. The target's states are of the order of 20 deep down, and its last norm makes logits that are
+# sure of what they say: an untrained draft had better not be.
+_FEATURE_SCALE, _LAYER_SCALE, CONFIDENCE = 0.05, 0.1, 0.3
+
 
 class Chain(NamedTuple):
     """What a head has made of a text so far. Keys and values: one pair of [heads, T, head_dim] a step of the chain."""
@@ -108,7 +112,7 @@ class Head(nn.Module):
 
 
 class EagleHead(Head):
-    """Starts as the target's last layer on features with a little of the embedding; drafts with the target's head."""
+    """Starts close to handing its features through; drafts with the target's language head."""
 
     def __init__(self, target: Any, draft_ids: Tensor) -> None:
         super().__init__(target)
@@ -133,7 +137,7 @@ class EagleHead(Head):
 
 
 class Eagle3Head(Head):
-    """Starts as the target's last layer on the deepest of its taps, with the target's language head."""
+    """Starts close to handing the deepest of its taps to the target's language head, unsure of what it says."""
 
     def __init__(self, target: Any, draft_ids: Tensor, num_taps: int) -> None:
         super().__init__(target)
@@ -146,10 +150,10 @@ class Eagle3Head(Head):
         _copy(self.midlayer, last)
         self.midlayer.hidden_norm.weight.data.copy_(last.input_layernorm.weight)
         self.midlayer.input_layernorm.weight.data.copy_(target.model.layers[0].input_layernorm.weight)
-        self.norm.weight.data.copy_(target.model.norm.weight)
+        self.norm.weight.data.copy_(CONFIDENCE * target.model.norm.weight)
         self.lm_head.weight.data.copy_(target.model.embed_tokens.weight[draft_ids])
         self.fc.weight.data.normal_(0, 1e-3)
-        self.fc.weight.data[:, -size:] += torch.eye(size)
+        self.fc.weight.data[:, -size:] += _FEATURE_SCALE * torch.eye(size)
 
     def fuse(self, states: Tensor) -> Tensor:
         return self.fc(states)
@@ -164,11 +168,13 @@ class Eagle3Head(Head):
 
 
 def _copy(layer: Layer, source: Any) -> None:
-    """Start from a layer of the target. What reads the embedding beside the features starts from the same weights."""
+    """Start from a layer of the target, whose part in the residual stream is small at first. What reads the embedding
+    beside the features starts from the same weights."""
     for name in ("q_proj", "k_proj", "v_proj"):
         weight, given = getattr(layer.self_attn, name).weight.data, getattr(source.self_attn, name).weight
         weight.copy_(given.repeat(1, weight.shape[1] // given.shape[1]))
-    layer.self_attn.o_proj.weight.data.copy_(source.self_attn.o_proj.weight)
+    layer.self_attn.o_proj.weight.data.copy_(_LAYER_SCALE * source.self_attn.o_proj.weight)
     for name, linear in layer.mlp.items():
         linear.weight.data.copy_(getattr(source.mlp, name).weight)
+    layer.mlp["down_proj"].weight.data.mul_(_LAYER_SCALE)
     layer.post_attention_layernorm.weight.data.copy_(source.post_attention_layernorm.weight)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from draft_data import Text, Tokens, frequent_ids, generate, load_target, read
-from draft_heads import Eagle3Head, EagleHead, Head
+from draft_heads import CONFIDENCE, Eagle3Head, EagleHead, Head
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -33,21 +33,21 @@ from octavo.loading.package import pull
 
 DRAFT_VOCAB_SIZE = 8192
 KINDS = ("layers", "eagle3", "eagle")
-BATCH_TEXTS = 8
+BATCH_TEXTS = 4
 CHAIN = 5  # tokens that are measured
-TRAINED_CHAIN = 3  # steps of a chain that a head is trained on
+TRAINED_CHAIN = 2  # steps of a chain that a head is trained on
 STEP_WEIGHT = 0.8  # of each further step of a chain in the loss, as in EAGLE-3
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 Loss = Callable[[Text], Tensor]
 Matches = Callable[[Text], Tensor]
 
 
 def train(parameters: list[Tensor], loss: Loss, texts: list[Text], minutes: float) -> tuple[float, int]:
-    """The mean loss of the last steps, and how many there were."""
+    """Train for so many minutes of processor time. Returns the mean loss of the last steps, and how many there were."""
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0)
     order, rng, losses = [], random.Random(0), []
-    began = time.monotonic()
-    while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
+    began = time.process_time()
+    while (share := (time.process_time() - began) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (len(losses) + 1) / 10) * (1 - share)
         total = 0.0
@@ -55,8 +55,7 @@ def train(parameters: list[Tensor], loss: Loss, texts: list[Text], minutes: floa
             if not order:
                 order = list(range(len(texts)))
                 rng.shuffle(order)
-            with torch.autocast("cpu", torch.bfloat16):
-                each = loss(texts[order.pop()]) / BATCH_TEXTS
+            each = loss(texts[order.pop()]) / BATCH_TEXTS
             each.backward()
             total += float(each.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -84,6 +83,7 @@ class LayersDraft:
         for index, layer in enumerate(self.model.model.layers):
             layer.self_attn.layer_idx = index
         self.model.config.num_hidden_layers = len(layers)
+        self.model.model.norm.weight.data.mul_(CONFIDENCE)
         # Frozen, the table keeps the tokens apart that training does not see.
         self.parameters = [*self.model.model.layers.parameters(), *self.model.model.norm.parameters()]
         self._table = target.model.embed_tokens.weight[draft_ids]
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=KINDS)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of processor time to train, for each")
     parser.add_argument("--prompts", type=int, default=700)
     parser.add_argument("--layers", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="of the target, for the model")
     args = parser.parse_args()
