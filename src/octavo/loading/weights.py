@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,8 @@ from octavo.loading.device_stream import StoredTensor, read_header, stream_tenso
 from octavo.loading.gguf_file import read_gguf
 from octavo.loading.gguf_weights import gguf_weights, streamed_gguf_weights
 from octavo.loading.source import INDEX_NAME, ModelSource
-from octavo.models.base import CausalLM
-from octavo.models.registry import build_model
+from octavo.models.base import CausalLM, DraftHead, LoadedModel
+from octavo.models.registry import HeadMethod, build_head, build_model
 
 
 def load_model(
@@ -41,19 +41,68 @@ def load_model(
     if source.format == "dummy":
         model.load_weights(dummy_weights(model, seed, device))
         return model
-    try:
+    with _named(source):
         if source.format == "gguf":
             _load_gguf(model, source.files[0], dtype, device)
         else:
-            stored = stored_tensors(source.files)
-            weights = safetensors_weights(source.files) if device.type == "cpu" else stream_tensors(stored, device)
             unpacks = device.type == "cpu" and config.get("quantization_config") is not None
             with _one_thread_an_operator() if unpacks else nullcontext():
-                model.load_weights(weights, {tensor.name for tensor in stored})
+                _load_stored(model, source.files, stored_tensors(source.files), device)
+    return model
+
+
+def load_draft(
+    source: ModelSource,
+    method: HeadMethod | Literal["draft_model"],
+    target: CausalLM,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> CausalLM | DraftHead:
+    """What drafts tokens for `target`, loaded: a model of its own, or a head that reads the target's states, which the
+    target then hands out and with which it shares what it may. seed: as for `load_model`.
+
+    Raises ValueError naming the file or the source, and the tensors or the config field at fault: a field, too, that
+    does not go with the method or with the target.
+    """
+    if method == "draft_model":
+        theirs, allowed = source.config.get("vocab_size"), target.config.vocab_size
+        if theirs != allowed:
+            raise ValueError(
+                f"{source.name}: config field vocab_size={theirs!r} is not supported of a draft; "
+                f"allowed: {allowed}, the target's"
+            )
+        return load_model(source, dtype, device, seed)
+    with _named(source):
+        if source.format == "gguf":
+            raise ValueError(
+                f"speculative method {method!r} does not read GGUF files; allowed: a folder of safetensors"
+            )
+        stored = stored_tensors(source.files) if source.files else []
+        names = {tensor.name for tensor in stored}
+        head = build_head(method, source.config, target.config, names, dtype, device)
+        if source.format == "dummy":
+            head.load_weights(dummy_weights(head, seed, device))
+        else:
+            _load_stored(head, source.files, stored, device)
+        head.share(target)
+        target.tap(head.tap_layers)
+    return head
+
+
+@contextmanager
+def _named(source: ModelSource) -> Iterator[None]:
+    """A ValueError that names no file of the source gets its path."""
+    try:
+        yield
     except ValueError as error:
         named = any(str(file) in str(error) for file in source.files)
         raise (error if named else ValueError(f"{source.path}: {error}")) from error.__cause__
-    return model
+
+
+def _load_stored(model: LoadedModel, files: tuple[Path, ...], stored: list[StoredTensor], device: torch.device) -> None:
+    weights = safetensors_weights(files) if device.type == "cpu" else stream_tensors(stored, device)
+    model.load_weights(weights, {tensor.name for tensor in stored})
 
 
 def as_loaded(
@@ -138,7 +187,7 @@ def _require(file: Path, names: set[str], listed: dict[str, str]) -> None:
             raise ValueError(f"{file}: tensor {name}, which {INDEX_NAME} places here, is missing")
 
 
-def dummy_weights(model: CausalLM, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def dummy_weights(model: LoadedModel, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Random weights for every tensor that the model must have, or whose spec makes some, made on the device: the same
     for the same seed on one kind of device, whatever the model's dtype."""
     generator = torch.Generator(device).manual_seed(seed)

@@ -33,11 +33,12 @@ class Place(NamedTuple):
 class SelfAttention(nn.Module):
     """Grouped-query attention between its projections."""
 
-    def __init__(self, config: DecoderConfig, layer_index: int, place: Place) -> None:
+    def __init__(self, config: DecoderConfig, layer_index: int, place: Place, in_features: int | None = None) -> None:
+        """in_features: of what the queries, keys and values are made of; None for hidden_size."""
         super().__init__()
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
-        self.qkv_proj = Linear(config.hidden_size, parts, config.qkv_bias, *place)
+        self.qkv_proj = Linear(in_features or config.hidden_size, parts, config.qkv_bias, *place)
         self.qk_norm: QueryKeyNorm | None = None
         if config.qk_norm:
             self.qk_norm = QueryKeyNorm(heads, kv_heads, dim, config.rms_norm_eps, place.dtype, place.device)
@@ -91,14 +92,33 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, place) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, config.max_position_embeddings, dtype, device)
+        self.tapped: dict[int, int] = {}  # the place among the taps of each tapped layer; written by `tap`
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, taps: Tensor | None = None
+    ) -> Tensor:
         residual = self.embed_tokens(input_ids)
         rotation = self.rotary(positions)
         delta: Tensor | None = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if taps is not None:
+                self._write_tap(index, residual, delta, taps)
             delta = layer(residual, delta, rotation, context)
+        if taps is not None:
+            self._write_tap(len(self.layers), residual, delta, taps)
         return self.norm(residual, delta)
+
+    def _write_tap(self, layer: int, residual: Tensor, delta: Tensor | None, taps: Tensor) -> None:
+        """The state that enters a layer is residual + delta: its first norm will add the two in place."""
+        place = self.tapped.get(layer)
+        if place is None:
+            return
+        size = residual.shape[-1]
+        tap = taps[:, place * size : (place + 1) * size]
+        if delta is None:
+            tap.copy_(residual)
+        else:
+            torch.add(residual, delta, out=tap)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -124,8 +144,20 @@ class LlamaForCausalLM(CausalLM):
         bias = fields.flag("attention_bias", False)
         return fields.decoder(qkv_bias=bias, output_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
-        return self.model(input_ids, positions, attention)
+    @property
+    def embed_tokens(self) -> Embedding:
+        return self.model.embed_tokens
+
+    def tap(self, layers: tuple[int, ...]) -> None:
+        num_layers = self.config.num_layers
+        if list(layers) != sorted(set(layers)) or not all(0 <= layer <= num_layers for layer in layers):
+            raise ValueError(f"tapped layers {list(layers)} are not supported; allowed: ascending, 0 to {num_layers}")
+        self.model.tapped = {layer: place for place, layer in enumerate(layers)}
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, attention: AttentionContext, taps: Tensor | None = None
+    ) -> Tensor:
+        return self.model(input_ids, positions, attention, taps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) if self.lm_head is not None else hidden.new_zeros(hidden.shape[0], _NO_TOKENS)

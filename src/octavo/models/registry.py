@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from octavo.config import HEADS, ModelFacts, OutputHead, Quantization
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, DraftHead
+from octavo.models.config import DecoderConfig
+from octavo.models.eagle import EagleHead
+from octavo.models.eagle3 import Eagle3Head
 from octavo.models.llama import LlamaForCausalLM
 from octavo.models.mistral import MistralForCausalLM
 from octavo.models.qwen2 import Qwen2ForCausalLM
@@ -26,6 +29,13 @@ _FAMILIES: dict[str, type[LlamaForCausalLM]] = {
     "Qwen3": Qwen3ForCausalLM,
 }
 ARCHITECTURES = {name + suffix: (family, head) for suffix, head in HEADS.items() for name, family in _FAMILIES.items()}
+
+HeadMethod = Literal["eagle", "eagle3"]
+# Draft heads by method, and what their configs call them. Their authors' own configs name the target's architecture.
+_HEADS: dict[HeadMethod, tuple[type[EagleHead] | type[Eagle3Head], tuple[str, ...]]] = {
+    "eagle": (EagleHead, ("LlamaForCausalLM", "EagleLlamaForCausalLM", "LlamaForCausalLMEagle")),
+    "eagle3": (Eagle3Head, ("LlamaForCausalLM", "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")),
+}
 
 
 def build_model(
@@ -43,6 +53,29 @@ def build_model(
         _check_num_labels(config)
         read = replace(read, classifier_token_ids=tuple(config.get(CLASSIFIER_IDS, ())))
     return family(read, dtype, device, method_of(quantization, config.get("quantization_config"))).eval()
+
+
+def build_head(
+    method: HeadMethod,
+    config: Mapping[str, Any],
+    target: DecoderConfig,
+    names: Collection[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DraftHead:
+    """The draft head that a config.json describes, its weights not loaded yet. names: of the tensors that its
+    checkpoint has.
+
+    Raises ValueError naming the field that is missing, out of range, not supported, or not the target's.
+    """
+    family, known = _HEADS[method]
+    said = config.get("architectures")
+    if not isinstance(said, list) or not set(said) & set(known):
+        raise ValueError(
+            f"config field architectures={said!r} is not supported by speculative method {method!r}; "
+            f"allowed: {', '.join(known)}"
+        )
+    return family(family.read_config(config, target), names, dtype, device).eval()
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:
