@@ -179,9 +179,10 @@ def _build_cpu(
     )
     sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
     slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
-    speculation = None
+    speculation, num_tapped = None, 0
     if draft is not None:
-        speculation = Speculation(cpu_drafter(draft, slots, ledger.num_blocks, dtype), slots)
+        drafter, num_tapped = cpu_drafter(draft, model, slots, ledger.num_blocks)
+        speculation = Speculation(drafter, slots)
         watch.lap("draft")
-    runner = ModelRunner(model, attention, sampler, slots, bank, speculation)
+    runner = ModelRunner(model, attention, sampler, slots, bank, speculation, num_tapped)
     return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger, bank

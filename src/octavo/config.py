@@ -124,7 +124,7 @@ class EngineOptions:
     """Type of adapters in memory: that of the model, which auto says too."""
     speculative_config: str | None = None
     """Guess tokens to come and verify several in one step, which changes no output: a JSON object with method (ngram,
-    suffix, draft_model), model, num_speculative_tokens and more; LLM takes a dict too."""
+    suffix, draft_model, eagle, eagle3), model, num_speculative_tokens and more; LLM takes a dict too."""
     speculative_model: str | None = None
     """The model of speculative_config, or [ngram]."""
     num_speculative_tokens: int | None = None

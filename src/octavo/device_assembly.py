@@ -21,11 +21,11 @@ from octavo.attention.torch_operators import TorchAttention
 from octavo.attention.triton import TritonAttention
 from octavo.config import LONG_CHUNK, EngineConfig, ModelFacts
 from octavo.distributed.executor import DeviceExecutor
-from octavo.draft_assembly import Draft, draft_model
+from octavo.draft_assembly import Draft, load_drafter
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
 from octavo.loading.weights import as_loaded, load_model
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, DraftHead
 from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
 from octavo.quantization.scheme import LinearLayer, QuantizationMethod
@@ -69,10 +69,10 @@ def build_cuda(
         _copy_weights(model, config.options.dequantized_copy)
     with _memory_for("the adapters", "lower max_loras or max_lora_rank"):
         bank = adapter_bank(config, model, _DTYPES[config.dtype], device)
-    small = None
+    small: CausalLM | DraftHead | None = None
     if draft is not None:
         with _memory_for("the draft model", "use a smaller one"):
-            small = draft_model(draft, _DTYPES[config.dtype], device)
+            small = load_drafter(draft, model, _DTYPES[config.dtype], device)
         lap("draft")
     compiling.result()
     lap("kernels")
@@ -120,13 +120,13 @@ def _compile(
 
 
 def _speculation(
-    draft: Draft, model: CausalLM | None, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+    draft: Draft, model: CausalLM | DraftHead | None, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
 ) -> DeviceSpeculation:
     """What makes and verifies guesses on a GPU. model: the smaller one. blocks: how many the KV cache has, and whether
     CUDA graphs are recorded."""
     device, most = slots.token_ids.device, draft.config.num_speculative_tokens
     drafter: DeviceDrafter
-    if model is None:
+    if not isinstance(model, CausalLM):
         drafter = DeviceLookupDrafter(draft.lookup, slots.token_ids)
     else:
         drafter = _model_drafter(draft, model, slots, limits, blocks)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from octavo.attention.cpu import CpuAttention
-from octavo.config import EngineConfig, ModelFacts
+from octavo.config import EngineConfig, LoadFormat, ModelFacts
 from octavo.loading.source import ModelSource, resolve_source
-from octavo.loading.weights import load_model
-from octavo.models.base import CausalLM
+from octavo.loading.weights import load_draft
+from octavo.models.base import CausalLM, DraftHead
+from octavo.models.config import ConfigFields
 from octavo.models.registry import model_facts
 from octavo.protocol.speculation import LOOKUPS, SpeculationConfig
+from octavo.worker.drafters.draft_head import HeadDrafter
 from octavo.worker.drafters.draft_model import ModelDrafter
 from octavo.worker.drafters.drafter import Drafter
 from octavo.worker.drafters.lookup import LookupDrafter, LookupSettings
@@ -70,36 +73,51 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFac
     if wanted.method in LOOKUPS:
         return Draft(config=wanted)
     assert wanted.model is not None
-    source = resolve_source(wanted.model, revision=wanted.revision, load_format=_load_format(config))
-    facts = model_facts(source.config)
-    if facts.vocab_size != target.vocab_size:
+    if wanted.method != "draft_model" and config.device != "cpu":
         raise ValueError(
-            f"speculative_config: model={wanted.model!r} has a vocabulary of {facts.vocab_size} tokens; allowed: the "
-            f"model's, {target.vocab_size}"
+            f"speculative_config: method={wanted.method} has no GPU yet; allowed: ngram, suffix, draft_model"
         )
+    load_format: LoadFormat = "dummy" if config.options.load_format == "dummy" else "auto"
+    source = resolve_source(wanted.model, revision=wanted.revision, load_format=load_format)
     itemsize = config.kv_bytes_per_token // (2 * target.num_layers * target.num_kv_heads * target.head_dim)
+    facts = model_facts(source.config) if wanted.method == "draft_model" else _head_facts(source.config)
     num_bytes = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * itemsize
     return Draft(config=wanted, source=source, facts=facts, kv_bytes_per_token=num_bytes)
 
 
-def _load_format(config: EngineConfig) -> Any:
-    return "dummy" if config.options.load_format == "dummy" else "auto"
+def _head_facts(values: Mapping[str, Any]) -> ModelFacts:
+    """What is needed of a draft head's KV. Raises ValueError naming the field that is missing or wrong."""
+    fields = ConfigFields(values)
+    heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    return ModelFacts(
+        max_position_embeddings=1,
+        vocab_size=1,
+        num_layers=1,
+        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=fields.integer("head_dim", hidden // heads),
+    )
 
 
-def draft_model(draft: Draft, dtype: torch.dtype, device: torch.device) -> CausalLM | None:
-    """The smaller model, loaded, where there is one."""
-    if draft.source is None:
+def load_drafter(
+    draft: Draft, target: CausalLM, dtype: torch.dtype, device: torch.device
+) -> CausalLM | DraftHead | None:
+    """The model that makes guesses, loaded, where there is one. Raises ValueError where it does not fit the target."""
+    method = draft.config.method
+    if draft.source is None or method == "ngram" or method == "suffix":
         return None
-    model = load_model(draft.source, dtype, device, 0, draft.config.quantization)
+    model = load_draft(draft.source, method, target, dtype, device, 0, draft.config.quantization)
     _log.info("draft model: %.0f MiB", model.weight_bytes / 1024**2)
     return model
 
 
-def cpu_drafter(draft: Draft, slots: Slots, num_blocks: int, dtype: torch.dtype) -> Drafter:
-    """What makes guesses on a CPU, over a KV cache of so many blocks."""
-    model = draft_model(draft, dtype, torch.device("cpu"))
+def cpu_drafter(draft: Draft, target: CausalLM, slots: Slots, num_blocks: int) -> tuple[Drafter, int]:
+    """What makes guesses on a CPU, over a KV cache of so many blocks; and how many layers of the target it taps."""
+    dtype = target.embed_tokens.weight.dtype
+    model = load_drafter(draft, target, dtype, torch.device("cpu"))
     if model is None or draft.facts is None:
-        return LookupDrafter(draft.lookup, slots.token_ids)
+        return LookupDrafter(draft.lookup, slots.token_ids), 0
     facts = draft.facts
     attention = CpuAttention(facts.num_layers, num_blocks, slots.block_size, facts.num_kv_heads, facts.head_dim, dtype)
-    return ModelDrafter(model, attention, slots)
+    if isinstance(model, DraftHead):
+        return HeadDrafter(model, attention, slots), len(model.tap_layers)
+    return ModelDrafter(model, attention, slots), 0

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-SpeculationMethod = Literal["ngram", "suffix", "draft_model"]
+SpeculationMethod = Literal["ngram", "suffix", "draft_model", "eagle", "eagle3"]
 METHODS: tuple[SpeculationMethod, ...] = get_args(SpeculationMethod)
 LOOKUPS = frozenset(("ngram", "suffix"))  # which guess from text that is there, without a model
 
@@ -23,12 +23,13 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     """What `speculative_config` may say.
 
     method: ngram: what came after the last tokens where they stood before, in prompt or output; suffix: the same, in
-    past outputs of other requests too; draft_model: a smaller model of the same tokens. model: of that: a folder or hub
-    id. num_speculative_tokens: guesses a step, at most. adaptive: fewer where
-    that is faster. prompt_lookup_min, prompt_lookup_max: tokens that must be, and are at most, compared.
-    suffix_cached_tokens: tokens of past outputs that are kept. revision: of a hub model. quantization: of draft_model,
-    fp8: weights in FP8, quantized while they are loaded; guesses change, and outputs do not. synthetic_acceptance: for
-    measurements on a GPU: each guess is taken with this probability, whatever it is; outputs then mean nothing.
+    past outputs of other requests too; draft_model: a smaller model of the same tokens; eagle, eagle3: a head on the
+    model's own states. model: of the last three: a folder or hub id; revision: of a hub id. num_speculative_tokens:
+    guesses a step, at most. adaptive: fewer where that is faster. prompt_lookup_min, prompt_lookup_max: tokens that
+    must agree, and are compared at most. suffix_cached_tokens: tokens of past outputs that are kept. quantization: of
+    draft_model, fp8: weights in FP8, quantized while they are loaded; guesses change, and outputs do not.
+    synthetic_acceptance: for measurements on a GPU: each guess is taken with this probability, whatever it is; outputs
+    then mean nothing.
     """
 
     method: SpeculationMethod
@@ -100,8 +101,8 @@ def _checked(values: dict[str, object]) -> SpeculationConfig:
     needs_model = config.method not in LOOKUPS
     if needs_model and config.model is None:
         raise ValueError(f"speculative_config: method={config.method} needs a model: a folder or a hub id")
-    if not needs_model:
-        for name in ("model", "revision", "quantization"):
+    if config.method != "draft_model":
+        for name in ("quantization",) if needs_model else ("model", "revision", "quantization"):
             if getattr(config, name) is not None:
                 raise ValueError(f"speculative_config: {name}={getattr(config, name)!r} has no use in {config.method}")
     return config

@@ -37,8 +37,10 @@ class ModelRunner:
         slots: Slots,
         adapters: AdapterBank | None = None,
         speculation: Speculation | None = None,
+        num_tapped: int = 0,
     ) -> None:
-        """adapters: of the model's layers; None: rows have none. speculation: None: rows verify no guesses."""
+        """adapters: of the model's layers; None: rows have none. speculation: None: rows verify no guesses. num_tapped:
+        layers that the model is tapped at, for a draft head."""
         self._model = model
         self._adapters = adapters
         self._adapter_slots: dict[int, int] = {}  # by slot of a sequence that has one
@@ -46,6 +48,8 @@ class ModelRunner:
         self._sampler = sampler
         self._slots = slots
         self._speculation = speculation
+        self._num_tapped = num_tapped
+        self._dtype = model.embed_tokens.weight.dtype
         self._pooler = Pooler(model.score)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
 
@@ -55,7 +59,7 @@ class ModelRunner:
         began = time.perf_counter()
         self._enter(plan)
         rows = plan.rows if self._speculation is None else self._speculation.true_rows(plan.rows)
-        hidden = self._forward(rows)
+        hidden, features = self._forward(rows)
         prompt_logprobs = self._prompt_logprobs(rows, hidden)
         sampled = iter(self._sample(rows, hidden))
         results = [next(sampled) if row.samples else RowResult(token_ids=[]) for row in rows]
@@ -65,7 +69,8 @@ class ModelRunner:
         if pooled is not None:
             results = with_embeddings(rows, results, pooled)
         if self._speculation is not None:
-            results = self._speculation.propose(rows, results, plan.drafts, None)
+            self._activate([], [])  # what guesses has no adapters
+            results = self._speculation.propose(rows, results, plan.drafts, features)
         return StepResult(plan.step_id, results, time.perf_counter() - began)
 
     def _enter(self, plan: StepPlan) -> None:
@@ -80,11 +85,19 @@ class ModelRunner:
             self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             self._sampler.set_slot(new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens)
 
-    def _forward(self, rows: list[PlanRow]) -> Tensor:
+    def _forward(self, rows: list[PlanRow]) -> tuple[Tensor, Tensor]:
+        """The last hidden states, and what a draft head reads: those, or the states that the model is tapped for."""
         inputs = build_inputs(rows, self._slots)
         prepare(self._attention, self._slots, rows, inputs)
         self._activate(rows, [row.length for row in rows])
-        return self._model(inputs.input_ids, inputs.positions, self._attention)
+        if not self._num_tapped:
+            hidden = self._model(inputs.input_ids, inputs.positions, self._attention)
+            return hidden, hidden
+        size = self._model.config.hidden_size
+        taps = torch.empty(
+            len(inputs.input_ids), self._num_tapped * size, dtype=self._dtype, device=inputs.positions.device
+        )
+        return self._model(inputs.input_ids, inputs.positions, self._attention, taps), taps
 
     def _activate(self, rows: list[PlanRow], counts: list[int]) -> None:
         """The next tokens that come to the model's layers are so many of each row's."""
