@@ -63,6 +63,7 @@ def main() -> None:
         row = {
             "batch": batch,
             "acceptance": args.acceptance,
+            "drafts": after.num_drafts_total - before.num_drafts_total,
             "fixed": args.fixed,
             "tokens": args.tokens,
             "seconds": round(seconds[3], 3),
