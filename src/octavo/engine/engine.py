@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import msgspec
-
 from octavo.engine.adapters import AdapterDesk
 from octavo.engine.executor import Executor, StepHandle
 from octavo.engine.grammars import GrammarDesk
@@ -29,7 +27,6 @@ class _Step(NamedTuple):
     plan: StepPlan
     handle: StepHandle
     num_tokens: int
-    submitted: float  # when it was, seconds of the engine's clock
 
     @property
     def decodes(self) -> bool:
@@ -68,7 +65,6 @@ class Engine:
         self._digests: dict[str, bytes] = {}  # of adapters, by id of a request that is yet to reach the scheduler
         self._pacer = Pacer()
         self._in_flight: deque[_Step] = deque()
-        self._finished = 0.0  # when the last step was
         self.num_step_tokens = 0  # tokens computed in the last step committed; written by step()
 
     @property
@@ -139,11 +135,7 @@ class Engine:
             _log.exception("step %d failed: its %d requests end with an error", plan.step_id, len(plan.rows))
             message = f"the step that computed this request failed: {type(error).__name__}"
             return self._released(refused + self._scheduler.fail(plan, message))
-        now = self._clock()
-        self._pacer.finished(len(plan.rows), step.decodes, result.seconds, now)
-        # What a step costs is not its device time where the host takes longer.
-        result = msgspec.structs.replace(result, seconds=now - max(step.submitted, self._finished))
-        self._finished = now
+        self._pacer.finished(len(plan.rows), step.decodes, result.seconds, self._clock())
         return self._released(refused + self._scheduler.commit(plan, result))
 
     def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
@@ -192,7 +184,7 @@ class Engine:
         plan = self._scheduler.schedule(began)
         if plan is None:
             return False
-        step = _Step(plan, self._executor.submit(plan), plan.num_tokens, began)
+        step = _Step(plan, self._executor.submit(plan), plan.num_tokens)
         self._in_flight.append(step)
         now = self._clock()
         self._pacer.submitted(step.decodes, now - began, now, alone=len(self._in_flight) == 1)
