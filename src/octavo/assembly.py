@@ -82,7 +82,7 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     device = _device(options)
     config = resolve(options, facts, device)
     wanted = speculation_config(options.speculative_config, options.speculative_model, options.num_speculative_tokens)
-    draft = None if wanted is None else find_draft(wanted, config, facts)
+    draft = None if wanted is None else find_draft(wanted, config)
     if draft is not None:
         config = replace(config, kv_bytes_per_token=config.kv_bytes_per_token + draft.kv_bytes_per_token)
     torch.set_num_threads(config.num_threads)

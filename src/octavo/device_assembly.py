@@ -142,7 +142,7 @@ def _model_drafter(
     assert facts is not None
     num_sequences = max(1, limits.max_draft_rows // most)
     block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
-    dtype = next(model.parameters()).dtype
+    dtype = model.embed_tokens.weight.dtype
     cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     rows = num_sequences * (most + 2)

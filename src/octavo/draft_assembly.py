@@ -62,8 +62,8 @@ class Draft:
         }
 
 
-def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFacts) -> Draft:
-    """Find the model that makes guesses, if it takes one. Raises ValueError where it does not fit the target model."""
+def find_draft(wanted: SpeculationConfig, config: EngineConfig) -> Draft:
+    """Find the model that makes guesses, if it takes one. Raises ValueError for what there is not."""
     if wanted.synthetic_acceptance is not None and config.device == "cpu":
         raise ValueError(f"speculative_config: synthetic_acceptance={wanted.synthetic_acceptance} needs a GPU")
     if wanted.quantization is not None and config.device == "cpu":
@@ -79,7 +79,7 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig, target: ModelFac
         )
     load_format: LoadFormat = "dummy" if config.options.load_format == "dummy" else "auto"
     source = resolve_source(wanted.model, revision=wanted.revision, load_format=load_format)
-    itemsize = config.kv_bytes_per_token // (2 * target.num_layers * target.num_kv_heads * target.head_dim)
+    itemsize = 4 if config.dtype == "float32" else 2
     facts = model_facts(source.config) if wanted.method == "draft_model" else _head_facts(source.config)
     num_bytes = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * itemsize
     return Draft(config=wanted, source=source, facts=facts, kv_bytes_per_token=num_bytes)
