@@ -16,6 +16,7 @@ import torch
 from octavo.attention.cpu import CpuAttention
 from octavo.config import DeviceFacts, EngineConfig, EngineOptions, ModelFacts, home, resolve
 from octavo.distributed.executor import InProcessExecutor
+from octavo.draft_assembly import Draft, cpu_drafter, find_draft
 from octavo.engine.adapters import AdapterDesk
 from octavo.engine.engine import Engine
 from octavo.engine.executor import Executor
@@ -25,6 +26,7 @@ from octavo.loading.source import ModelSource, source_of
 from octavo.loading.weights import load_model
 from octavo.models.registry import CLASSIFIER_IDS, model_facts
 from octavo.protocol.messages import Ready
+from octavo.protocol.speculation import speculation_config
 from octavo.scheduler.scheduler import Scheduler
 from octavo.structured.vocabulary import Vocabulary, vocabulary_of
 from octavo.text.tokenizer import load_tokenizer
@@ -33,6 +35,7 @@ from octavo.worker.memory import MemoryLedger, free_host_bytes, plan_memory
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
+from octavo.worker.speculation import Speculation
 
 if TYPE_CHECKING:
     from octavo.structured.grammars import Grammars
@@ -78,15 +81,22 @@ def build_engine(options: EngineOptions) -> BuiltEngine:
     facts = model_facts(source.config)
     device = _device(options)
     config = resolve(options, facts, device)
+    wanted = speculation_config(options.speculative_config, options.speculative_model, options.num_speculative_tokens)
+    draft = None if wanted is None else find_draft(wanted, config)
+    if draft is not None:
+        config = replace(config, kv_bytes_per_token=config.kv_bytes_per_token + draft.kv_bytes_per_token)
     torch.set_num_threads(config.num_threads)
     if config.device == "cpu":
-        built = _build_cpu(config, facts, source, watch)
+        built = _build_cpu(config, facts, source, draft, watch)
     else:
         from octavo.device_assembly import build_cuda  # brings Triton
 
-        built = build_cuda(config, facts, source, watch.lap)
+        built = build_cuda(config, facts, source, draft, watch.lap)
     executor, ledger, bank = built
-    scheduler = Scheduler(config.scheduler(ledger.num_blocks, ledger.max_model_len))
+    scheduler_config = config.scheduler(ledger.num_blocks, ledger.max_model_len)
+    if draft is not None:
+        scheduler_config = replace(scheduler_config, **draft.scheduling(config.max_num_seqs))
+    scheduler = Scheduler(scheduler_config)
     grammars = None if options.skip_tokenizer_init else _grammar_desk(source, facts.vocab_size)
     adapters = None
     if bank is not None and config.lora is not None:
@@ -155,7 +165,7 @@ def _device(options: EngineOptions) -> DeviceFacts:
 
 
 def _build_cpu(
-    config: EngineConfig, facts: ModelFacts, source: ModelSource, watch: Stopwatch
+    config: EngineConfig, facts: ModelFacts, source: ModelSource, draft: Draft | None, watch: Stopwatch
 ) -> tuple[Executor, MemoryLedger, AdapterBank | None]:
     _log.info("%s", library.load(home() / "kernels"))
     dtype, cpu = _DTYPES[config.dtype], torch.device("cpu")
@@ -169,5 +179,10 @@ def _build_cpu(
     )
     sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
     slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
-    runner = ModelRunner(model, attention, sampler, slots, bank)
+    speculation, num_tapped = None, 0
+    if draft is not None:
+        drafter, num_tapped = cpu_drafter(draft, model, slots, ledger.num_blocks)
+        speculation = Speculation(drafter, slots)
+        watch.lap("draft")
+    runner = ModelRunner(model, attention, sampler, slots, bank, speculation, num_tapped)
     return InProcessExecutor(runner, threaded=config.pipeline_depth > 1), ledger, bank

@@ -122,6 +122,13 @@ class EngineOptions:
     """Adapters that lie in the host's memory, at least max_loras. None: 8 x max_loras, with enable_lora."""
     lora_dtype: Dtype = "auto"
     """Type of adapters in memory: that of the model, which auto says too."""
+    speculative_config: str | None = None
+    """Guess tokens to come and verify several in one step, which changes no output: a JSON object with method (ngram,
+    suffix, draft_model, eagle, eagle3), model, num_speculative_tokens and more; LLM takes a dict too."""
+    speculative_model: str | None = None
+    """The model of speculative_config, or [ngram]."""
+    num_speculative_tokens: int | None = None
+    """The num_speculative_tokens of speculative_config, 1..32."""
     generation_config: str = "auto"
     """Where sampling parameters come from that a request leaves open. auto: the model's generation_config.json; off
     (or vllm): nowhere; else a folder or file with a generation_config.json. What ends an output stays the model's."""
@@ -258,6 +265,14 @@ class SchedulerConfig:
     policy: SchedulingPolicy = "fcfs"
     max_loras: int = 0
     """Adapters that sequences of one step may have between them; 0: none may have one."""
+    num_speculative_tokens: int = 0
+    """Guesses that a row may verify at most; 0: no speculation."""
+    max_step_rows: int = 2**31
+    """Rows of a step, each guess counted as one more."""
+    adaptive_speculation: bool = True
+    """Guess fewer where that is faster."""
+    drafts_are_free: bool = False
+    """Whether guesses cost next to nothing to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,8 +332,8 @@ def engine_options(values: Mapping[str, Any]) -> EngineOptions:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise TypeError(f"unknown option {name!r}{hint}")
-    given = values.get("hf_overrides")
-    spelled = {"hf_overrides": json.dumps(given)} if isinstance(given, dict) else {}
+    objects = ("hf_overrides", "speculative_config")
+    spelled = {name: json.dumps(values[name]) for name in objects if isinstance(values.get(name), dict)}
     return EngineOptions(**{**values, **spelled})
 
 

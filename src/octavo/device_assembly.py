@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -20,15 +21,19 @@ from octavo.attention.torch_operators import TorchAttention
 from octavo.attention.triton import TritonAttention
 from octavo.config import LONG_CHUNK, EngineConfig, ModelFacts
 from octavo.distributed.executor import DeviceExecutor
+from octavo.draft_assembly import Draft, load_drafter
 from octavo.kernels import triton
 from octavo.loading.source import ModelSource
 from octavo.loading.weights import as_loaded, load_model
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, DraftHead
 from octavo.quantization.plain_copies import keep_plain_copies
 from octavo.quantization.registry import method_of
-from octavo.quantization.scheme import LinearLayer
+from octavo.quantization.scheme import LinearLayer, QuantizationMethod
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.device_speculation import DeviceDrafter, DeviceSpeculation
+from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
+from octavo.worker.drafters.lookup import DeviceLookupDrafter
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.warm_up import compile_kernels
@@ -42,7 +47,7 @@ _COPY_SHARE = 0.1  # of the device's memory, for dequantized copies that nobody 
 
 
 def build_cuda(
-    config: EngineConfig, facts: ModelFacts, source: ModelSource, lap: Callable[[str], None]
+    config: EngineConfig, facts: ModelFacts, source: ModelSource, draft: Draft | None, lap: Callable[[str], None]
 ) -> tuple[DeviceExecutor, MemoryLedger, AdapterBank | None]:
     """Load the model, measure what its steps take, and give the rest to the KV cache. lap: told what each part of the
     time went into. Raises ValueError naming an option or a file, and where memory is short, what to lower.
@@ -54,7 +59,7 @@ def build_cuda(
     lap("CUDA")
     values, option = as_loaded(source, device, config.quantization)
     method = method_of(option, values.get("quantization_config"))
-    compiling = compile_kernels(config, facts, method, _DTYPES[config.dtype], device)
+    compiling = _compile(config, facts, method, draft, device)
     with _memory_for("the weights", "use a smaller model, or quantization=fp8"):
         model = load_model(source, _DTYPES[config.dtype], device, config.options.seed, config.quantization)
         torch.cuda.synchronize()
@@ -64,17 +69,28 @@ def build_cuda(
         _copy_weights(model, config.options.dequantized_copy)
     with _memory_for("the adapters", "lower max_loras or max_lora_rank"):
         bank = adapter_bank(config, model, _DTYPES[config.dtype], device)
+    small: CausalLM | DraftHead | None = None
+    if draft is not None:
+        with _memory_for("the draft model", "use a smaller one"):
+            small = load_drafter(draft, model, _DTYPES[config.dtype], device)
+        lap("draft")
     compiling.result()
     lap("kernels")
 
     limits = DeviceLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size)
-    make_attention = _attention_maker(config, facts, device)
+    if draft is not None:
+        limits = limits._replace(max_draft_rows=draft.num_draft_rows(config.max_num_seqs))
+    max_rows = limits.max_num_seqs + limits.max_draft_rows
+    make_attention = _attention_maker(config, facts, max_rows, device)
 
     def make_runner(num_blocks: int, max_model_len: int, use_graphs: bool) -> DeviceRunner:
         own = limits._replace(max_model_len=max_model_len)
         sampler = DeviceSampler(config.max_num_seqs, facts.vocab_size, device)
         slots = DeviceSlots(own, device)
-        return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank)
+        speculation = None
+        if draft is not None:
+            speculation = _speculation(draft, small, slots, own, (num_blocks, use_graphs))
+        return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank, speculation)
 
     with _memory_for("the largest step", "lower max_num_batched_tokens or max_num_seqs"):
         trial = make_runner(2, config.max_model_len, False)
@@ -90,6 +106,49 @@ def build_cuda(
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))
         lap("graphs")
     return DeviceExecutor(runner), ledger, bank
+
+
+def _compile(
+    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, draft: Draft | None, device: torch.device
+) -> Future[None]:
+    """Start compiling the kernels of the model, and of the draft model, whose are done before it is first used."""
+    dtype = _DTYPES[config.dtype]
+    compiling = compile_kernels(config, facts, method, dtype, device)
+    if draft is not None and draft.facts is not None:
+        compile_kernels(config, draft.facts, method_of(draft.config.quantization, None), dtype, device)
+    return compiling
+
+
+def _speculation(
+    draft: Draft, model: CausalLM | DraftHead | None, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+) -> DeviceSpeculation:
+    """What makes and verifies guesses on a GPU. model: the smaller one. blocks: how many the KV cache has, and whether
+    CUDA graphs are recorded."""
+    device, most = slots.token_ids.device, draft.config.num_speculative_tokens
+    drafter: DeviceDrafter
+    if not isinstance(model, CausalLM):
+        drafter = DeviceLookupDrafter(draft.lookup, slots.token_ids)
+    else:
+        drafter = _model_drafter(draft, model, slots, limits, blocks)
+    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
+    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance)
+
+
+def _model_drafter(
+    draft: Draft, model: CausalLM, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+) -> DeviceModelDrafter:
+    num_blocks, use_graphs = blocks
+    facts, device, most = draft.facts, slots.token_ids.device, draft.config.num_speculative_tokens
+    assert facts is not None
+    num_sequences = max(1, limits.max_draft_rows // most)
+    block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
+    dtype = model.embed_tokens.weight.dtype
+    cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    rows = num_sequences * (most + 2)
+    attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill())
+    sizes = limits.block_size, num_sequences
+    return DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
 
 
 def _copy_weights(model: CausalLM, wanted: bool | None) -> None:
@@ -114,9 +173,9 @@ def _memory_for(what: str, advice: str) -> Iterator[None]:
 
 
 def _attention_maker(
-    config: EngineConfig, facts: ModelFacts, device: torch.device
+    config: EngineConfig, facts: ModelFacts, max_rows: int, device: torch.device
 ) -> Callable[[int], FusedAttentionBackend]:
-    """Makes the attention over a KV cache of so many blocks. Says which backend it is."""
+    """max_rows: of a step. Makes the attention over a KV cache of so many blocks. Says which backend it is."""
     dtype = _DTYPES[config.dtype]
     cache_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
     block = 2, facts.num_kv_heads, config.block_size, facts.head_dim
@@ -130,7 +189,7 @@ def _attention_maker(
         cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=cache_dtype, device=device)
         if name == "torch":
             return TorchAttention(cache, facts.num_heads)
-        return TritonAttention(cache, facts.num_heads, num_processors, config.max_num_seqs, long_prefill)
+        return TritonAttention(cache, facts.num_heads, num_processors, max_rows, long_prefill)
 
     return make
 
@@ -145,8 +204,9 @@ def _measure(trial: DeviceRunner, limits: DeviceLimits) -> DeviceMemory:
         trial.compute_largest(num_rows, num_tokens)
         return torch.cuda.max_memory_allocated() - before
 
-    decode = peak_of(limits.max_num_seqs, limits.max_num_seqs)
-    largest = peak_of(limits.max_num_seqs, limits.max_num_batched_tokens)
+    max_rows = limits.max_num_seqs + limits.max_draft_rows
+    decode = peak_of(max_rows, max_rows)
+    largest = peak_of(max_rows, limits.max_num_batched_tokens)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     slack = (largest + decode) // 16  # fragments, and what libraries take for themselves later

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +25,12 @@ WISH = StructuredOutputsParams(regex="a")
 
 class Matcher:
     def __init__(self) -> None:
-        self.mask = b"\xff"
         self.num_accepted = 0
         self.num_free = 0
         self.error = None
+
+    def masks(self, draft_ids: Sequence[int]) -> list[bytes | None]:  # noqa: ARG002
+        return [b"\xff"]
 
     def accept(self, token_ids: Iterable[int]) -> None:
         self.num_accepted += len(list(token_ids))

@@ -139,6 +139,15 @@ class Slot:
     num_prompt: int
     sampling: SamplingParams
     adapter_slot: int = NO_ADAPTER
+    drafts: list[int] = field(default_factory=list)
+
+
+class Span(NamedTuple):
+    """What a row computes in truth: the positions, and how many of the last ones are guesses."""
+
+    start: int
+    end: int
+    num_drafts: int
 
 
 @dataclass
@@ -158,10 +167,24 @@ class FakeWorker:
             self.slots[new.slot] = Slot(
                 new.token_ids, new.block_table, new.num_prompt_tokens, new.sampling, new.adapter_slot
             )
+        spans = []
         for row in plan.rows:
             self.slots[row.slot].table += row.new_block_ids
-            self._write(row, broken)
-        return StepResult(plan.step_id, [self._read_and_sample(row) for row in plan.rows])
+            spans.append(self._span(row))
+            self._write(row, spans[-1], broken)
+        wanted = plan.drafts or [0] * len(plan.rows)
+        rows = [self._read_and_sample(row, span, count) for row, span, count in zip(plan.rows, spans, wanted)]
+        return StepResult(plan.step_id, rows, seconds=0.01 + 0.001 * sum(span.end - span.start for span in spans))
+
+    def _span(self, row: PlanRow) -> Span:
+        """The plan's own where it knows better, else what follows from the tokens that came true."""
+        slot = self.slots[row.slot]
+        if not row.samples:
+            return Span(row.start, row.start + row.length, 0)
+        count = min(row.num_drafts, len(slot.drafts))
+        start = len(slot.tokens) - (row.length - row.num_drafts)
+        assert start <= row.start
+        return Span(start, len(slot.tokens) + count, count)
 
     def _adapter(self, slot: Slot) -> int:
         return 0 if slot.adapter_slot == NO_ADAPTER else self.adapters[slot.adapter_slot]
@@ -171,10 +194,11 @@ class FakeWorker:
         assert block != NULL_BLOCK
         return block, position % self.block_size
 
-    def _write(self, row: PlanRow, broken: bool) -> None:
+    def _write(self, row: PlanRow, span: Span, broken: bool) -> None:
         slot = self.slots[row.slot]
-        for position in range(row.start, row.start + row.length):
-            token = slot.tokens[position]
+        tokens = slot.tokens + slot.drafts
+        for position in range(span.start, span.end):
+            token = tokens[position]
             before = (
                 self.memory.get(self._address(slot, position - 1), BAD)
                 if position
@@ -184,27 +208,47 @@ class FakeWorker:
             entry = Entry(token, position, hash((before.prefix, token))) if good else BAD
             self.memory[self._address(slot, position)] = entry
 
-    def _read_and_sample(self, row: PlanRow) -> RowResult:
+    def _read_and_sample(self, row: PlanRow, span: Span, num_wanted: int) -> RowResult:
         slot = self.slots[row.slot]
-        end = row.start + row.length
-        read = [self.memory.get(self._address(slot, position), BAD) for position in range(end)]
+        read = [self.memory.get(self._address(slot, position), BAD) for position in range(span.end)]
         adapter = self._adapter(slot)
-        prefix, good = adapter % 8, True
+        prefix, good = adapter % 8, []
         for position, entry in enumerate(read):
             prefix = hash((prefix, entry.token))
-            good &= entry.position == position and entry.prefix == prefix
+            good.append(entry.position == position and entry.prefix == prefix and (not good or good[-1]))
         tokens = [entry.token for entry in read]
         prompt_logprobs = None
         if slot.sampling.prompt_logprobs is not None:
-            positions = range(row.start + 1, min(end + 1, slot.num_prompt))
+            positions = range(span.start + 1, min(span.end + 1, slot.num_prompt))
             prompt_logprobs = [logprobs_at(tokens[:i], slot.tokens[i]) for i in positions]
         if not row.samples:
             return RowResult([], prompt_logprobs=prompt_logprobs)
-        token = next_token(tokens, slot.num_prompt, slot.sampling, adapter) if good else GARBAGE
-        # A row that is computed again must sample at the position it was planned for.
-        assert end <= len(slot.tokens)
-        slot.tokens[end:] = [token]
-        return RowResult([token], [logprobs_at(tokens, token)], prompt_logprobs)
+        drafts, slot.drafts = slot.drafts[: span.num_drafts], []
+        sampled: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for end in range(span.end - span.num_drafts, span.end + 1):
+            if row.masks is not None:
+                assert len(row.masks) == row.num_drafts + 1
+            token = next_token(tokens[:end], slot.num_prompt, slot.sampling, adapter) if good[end - 1] else GARBAGE
+            # A row that is computed again must sample at the position it was planned for.
+            assert end <= len(slot.tokens)
+            slot.tokens[end:] = [token]
+            sampled.append(token)
+            logprobs.append(logprobs_at(tokens[:end], token))
+            if len(sampled) > len(drafts) or token != drafts[len(sampled) - 1]:
+                break
+        slot.drafts = self._guess(slot, adapter, num_wanted)
+        return RowResult(sampled, logprobs, prompt_logprobs, draft_ids=slot.drafts.copy())
+
+    @staticmethod
+    def _guess(slot: Slot, adapter: int, num_wanted: int) -> list[int]:
+        """Up to so many guesses, some of which come true."""
+        tokens = slot.tokens.copy()
+        luck = hash((7, *tokens)) % 97
+        for index in range(num_wanted - luck % (num_wanted + 1) // 2):
+            right = next_token(tokens, slot.num_prompt, slot.sampling, adapter)
+            tokens.append(right if luck % (index + 2) else (right + 1) % VOCAB)
+        return tokens[len(slot.tokens) :]
 
 
 @dataclass
@@ -272,7 +316,7 @@ class Rig:
         else:
             bad = {index % len(plan.rows) for index in row_errors}
             rows = [RowResult([], error="NaN") if i in bad else row for i, row in enumerate(result.rows)]
-            outputs = self.scheduler.commit(plan, StepResult(plan.step_id, rows))
+            outputs = self.scheduler.commit(plan, StepResult(plan.step_id, rows, result.seconds))
         self.record(outputs)
         self.check()
         return outputs
@@ -349,6 +393,11 @@ class Rig:
                 salt = salts.setdefault(block, sequence.request.cache_salt)
                 assert salt == sequence.request.cache_salt, "I19: a block is shared between salts"
 
+    def _most_tokens(self, slot: int) -> int:
+        """Tokens that the sequence there can have computed when it ends."""
+        (sequence,) = (s for s in self.scheduler._running if s.slot == slot)
+        return sequence.max_num_tokens - 1
+
     def check_empty(self) -> None:
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_kv_slots) == (0, 0, 0)
@@ -375,14 +424,22 @@ class Rig:
             <= {new.adapter_slot for new in plan.new_sequences}
             <= {NO_ADAPTER, *range(self.config.max_loras)}
         )
-        for row in plan.rows:
+        assert len(plan.drafts) in ((len(plan.rows),) if self.config.num_speculative_tokens else (0,))
+        for row, num_wanted in zip(plan.rows, plan.drafts or [0] * len(plan.rows)):
             new = fresh.get(row.slot)
             assert row.length > 0
-            assert new is None or not row.new_block_ids
-            table = new.block_table if new else self.worker.slots[row.slot].table + row.new_block_ids
+            assert new is None or not row.new_block_ids or plan.drafts
+            table = (new.block_table if new else self.worker.slots[row.slot].table) + row.new_block_ids
             tokens = new.token_ids if new else self.worker.slots[row.slot].tokens
             end = row.start + row.length
-            assert end <= min(len(tokens), len(table) * self.config.block_size)
-            assert row.samples == (end == len(tokens))
+            assert end + num_wanted * row.samples <= len(table) * self.config.block_size
+            assert 0 <= row.num_drafts <= self.config.num_speculative_tokens
+            if row.samples and self.config.num_speculative_tokens and new is None:
+                # As many tokens as may be known by then: the worker may be ahead of that.
+                assert end - row.num_drafts >= len(tokens)
+                assert end <= self._most_tokens(row.slot)
+            else:
+                assert not row.num_drafts
+                assert row.samples == (end == len(tokens))
             if new and not self.config.enable_chunked_prefill:
                 assert row.samples, "a prompt was cut although prompts are not chunked"

@@ -29,9 +29,11 @@ class Recorder:
     def num_free(self) -> int:
         return max(0, self.num_unmasked - len(self.accepted))
 
-    @property
-    def mask(self) -> bytes | None:
-        return None if self.num_free else bytes([*self.accepted, 255])
+    def masks(self, draft_ids: list[int]) -> list[bytes | None]:
+        return [
+            None if n < self.num_free else bytes([*self.accepted, *draft_ids[:n], 255])
+            for n in range(len(draft_ids) + 1)
+        ]
 
     @property
     def num_accepted(self) -> int:
@@ -51,11 +53,13 @@ class Pipeline:
 
     depth: int
     num_blocks: int = 33
+    num_drafts: int = 0
     plans: list[StepPlan] = field(default_factory=list)
     told: dict[str, list[TokenOutput]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        made = config(num_blocks=self.num_blocks)
+        drafts = {"num_speculative_tokens": self.num_drafts, "adaptive_speculation": False}
+        made = config(num_blocks=self.num_blocks, **drafts)
         self.scheduler, self.worker = Scheduler(made), FakeWorker(made.block_size)
         self.in_flight: list[tuple[StepPlan, StepResult]] = []
 
@@ -91,7 +95,7 @@ def test_a_step_is_planned_when_the_token_before_it_is_known(depth: int) -> None
     pipeline.scheduler.add(make_request("bound", [4, 5], 8), constraint)
     pipeline.scheduler.add(make_request("late", [6, 7], 12, ignore_eos=True))
     pipeline.run()
-    masks = [row.mask for plan in pipeline.plans for row in plan.rows if row.mask is not None]
+    masks = [row.masks[0] for plan in pipeline.plans for row in plan.rows if row.masks is not None]
     tokens = pipeline.tokens("bound")
     # One mask a token, each made when all tokens before were known.
     assert masks == [bytes([*tokens[:n], 255]) for n in range(len(tokens))]
@@ -105,7 +109,7 @@ def test_the_others_go_on_meanwhile() -> None:
     pipeline.scheduler.add(make_request("free", [1, 2, 3], 8, ignore_eos=True))
     pipeline.step()
     assert [len(plan.rows) for plan in pipeline.plans] == [2, 1]
-    assert [row.mask is None for row in pipeline.plans[1].rows] == [True]
+    assert [row.masks is None for row in pipeline.plans[1].rows] == [True]
 
 
 def test_steps_overlap_while_no_mask_is_needed() -> None:
@@ -118,7 +122,7 @@ def test_steps_overlap_while_no_mask_is_needed() -> None:
     tokens = pipeline.tokens("bound")
     assert in_flight == [1, 1, 0, 0, 0, 0]  # after each commit: tokens 0, 1 and 2 overlap, each later one waits
     assert tokens == alone([4, 5], 6)  # without a grammar, ignore_eos is the sampler's
-    masks = [row.mask for plan in pipeline.plans for row in plan.rows]
+    masks = [row.masks and row.masks[0] for plan in pipeline.plans for row in plan.rows]
     assert masks == [None, None, None, *(bytes([*tokens[:n], 255]) for n in range(3, 6))]
 
 
@@ -133,7 +137,7 @@ def test_a_chunked_prompt_has_its_mask_in_the_chunk_that_samples() -> None:
     pipeline = Pipeline(2)
     pipeline.scheduler.add(make_request("bound", [1 + i % 9 for i in range(90)], 2), Recorder())
     pipeline.step()
-    assert [[row.mask for row in plan.rows] for plan in pipeline.plans] == [[None], [b"\xff"]]
+    assert [[row.masks for row in plan.rows] for plan in pipeline.plans] == [[None], [[b"\xff"]]]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -182,3 +186,33 @@ def test_the_audit_notices_a_constraint_that_is_out_of_step() -> None:
     constraint.accepted.append(7)
     with pytest.raises(ConsistencyError, match="constraint of 'bound'"):
         scheduler.audit()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_each_guess_has_the_mask_of_what_comes_before_it(depth: int) -> None:
+    pipeline = Pipeline(depth, num_drafts=3)
+    pipeline.scheduler.add(make_request("bound", [4, 5], 20, ignore_eos=True), Recorder())
+    pipeline.scheduler.add(make_request("free", [1, 2, 3], 20, ignore_eos=True))
+    pipeline.run()
+    tokens = pipeline.tokens("bound")
+    assert tokens == alone([4, 5], 20)
+    assert pipeline.tokens("free") == alone([1, 2, 3], 20)
+    rows = [row for plan in pipeline.plans for row in plan.rows if row.masks is not None]
+    assert sum(row.num_drafts for row in rows) > 0
+    for row in rows:
+        assert len(row.masks) == row.num_drafts + 1
+        start = row.start + row.length - row.num_drafts - 2  # output tokens before the first that is sampled
+        for index, mask in enumerate(row.masks):
+            assert len(mask) == start + index + 1
+            assert mask[:start] == bytes(tokens[:start])
+
+
+def test_guesses_wait_for_what_has_no_mask_to_end() -> None:
+    """While no mask is needed several steps are in flight, and their guesses stay within it."""
+    pipeline = Pipeline(2, num_drafts=3)
+    pipeline.scheduler.add(make_request("bound", [4, 5], 20, ignore_eos=True), Recorder(num_unmasked=9))
+    pipeline.run()
+    tokens = pipeline.tokens("bound")
+    assert tokens == alone([4, 5], 20)
+    masks = [mask for plan in pipeline.plans for row in plan.rows for mask in row.masks or () if mask is not None]
+    assert min(len(mask) for mask in masks) == 10

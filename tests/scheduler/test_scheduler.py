@@ -230,47 +230,88 @@ def test_how_an_output_ends(options, tokens, reason, stop_reason):
     assert outputs[-1].stop_reason == stop_reason
 
 
+def speculating(**changes):
+    """A scheduler that always asks for three guesses."""
+    return Scheduler(config(num_speculative_tokens=3, adaptive_speculation=False, **changes))
+
+
 def test_several_tokens_a_row_end_at_the_first_end():
-    scheduler = Scheduler(config())
+    scheduler = speculating()
     scheduler.add(make_request("a", [1, 2], 8))
     plan = scheduler.schedule(1.0)
-    scheduler.commit(plan, StepResult(0, [RowResult([3, 4])]))
+    assert plan.drafts == [3]
+    scheduler.commit(plan, StepResult(0, [RowResult([3], draft_ids=[4, 5, 6])]))
     plan = scheduler.schedule(1.0)
-    assert rows(plan) == [(0, 2, 2, True)]
-    lp = [TokenLogprobs([t], [-1.0], 1) for t in (5, EOS, 6)]
-    (output,) = scheduler.commit(plan, StepResult(1, [RowResult([5, EOS, 6], lp)]))
-    assert (output.new_token_ids, output.logprobs, output.finish_reason) == ([5, EOS], lp[:2], "stop")
-    assert scheduler.stats().generation_tokens_total == 4
+    assert (rows(plan), plan.rows[0].num_drafts) == ([(0, 2, 4, True)], 3)
+    lp = [TokenLogprobs([t], [-1.0], 1) for t in (4, EOS, 6)]
+    (output,) = scheduler.commit(plan, StepResult(1, [RowResult([4, EOS, 6], lp)]))
+    assert (output.new_token_ids, output.logprobs, output.finish_reason) == ([4, EOS], lp[:2], "stop")
+    assert scheduler.stats().generation_tokens_total == 3
 
 
-def test_several_tokens_a_row_may_preempt_a_prompt_that_waits_its_turn():
-    """4 blocks; b's prompt is half computed when a's second token too many takes its block."""
-    scheduler = Scheduler(config(num_blocks=5, max_num_batched_tokens=4, enable_prefix_caching=False))
-    scheduler.add(make_request("a", [1, 2, 3], 8))
+def test_what_does_not_come_true_is_computed_again_in_the_same_place():
+    scheduler = speculating()
+    scheduler.add(make_request("a", [1, 2], 20))
+    scheduler.commit(plan := scheduler.schedule(1.0), StepResult(0, [RowResult([3], draft_ids=[4, 5, 6])]))
+    scheduler.commit(plan := scheduler.schedule(1.0), StepResult(1, [RowResult([4, 9], draft_ids=[7])]))
     plan = scheduler.schedule(1.0)
-    scheduler.commit(plan, answer(plan, [3]))
-    scheduler.add(make_request("b", [1] * 9, 3))
-    plan = scheduler.schedule(1.0)
-    assert rows(plan) == [(0, 3, 1, True), (1, 0, 3, False)]
-    scheduler.commit(plan, StepResult(1, [RowResult([4, 5]), RowResult([])]))
-    plan = scheduler.schedule(1.0)
-    assert rows(plan) == [(0, 4, 2, True)]
-    assert scheduler.stats().num_preemptions_total == 1
+    assert (rows(plan), plan.rows[0].num_drafts) == ([(0, 4, 2, True)], 1)  # one guess is all the worker found
+    assert not plan.rows[0].new_block_ids  # the block that two of the guesses were in is there
     scheduler.audit()
 
 
+def test_a_step_in_flight_counts_all_its_guesses():
+    scheduler = speculating()
+    scheduler.add(make_request("a", [1, 2], 20))
+    first, second, third = (scheduler.schedule(1.0) for _ in range(3))
+    assert rows(second) == [(0, 2, 4, True)]
+    assert rows(third) == [(0, 6, 4, True)]
+    scheduler.commit(first, StepResult(0, [RowResult([3], draft_ids=[4, 5, 6])]))
+    scheduler.commit(second, StepResult(1, [RowResult([4, 8], draft_ids=[1, 1, 1])]))
+    scheduler.audit()
+    assert rows(scheduler.schedule(1.0)) == [(0, 8, 4, True)]
+
+
+def test_guesses_stop_short_of_the_longest_output():
+    scheduler = speculating()
+    scheduler.add(make_request("a", [1, 2], 4))
+    first = scheduler.schedule(1.0)
+    assert first.drafts == [2]
+    second = scheduler.schedule(1.0)
+    assert (rows(second), second.drafts) == ([(0, 2, 3, True)], [0])
+    assert scheduler.schedule(1.0) is None  # all that may come is under way
+    scheduler.commit(first, StepResult(0, [RowResult([3], draft_ids=[4, 5])]))
+    scheduler.commit(second, StepResult(1, [RowResult([7])]))
+    assert rows(scheduler.schedule(1.0)) == [(0, 3, 1, True)]
+
+
+def test_guesses_take_no_block_and_no_budget_that_others_need():
+    """2 blocks of 4, one each: a's guesses would need a third."""
+    scheduler = speculating(num_blocks=3, max_num_batched_tokens=5, enable_prefix_caching=False)
+    scheduler.add(make_request("a", [1, 2], 3))
+    scheduler.add(make_request("b", [1, 2], 3))
+    plan = scheduler.schedule(1.0)
+    scheduler.commit(plan, StepResult(0, [RowResult([3], draft_ids=[4]), RowResult([3], draft_ids=[4])]))
+    plan = scheduler.schedule(1.0)
+    assert rows(plan) == [(0, 2, 2, True), (1, 2, 2, True)]
+    scheduler = speculating(num_blocks=5, max_num_batched_tokens=5, enable_prefix_caching=False)
+    for name in "ab":
+        scheduler.add(make_request(name, [1, 2], 7))
+    plan = scheduler.schedule(1.0)
+    drafts = [4, 5, 6]
+    scheduler.commit(plan, StepResult(0, [RowResult([3], draft_ids=drafts), RowResult([3], draft_ids=drafts)]))
+    plan = scheduler.schedule(1.0)
+    assert rows(plan) == [(0, 2, 4, True), (1, 2, 1, True)]
+    assert scheduler.stats().num_preemptions_total == 0
+
+
 def test_a_worker_that_breaks_the_contract_is_loud():
-    scheduler = Scheduler(config())
-    scheduler.add(make_request("a", [1, 2], 8))
-    first = scheduler.schedule(1.0)
-    scheduler.schedule(1.0)
-    with pytest.raises(ConsistencyError, match="2 tokens came for 'a'"):
-        scheduler.commit(first, StepResult(0, [RowResult([3, 4])]))
-    scheduler = Scheduler(config())
-    scheduler.add(make_request("a", [1, 2], 8))
-    first = scheduler.schedule(1.0)
-    with pytest.raises(ConsistencyError, match="no token for 'a'"):
-        scheduler.commit(first, StepResult(0, [RowResult([])]))
+    for tokens in ([3, 4], []):
+        scheduler = Scheduler(config())
+        scheduler.add(make_request("a", [1, 2], 8))
+        first = scheduler.schedule(1.0)
+        with pytest.raises(ConsistencyError, match=f"{len(tokens)} tokens for 'a' with 0 guesses"):
+            scheduler.commit(first, StepResult(0, [RowResult(tokens)]))
 
 
 def test_a_row_error_ends_one_request_and_its_cache_entries():

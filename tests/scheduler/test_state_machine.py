@@ -27,6 +27,9 @@ configs = st.builds(
     chunk_alignment=st.sampled_from([1, 8, 7]),
     policy=st.sampled_from(["fcfs", "priority"]),
     max_loras=st.sampled_from([2, 1, 3]),
+    num_speculative_tokens=st.sampled_from([0, 3, 1, 7]),
+    adaptive_speculation=st.booleans(),
+    drafts_are_free=st.booleans(),
 )
 # All prompts are of two tokens and most begin alike, so that many of their blocks are equal.
 prompts = st.tuples(st.sampled_from([17, 16, 5, 31, 36, 0]), st.lists(st.integers(0, 1), min_size=1, max_size=4)).map(

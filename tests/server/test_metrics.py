@@ -165,3 +165,32 @@ async def test_the_statistics_log_is_silent_when_idle(caplog: pytest.LogCaptureF
     await until(lambda: bool(caplog.records))
     assert metrics.throughput[0] > 0
     task.cancel()
+
+
+async def test_speculation_is_counted_where_there_is_any() -> None:
+    stats = SchedulerStats(
+        num_steps_total=5,
+        num_running=1,
+        num_drafts_total=10,
+        num_draft_tokens_total=30,
+        num_accepted_tokens_total=12,
+        num_accepted_by_position_total=(7, 4, 1),
+    )
+    async with running() as rig:
+        rig.engine.emit(STATS)
+        assert "spec_decode" not in (await rig.http.get("/metrics")).text
+        rig.engine.emit(stats)
+        metrics = await rig.metrics()
+        for name, value in {
+            "num_drafts_total": 10,
+            "num_draft_tokens_total": 30,
+            "num_accepted_tokens_total": 12,
+            "num_emitted_tokens_total": 22,
+            "draft_acceptance_rate": 0.4,
+            "efficiency": 22 / 40,
+            'num_accepted_tokens_per_pos_total{position="1"}': 4,
+        }.items():
+            assert metrics[f"vllm:spec_decode_{name}"] == value, name
+    line, _ = describe(SchedulerStats(), stats, 10.0)
+    assert line is not None
+    assert line.endswith(", Draft acceptance: 40.0%, 2.20 tokens a row with drafts")

@@ -244,3 +244,30 @@ def test_masks_are_made_for_vocabularies_of_any_size(num_tokens: int) -> None:
     for state in pair:
         state.accept(ids("a"))
     assert [allowed(state.mask) for state in pair] == [set(ids("b"))] * 2
+
+
+@PROPERTY
+@given(st.data(), st.sampled_from(LANGUAGES))
+def test_masks_after_guesses_are_those_of_the_guesses_accepted(data, words):
+    """Up to the first that the grammar does not allow, or that would end the output; nothing is changed by it."""
+    params = StructuredOutputsParams(choice=words)
+    asked, followed = matcher(params), matcher(params)
+    drafts = []
+    for _ in range(4):
+        choice = data.draw(st.sampled_from([*sorted(allowed(followed.mask)), BEGIN]))
+        drafts.append(choice)
+        if choice in (BEGIN, EOS, OTHER_EOS):
+            break
+        followed.accept([choice])
+    before = asked.mask
+    found = asked.masks(drafts)
+    assert (asked.mask, asked.num_accepted, asked.error) == (before, 0, None)
+    reference, expected = matcher(params), []
+    for choice in drafts:
+        expected.append(reference.mask)
+        if choice in (BEGIN, EOS, OTHER_EOS):
+            break
+        reference.accept([choice])
+    else:
+        expected.append(reference.mask)
+    assert found == expected

@@ -68,7 +68,7 @@ class Rig:
 
     def __init__(self, model: CausalLM, kind: str, sizes: LoRASizes | None) -> None:
         self.bank = None if sizes is None else AdapterBank(model, sizes, torch.float32, CPU)
-        num_blocks, (rows, tokens, length, block) = 32, LIMITS
+        num_blocks, (rows, tokens, length, block, _) = 32, LIMITS
         executor: Any
         if kind == "cpu":
             attention = CpuAttention(2, num_blocks, block, 2, 8, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,12 +30,11 @@ class Counter:
         self.num_accepted = 0
         self.last = 0
 
-    @property
-    def mask(self) -> bytes:
+    def masks(self, draft_ids: Sequence[int]) -> list[bytes | None]:  # noqa: ARG002
         """The next token depends on the last: it has the same last digit, or the one after."""
         low = 10 * self.num_accepted + (self.last % 10 if self.num_accepted else 0)
         allowed = {low, low + 1} if self.num_accepted < 4 else {EOS}
-        return bytes(sum(1 << i for i in range(8) if 8 * at + i in allowed) for at in range(-(-VOCAB // 8)))
+        return [bytes(sum(1 << i for i in range(8) if 8 * at + i in allowed) for at in range(-(-VOCAB // 8)))]
 
     error: str | None = None
     num_free = 0
@@ -57,9 +56,8 @@ class Cut:
     def num_free(self) -> int:
         return 2 - self.num_accepted if self.num_accepted < 3 else 100
 
-    @property
-    def mask(self) -> bytes | None:
-        return bytes(1 << 7 if at == 0 else 0 for at in range(-(-VOCAB // 8))) if self.num_accepted == 2 else None
+    def masks(self, draft_ids: Sequence[int]) -> list[bytes | None]:  # noqa: ARG002
+        return [bytes(1 << 7 if at == 0 else 0 for at in range(-(-VOCAB // 8))) if self.num_accepted == 2 else None]
 
     def accept(self, token_ids: Iterable[int]) -> None:
         self.num_accepted += len(list(token_ids))

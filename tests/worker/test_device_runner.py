@@ -20,15 +20,19 @@ from octavo.loading.weights import dummy_weights
 from octavo.models.base import CausalLM
 from octavo.models.registry import build_model
 from octavo.protocol.outputs import TokenOutput
+from octavo.protocol.plan import NewSequence
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.device_speculation import DeviceDraftBatch, DeviceSpeculation
+from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.sampler.device_sampler import DeviceSampler
 
 CPU = torch.device("cpu")
 VOCAB = 97
 NUM_TOKENS = 5
+NUM_DRAFTS = 3
 LIMITS = DeviceLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, block_size=16)
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -61,22 +65,34 @@ def model() -> CausalLM:
 class Rig:
     """An engine over a device runner, and the outputs of what it ran by request."""
 
-    def __init__(self, model: CausalLM, attention: str = "triton", depth: int = 2, num_blocks: int = 20) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: str = "triton",
+        depth: int = 2,
+        num_blocks: int = 20,
+        speculation: DeviceSpeculation | None = None,
+    ) -> None:
         self.max_tokens = NUM_TOKENS
+        limits = LIMITS if speculation is None else LIMITS._replace(max_draft_rows=8)
         cache = torch.zeros(2, num_blocks, 2, 1, LIMITS.block_size, 16)
         self.attention: FusedAttentionBackend = (
-            TritonAttention(cache, 3, 4, LIMITS.max_num_seqs, NoLongPrefill())
+            TritonAttention(cache, 3, 4, limits.max_num_seqs + limits.max_draft_rows, NoLongPrefill())
             if attention == "triton"
             else TorchAttention(cache, 3)
         )
         sampler = DeviceSampler(LIMITS.max_num_seqs, VOCAB, CPU)
-        self.runner = DeviceRunner(model, self.attention, sampler, DeviceSlots(LIMITS, CPU), LIMITS, False)
+        slots = DeviceSlots(limits, CPU)
+        self.runner = DeviceRunner(model, self.attention, sampler, slots, limits, False, speculation=speculation)
         config = SchedulerConfig(
             max_num_seqs=LIMITS.max_num_seqs,
             max_num_batched_tokens=LIMITS.max_num_batched_tokens,
             max_model_len=LIMITS.max_model_len,
             block_size=LIMITS.block_size,
             num_blocks=num_blocks,
+            num_speculative_tokens=0 if speculation is None else NUM_DRAFTS,
+            adaptive_speculation=False,
+            max_step_rows=limits.max_num_seqs + limits.max_draft_rows,
         )
         self.engine = Engine(Scheduler(config), DeviceExecutor(self.runner), depth)
 
@@ -184,3 +200,68 @@ def test_a_step_out_of_memory_costs_its_largest_request(model: CausalLM, monkeyp
             assert tokens([own]) == [exact(model, prompt)]
         else:
             assert "CUDA out of memory" in (own[-1].error or "")
+
+
+class Oracle:
+    """A drafter that knows what is to come, and is wrong now and then, or says nothing."""
+
+    def __init__(self, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+        self._whole = [prompt + output for prompt, output in zip(prompts, outputs)]
+        self._rng = random.Random(0)
+
+    def enter(self, new: NewSequence, start: int) -> None:
+        pass
+
+    def propose(self, batch: DeviceDraftBatch) -> None:
+        for group, slot in enumerate(batch.slots.tolist()):
+            if slot < 0 or self._rng.random() < 0.1:
+                continue
+            known = batch.token_ids[slot, : batch.lengths[slot]].tolist()
+            (whole,) = (ids for ids in self._whole if ids[: len(known)] == known)
+            guesses = whole[len(known) :][: self._rng.randrange(1, NUM_DRAFTS + 1)]
+            wrong = [self._rng.randrange(VOCAB) if self._rng.random() < 0.25 else guess for guess in guesses]
+            batch.drafts[group, : len(wrong)] = torch.tensor(wrong, dtype=torch.int32)
+            batch.found[group] = len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("depth", "wish"),
+    [
+        (1, {"temperature": 0}),
+        (2, {"temperature": 1.0, "logprobs": 1}),
+        (2, {"temperature": 1.0, "top_p": 0.8, "logit_bias": {3: 2.0}}),
+        (2, {"temperature": 1.0, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "bad_words_token_ids": [[5, 6]]}),
+        (2, {"temperature": 1.0, "min_p": 0.02, "min_tokens": 4, "stop_token_ids": [1, 2, 3]}),
+    ],
+    ids=lambda wish: "-".join(wish) if isinstance(wish, dict) else str(wish),
+)
+def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, Any]) -> None:
+    """Rows that verify, rows of prompts, and rows that are cut short, side by side."""
+    sampling, asked = SamplingParams(**wish), prompts()[:4]
+    plain = Rig(model, depth=depth)
+    plain.max_tokens = 8
+    want = plain.run(asked, sampling)
+    oracle = Oracle(asked, tokens(want))
+    guessing = Rig(model, depth=depth, speculation=DeviceSpeculation(oracle, NUM_DRAFTS, (4, 12), CPU))
+    guessing.max_tokens = 8
+    got = guessing.run(asked, sampling)
+    assert tokens(got) == tokens(want)
+    assert guessing.engine.stats().num_steps_total < plain.engine.stats().num_steps_total
+    for one, other in zip(got, want):
+        said = [entry for output in one for entry in output.logprobs or ()]
+        expected = [entry for output in other for entry in output.logprobs or ()]
+        assert [entry.token_ids for entry in said] == [entry.token_ids for entry in expected]
+
+
+def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
+    """Its KV lies beside the model's own, under the same blocks; so guesses are what comes, but for ends."""
+    asked = prompts()[1:3]
+    slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], []), NUM_DRAFTS, (4, 12), CPU))
+    slots = slots_of.runner._slots
+    attention = TritonAttention(torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16), 3, 4, 4 * 5, NoLongPrefill())
+    drafter = DeviceModelDrafter(model, attention, slots.block_tables, (LIMITS.block_size, 4), NUM_DRAFTS, False)
+    slots_of.runner._speculation._drafter = drafter
+    slots_of.max_tokens = 9
+    outputs = slots_of.run(asked, SamplingParams(temperature=0))
+    assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in asked]
+    assert slots_of.engine.stats().num_steps_total <= 6

@@ -40,7 +40,8 @@ def cpu_engine(model: CausalLM, num_blocks: int) -> Engine:  # noqa: F811
     attention = CpuAttention(2, num_blocks, LIMITS.block_size, 1, 16, torch.float32)
     slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size, CPU)
     runner = ModelRunner(model, attention, Sampler(LIMITS.max_num_seqs, VOCAB, CPU), slots)
-    config = SchedulerConfig(**LIMITS._asdict(), num_blocks=num_blocks)
+    sizes = {name: value for name, value in LIMITS._asdict().items() if name != "max_draft_rows"}
+    config = SchedulerConfig(**sizes, num_blocks=num_blocks)
     return Engine(Scheduler(config), InProcessExecutor(runner, threaded=False), 1)
 
 

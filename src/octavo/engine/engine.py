@@ -30,7 +30,7 @@ class _Step(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.num_tokens == len(self.plan.rows)
+        return self.plan.decodes
 
 
 def _refusal(request: Request, error: Exception) -> TokenOutput:

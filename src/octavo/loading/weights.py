@@ -58,9 +58,11 @@ def load_draft(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    quantization: Quantization | None = None,
 ) -> CausalLM | DraftHead:
     """What drafts tokens for `target`, loaded: a model of its own, or a head that reads the target's states, which the
-    target then hands out and with which it shares what it may. seed: as for `load_model`.
+    target then hands out and with which it shares what it may. seed, and quantization of a model of its own: as for
+    `load_model`.
 
     Raises ValueError naming the file or the source, and the tensors or the config field at fault: a field, too, that
     does not go with the method or with the target.
@@ -72,7 +74,7 @@ def load_draft(
                 f"{source.name}: config field vocab_size={theirs!r} is not supported of a draft; "
                 f"allowed: {allowed}, the target's"
             )
-        return load_model(source, dtype, device, seed)
+        return load_model(source, dtype, device, seed, quantization)
     with _named(source):
         if source.format == "gguf":
             raise ValueError(

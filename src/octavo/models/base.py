@@ -163,8 +163,8 @@ class DraftHead(LoadedModel):
 
     @abstractmethod
     def share(self, target: CausalLM) -> None:
-        """Use the target's embedding and language head where the checkpoint brought none, or the same; the target's
-        adapters apply to them while they are active. Called once all weights are in."""
+        """Use the target's embedding and language head where the checkpoint brought none, or the same; adapters that
+        are active then apply to them as they do in the target. Called once all weights are in."""
 
     @abstractmethod
     def fuse(self, states: Tensor) -> Tensor:

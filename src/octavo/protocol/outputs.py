@@ -53,3 +53,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     running_adapters: tuple[str, ...] = ()  # names, of running sequences
     waiting_adapters: tuple[str, ...] = ()
     num_adapter_loads_total: int = 0  # times that one was brought to the device
+    num_drafts_total: int = 0  # rows that verified guesses (speculative decoding)
+    num_draft_tokens_total: int = 0  # guesses
+    num_accepted_tokens_total: int = 0  # of these, those that came true
+    num_accepted_by_position_total: tuple[int, ...] = ()  # the same by place in the row; none without speculation

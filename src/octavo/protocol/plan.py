@@ -11,6 +11,8 @@ from octavo.protocol.sampling import SamplingParams
 NULL_BLOCK = 0
 NO_ADAPTER = -1
 
+Masks = list[bytes | None] | None  # see PlanRow
+
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """A sequence that takes a slot: a fresh request, or one that comes back after preemption.
@@ -18,6 +20,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     token_ids: every token known so far, the prompt first, then the output.
     block_table: all its KV blocks, those that cover this step included.
     adapter_slot: where the worker has its adapter; NO_ADAPTER where it has none.
+    is_private: no other sequence may learn anything of its tokens, be it from how fast it is itself.
     """
 
     slot: int
@@ -28,6 +31,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: tuple[int, ...]
     pooling: PoolingParams | None = None
     adapter_slot: int = NO_ADAPTER
+    is_private: bool = False
 
 
 class PlanRow(msgspec.Struct, frozen=True, array_like=True):
@@ -35,9 +39,14 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
 
     The worker holds the token values: ids at positions that earlier steps sampled are already
     in its slot, whether or not the scheduler has seen them.
-    new_block_ids: blocks appended to the slot's table before the step (none for a NewSequence).
+    new_block_ids: blocks appended to the slot's table before the step.
     samples: the row's last token is the last one known, so the step samples position start + length.
-    mask: the tokens that may be sampled, one bit each, the lowest of a byte first; None for all.
+    num_drafts: so many of the row's last tokens are guesses, which lie in the slot too: the step verifies them. It
+    samples the positions start + length - num_drafts .. start + length, one after another, up to the first whose
+    token is not the guess there. While an earlier step in flight verifies guesses, `start` is an upper bound: the
+    worker knows where the sequence ends, and how many guesses there are.
+    masks: one a position that is sampled: the tokens allowed there, one bit each, the lowest of a byte first, None for
+    all. None: all, at all of them.
     """
 
     slot: int
@@ -45,14 +54,17 @@ class PlanRow(msgspec.Struct, frozen=True, array_like=True):
     length: int
     new_block_ids: list[int]
     samples: bool
-    mask: bytes | None = None
+    masks: Masks = None
+    num_drafts: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Everything one step needs, as a diff against what the worker's slots hold.
 
     adapters: (slot, lora_int_id) of those that are brought in before the step; what a slot held is gone then. Rows of
-    one adapter are neighbours.
+    one adapter are neighbours. drafts: how many guesses at the tokens to come the worker shall have ready after the
+    step, one number a row; empty for none at all. On a row that samples nothing yet, a number above 0 says that its
+    sequence will be asked for some.
 
     Rows that share a prefix block may write and read it in one step: a worker writes the KV of
     all rows before any row attends, layer by layer.
@@ -62,10 +74,16 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     new_sequences: list[NewSequence]
     rows: list[PlanRow]
     adapters: list[tuple[int, int]] = []
+    drafts: list[int] = []
 
     @property
     def num_tokens(self) -> int:
         return sum(row.length for row in self.rows)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all rows compute their last known token, and guesses, alone."""
+        return all(row.length == 1 + row.num_drafts for row in self.rows)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -81,8 +99,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True):
-    """What came of one row. `token_ids` is empty where the row did not sample.
+    """What came of one row. `token_ids` is empty where the row did not sample; where it verified k guesses, it has 1 to
+    k + 1 tokens: those guesses that came true, and one more. logprobs: one entry a token.
 
+    draft_ids: guesses at the tokens to come that are ready for the next row, no more than were asked for.
     prompt_logprobs: for prompt positions start+1 .. start+length of the row that lie in the prompt.
     error: the row's own failure (NaN logits, say); its request ends with it, the others go on.
     embedding: of a sequence with pooling whose prompt ends with this row (protocol.pooling.floats).
@@ -93,6 +113,7 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     embedding: bytes | None = None
+    draft_ids: list[int] = []
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

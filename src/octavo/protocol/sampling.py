@@ -223,6 +223,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             seeds = [_wrapped(self.seed + index) for index in range(self.num_completions)]
         return [self.replace(n=1, best_of=None, logprobs=logprobs, seed=seed) for seed in seeds]
 
+    @property
+    def depends_on_output(self) -> bool:
+        """Whether what may come, or how likely it is, depends on how much output there is, or on what it says."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.min_tokens or self.bad_words_token_ids or self.logits_processors)
+
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
         return msgspec.structs.replace(self, **changes)

@@ -57,6 +57,7 @@ class KVManager:
             pool.share(block)
         sequence.block_table = cached_blocks + self._allocate(num_new)
         sequence.num_computed_tokens = len(cached_blocks) * self.block_size
+        sequence.num_reserved_tokens = sequence.num_tokens
         self._set_registered(sequence, len(cached_blocks))
         return True
 
@@ -67,7 +68,12 @@ class KVManager:
             return None
         blocks = self._allocate(count)
         sequence.block_table += blocks
+        sequence.num_reserved_tokens = num_tokens
         return blocks
+
+    def has_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether so many tokens fit in its blocks and those that are free."""
+        return self.num_blocks_for(num_tokens) - len(sequence.block_table) <= self.pool.num_free
 
     def register(self, sequence: Sequence) -> list[int]:
         """Offer to the cache each full block whose tokens are known and computed, or being computed.
@@ -106,7 +112,11 @@ class KVManager:
     def _audit_table(self, sequence: Sequence, owners: Counter[int]) -> None:
         name, table, size = sequence.request.request_id, sequence.block_table, self.block_size
         require(len(set(table)) == len(table), f"I4: a block stands twice in the table of {name!r}")
-        low, high = (self.num_blocks_for(n) for n in (sequence.num_computed_tokens, sequence.num_tokens))
+        # Blocks that were taken for guesses stay where these did not come true.
+        low, high = (
+            self.num_blocks_for(n)
+            for n in (sequence.num_computed_tokens, max(sequence.num_tokens, sequence.num_reserved_tokens))
+        )
         require(low <= len(table) <= high, f"I8: {name!r} has {len(table)} blocks, needs {low}..{high}")
         key = self._root(sequence)
         for index, block in enumerate(table):

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 from octavo.config import SchedulerConfig
 from octavo.protocol.outputs import FinishReason, SchedulerStats, TokenOutput
-from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan, StepResult
+from octavo.protocol.plan import Masks, NewSequence, PlanRow, RowResult, StepPlan, StepResult
 from octavo.protocol.request import Request
 from octavo.scheduler.adapter_slots import AdapterSlots
 from octavo.scheduler.audit import require
 from octavo.scheduler.constraint import Constraint
+from octavo.scheduler.drafts import Drafts
 from octavo.scheduler.kv_manager import KVManager
 from octavo.scheduler.prefix_cache import HashFunction, sha256
 from octavo.scheduler.queue import RankedQueue
@@ -38,6 +39,9 @@ class Scheduler:
 
     One with an adapter (LoRA) is admitted when its adapter has, or gets, one of the device's slots; those behind it may
     go first meanwhile, which AdapterCache bounds.
+
+    With speculation a row may verify guesses at the tokens after its last known one. Counts are upper bounds while it
+    is in flight; `commit` lowers them by what did not come true. Guesses take only budget and blocks that are left.
     """
 
     def __init__(self, config: SchedulerConfig, hash_function: HashFunction = sha256) -> None:
@@ -49,6 +53,7 @@ class Scheduler:
         self._running = RankedQueue()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._adapters = AdapterSlots(config.max_loras)
+        self._drafts = Drafts(config)
         self._in_flight: deque[Step] = deque()  # step ids are consecutive
         self._next_step_id = 0
         self._num_added = 0
@@ -56,7 +61,6 @@ class Scheduler:
         # again before there are more. They come: it fits once all is free, which `add` made sure of.
         self._blocked_head: Sequence | None = None
         self._blocked_num_free = 0
-
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
         self._num_preemptions = 0
@@ -108,7 +112,7 @@ class Scheduler:
 
         now: seconds on the monotonic clock.
         """
-        step = Step(self._next_step_id, self._config.max_num_batched_tokens)
+        step = Step(self._next_step_id, self._config.max_num_batched_tokens, self._config.max_step_rows)
         if self._continue_running(step):
             self._admit_waiting(step, now)
         if not step.rows:
@@ -117,7 +121,8 @@ class Scheduler:
             step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters)
+        asked = self._drafts.ask(step, self._kv, len(self._running))
+        return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, asked)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Take in what the oldest step in flight brought: new tokens and ends, in the order of its rows.
@@ -129,6 +134,7 @@ class Scheduler:
         require(len(rows) == len(plan.rows), f"step {plan.step_id}: {len(rows)} results for {len(plan.rows)} rows")
         step = self._retire(plan)
         self._num_steps += 1
+        self._drafts.observe_step(plan, result)
         outputs: list[TokenOutput] = []
         for sequence, row_result in zip(step.sequences, rows):
             if sequence is not None and row_result.error is not None:
@@ -160,8 +166,7 @@ class Scheduler:
         """
         self._kv.forget(block for step in self._in_flight for block in step.registered_blocks)
         step = self._retire(plan)
-        tainted = [s for s in self._running if s.admitted_step_id > step.step_id and s.took_cached_blocks]
-        for sequence in tainted:
+        for sequence in [s for s in self._running if s.admitted_step_id > step.step_id and s.took_cached_blocks]:
             self._preempt(sequence)
         return [self._end(sequence, "error", error=message) for sequence in step.sequences if sequence is not None]
 
@@ -170,16 +175,10 @@ class Scheduler:
         it, in this step at the earliest, start over."""
         self._kv.forget(failed.block_table)
         blocks = set(failed.block_table)
-        tainted = [
-            sequence
-            for sequence in self._running
-            if sequence is not failed
-            and sequence.took_cached_blocks
-            and sequence.admitted_step_id >= step_id
-            and not blocks.isdisjoint(sequence.block_table)
-        ]
-        for sequence in tainted:
-            self._preempt(sequence)
+        for sequence in list(self._running):
+            took = sequence.took_cached_blocks and sequence.admitted_step_id >= step_id
+            if took and sequence is not failed and not blocks.isdisjoint(sequence.block_table):
+                self._preempt(sequence)
 
     def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
         """End requests now, in any state. Ids that are unknown or finished are ignored."""
@@ -207,6 +206,7 @@ class Scheduler:
             running_adapters=self._adapters.names(self._running),
             waiting_adapters=self._adapters.names(self._waiting),
             num_adapter_loads_total=self._adapters.num_loads,
+            **self._drafts.stats(),
         )
 
     def reset_prefix_cache(self) -> bool:
@@ -236,17 +236,12 @@ class Scheduler:
             require(self._kv.pool.num_free == self._config.num_blocks - 1, "I6: blocks are held but nothing runs")
 
     def _audit_running(self, sequence: Sequence) -> None:
-        name, num_tokens = sequence.request.request_id, sequence.num_tokens
-        require(sequence.status is Status.RUNNING, f"I9: {name!r} runs but is {sequence.status}")
-        ordered = 0 < sequence.num_computed_tokens <= num_tokens <= sequence.max_num_tokens
-        require(ordered, f"I8: {name!r} has {sequence.num_computed_tokens} tokens of {num_tokens} computed")
-        constraint, num_output = sequence.constraint, len(sequence.token_ids) - sequence.num_prompt_tokens
-        accepted = constraint is None or constraint.num_accepted == num_output
-        require(accepted, f"I16: the constraint of {name!r} has not accepted its {num_output} output tokens")
+        sequence.audit_running()
+        name, num_unknown = sequence.request.request_id, sequence.num_tokens - len(sequence.token_ids)
         steps = [step for step in self._in_flight if sequence in step.sequences]
         rows = [step.rows[step.sequences.index(sequence)] for step in steps]
-        unknown = num_tokens - len(sequence.token_ids)
-        require(unknown == sum(row.samples for row in rows), f"I8: {name!r} has {unknown} values unknown")
+        most = sum(row.num_drafts + 1 for row in rows if row.samples)
+        require(num_unknown == most, f"I8: {name!r} has {num_unknown} values unknown, steps bring up to {most}")
         require(not steps or steps[-1].step_id == sequence.last_step_id, f"I9: {name!r} is not in its last step")
         require(bool(steps) == self._is_in_flight(sequence), f"I9: {name!r} is wrong about being in flight")
 
@@ -258,13 +253,14 @@ class Scheduler:
         """
         prompts: list[Sequence] = []
         complete = True
+        step.spare = min(step.budget, step.room) - len(self._running)
         for sequence in self._running:
             length = sequence.num_tokens - sequence.num_computed_tokens
             if length > 1:
                 prompts.append(sequence)
             elif sequence.num_tokens == sequence.max_num_tokens or not step.budget or sequence.awaits_token:
                 continue
-            elif not self._add_row(step, sequence, 1):
+            elif not self._add_decode(step, sequence):
                 complete = False
                 break
         for sequence in prompts:
@@ -273,7 +269,18 @@ class Scheduler:
                 return False
         return complete
 
-    def _add_row(self, step: Step, sequence: Sequence, length: int) -> bool:
+    def _add_decode(self, step: Step, sequence: Sequence) -> bool:
+        """Add its last known token, and the guesses after it that there is room for."""
+        num_drafts = self._drafts.num_fitting(step, sequence)
+        if not self._kv.has_room(sequence, sequence.num_tokens + num_drafts):
+            num_drafts = 0
+        masks = sequence.next_masks(num_drafts)
+        if masks is not None:
+            num_drafts = len(masks) - 1
+        step.spare -= num_drafts
+        return self._add_row(step, sequence, 1 + num_drafts, num_drafts, masks)
+
+    def _add_row(self, step: Step, sequence: Sequence, length: int, num_drafts: int = 0, masks: Masks = None) -> bool:
         start = sequence.num_computed_tokens
         end = start + length
         new_block_ids: list[int] = []
@@ -284,18 +291,31 @@ class Scheduler:
                     return False
                 blocks = self._kv.grow(sequence, end)
             new_block_ids = blocks
-        self._push_row(step, sequence, end, new_block_ids)
+        self._push_row(step, sequence, end, new_block_ids, num_drafts, masks)
         return True
 
-    def _push_row(self, step: Step, sequence: Sequence, end: int, new_block_ids: list[int]) -> None:
+    def _push_row(
+        self,
+        step: Step,
+        sequence: Sequence,
+        end: int,
+        new_block_ids: list[int],
+        num_drafts: int = 0,
+        masks: Masks = None,
+    ) -> None:
+        """end: of the row's tokens, guesses included. masks: None: as the constraint has them."""
         start = sequence.num_computed_tokens
-        samples = end == sequence.num_tokens
-        mask = sequence.next_mask() if samples else None
-        step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, mask))
+        samples = end - num_drafts == sequence.num_tokens
+        if masks is None and samples:
+            masks = sequence.next_masks(0)
+        if masks is not None and not any(masks):
+            masks = None
+        step.rows.append(PlanRow(sequence.slot, start, end - start, new_block_ids, samples, masks, num_drafts))
         step.sequences.append(sequence)
         step.budget -= end - start
+        step.room -= 1 + num_drafts
         sequence.num_computed_tokens = end
-        sequence.num_tokens += samples
+        sequence.num_tokens += (1 + num_drafts) * samples
         sequence.last_step_id = step.step_id
         if end >= sequence.next_key_at:
             step.registered_blocks += self._kv.register(sequence)
@@ -303,7 +323,7 @@ class Scheduler:
     def _admit_waiting(self, step: Step, now: float) -> None:
         self._adapters.begin_round()
         index = 0  # of the first that may be admitted: those before it wait for a slot of their adapter
-        while index < len(self._waiting) and self._free_slots and step.budget:
+        while index < len(self._waiting) and self._free_slots and step.budget and step.room:
             sequence = self._waiting[index]
             if not self._adapters.can_start(sequence):
                 index += 1
@@ -343,6 +363,7 @@ class Scheduler:
             self._num_hit_tokens += sequence.num_computed_tokens
             self._num_queried_tokens += sequence.num_tokens
         sequence.admitted_step_id = step.step_id
+        sequence.num_drafts, sequence.draft_ids = 0, []
         request = sequence.request
         step.adapters += self._adapters.start(sequence)
         step.new_sequences.append(
@@ -355,14 +376,17 @@ class Scheduler:
                 request.eos_token_ids,
                 request.pooling,
                 sequence.adapter_slot,
+                request.cache_salt is not None,
             )
         )
 
     def _take_tokens(self, sequence: Sequence, row: PlanRow, row_result: RowResult) -> TokenOutput:
         """Append what the row sampled, up to the first token that ends the output."""
         token_ids, logprobs = row_result.token_ids, row_result.logprobs
-        if len(token_ids) != 1:
-            self._check_token_count(sequence, len(token_ids))
+        num_refuted, name = row.num_drafts + 1 - len(token_ids), sequence.request.request_id
+        said = f"the worker sampled {len(token_ids)} tokens for {name!r} with {row.num_drafts} guesses"
+        require(0 <= num_refuted <= row.num_drafts, said)
+        self._drafts.observe(sequence, row, row_result)
         if row.start + row.length == sequence.num_prompt_tokens:
             self._num_prompt_tokens += sequence.num_prompt_tokens
         reason: FinishReason | None = None
@@ -379,10 +403,15 @@ class Scheduler:
         if reason is not None:
             self._finish(sequence)
         else:
-            sequence.num_tokens = max(sequence.num_tokens, len(sequence.token_ids))
+            sequence.num_tokens -= num_refuted
+            sequence.num_computed_tokens -= num_refuted
+            if not self._is_in_flight(sequence):
+                sequence.num_drafts = len(sequence.draft_ids)
             if sequence.num_computed_tokens >= sequence.next_key_at:
-                # A block whose last value was unknown when it was scheduled: some step still in flight fills it.
-                self._in_flight[-1].registered_blocks += self._kv.register(sequence)
+                # A block whose last value was unknown when it was scheduled: it is full, or a step in flight fills it.
+                registered = self._kv.register(sequence)
+                if self._in_flight:
+                    self._in_flight[-1].registered_blocks += registered
         return TokenOutput(
             sequence.request.request_id,
             token_ids,
@@ -395,12 +424,6 @@ class Scheduler:
             sequence.scheduled_time,
             row_result.embedding,
         )
-
-    def _check_token_count(self, sequence: Sequence, count: int) -> None:
-        name = sequence.request.request_id
-        require(count > 0, f"the worker sampled no token for {name!r}")
-        # Later rows in flight were planned for the positions right after one token.
-        require(not self._is_in_flight(sequence), f"{count} tokens came for {name!r}, steps in flight count on one")
 
     def _retire(self, plan: StepPlan) -> Step:
         """Take the oldest step out of flight, and release what only waited for it."""

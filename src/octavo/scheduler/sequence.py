@@ -6,11 +6,13 @@ import enum
 from array import array
 
 from octavo.protocol.outputs import FinishReason
-from octavo.protocol.plan import NO_ADAPTER, TokenLogprobs
+from octavo.protocol.plan import NO_ADAPTER, Masks, TokenLogprobs
 from octavo.protocol.request import Request
+from octavo.scheduler.audit import require
 from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.prefix_cache import BlockKey
 from octavo.scheduler.repetition import RepetitionDetector
+from octavo.scheduler.speculation import Acceptance
 
 
 class Status(enum.Enum):
@@ -25,10 +27,12 @@ class Sequence:
     """Token counts run ahead of token values: a step in flight has sampled tokens that are not known yet.
 
     Invariant: num_computed_tokens <= num_tokens <= max_num_tokens, and num_tokens - len(token_ids) is the
-    number of its rows in flight that sample. Its last token is never computed: nothing comes after it.
+    number of tokens that its rows in flight may bring at most. A guess that does not come true lowers both counts when
+    its step is committed. Its last token is never computed: nothing comes after it.
     """
 
     __slots__ = (
+        "acceptance",
         "adapter_digest",
         "adapter_id",
         "adapter_slot",
@@ -36,14 +40,19 @@ class Sequence:
         "block_keys",
         "block_table",
         "constraint",
+        "depends_on_output",
+        "draft_ids",
         "last_step_id",
         "max_num_tokens",
         "min_num_tokens",
         "next_key_at",
         "num_cached_tokens",
+        "num_chosen",
         "num_computed_tokens",
+        "num_drafts",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_reserved_tokens",
         "num_tokens",
         "prompt_logprobs",
         "rank",
@@ -91,10 +100,16 @@ class Sequence:
         self.slot = -1  # -1 unless RUNNING
         self.adapter_slot = NO_ADAPTER  # unless RUNNING with one
         self.block_table: list[int] = []  # empty unless RUNNING
+        self.num_reserved_tokens = 0  # that blocks were taken for, guesses that did not come true included
         self.block_keys: list[BlockKey] = []  # of the first full blocks of known tokens; kept over preemption
         self.num_registered_blocks = 0  # leading blocks that were offered to the prefix cache or came from it
         self.next_key_at = 0  # num_computed_tokens from which another block can be registered
         self.last_step_id = -1  # the last step with a row of this sequence
+        self.acceptance: Acceptance | None = None  # of guesses at its tokens; kept over preemption
+        self.depends_on_output = sampling.depends_on_output
+        self.num_chosen = 0  # guesses that its next row is to verify
+        self.num_drafts = 0  # guesses that the worker has ready for the next row, at most
+        self.draft_ids: list[int] = []  # those known to be ready after the last row that was committed
         self.admitted_step_id = -1  # the step that took it out of the queue last
         self.took_cached_blocks = False  # at that admission
 
@@ -127,15 +142,19 @@ class Sequence:
 
     @property
     def awaits_token(self) -> bool:
-        """Whether its next step needs the value of a token that is not known yet: what may come depends on it."""
+        """Whether its next step needs the value of a token that is not known yet: what may come depends on it. Where it
+        depends on the tokens before in a way that the worker sees to, how many there are is enough."""
         num_unknown = self.num_tokens - len(self.token_ids)
+        if self.depends_on_output and num_unknown > 1:
+            return True
         return self.constraint is not None and num_unknown > 0 and self.constraint.num_free <= num_unknown
 
-    def next_mask(self) -> bytes | None:
-        """See PlanRow.mask. Without a known last token there is none: see `awaits_token`."""
+    def next_masks(self, num_drafts: int) -> Masks:
+        """See PlanRow.masks. With guesses these may be fewer than asked for: up to where the constraint cannot say
+        more, or does not allow the guess. Without a known last token there are none: see `awaits_token`."""
         if self.constraint is None or self.num_tokens != len(self.token_ids):
             return None
-        return self.constraint.mask
+        return self.constraint.masks(self.draft_ids[:num_drafts])
 
     def add_prompt_logprobs(self, start: int, rows: list[TokenLogprobs] | None) -> None:
         """Take those of positions start+1 .. that are not there yet: a preempted prompt is computed again."""
@@ -146,3 +165,13 @@ class Sequence:
         """What goes out with the first token; None ever after."""
         rows, self.prompt_logprobs = self.prompt_logprobs, None
         return rows
+
+    def audit_running(self) -> None:
+        """Raises ConsistencyError naming an invariant of a running sequence that is broken."""
+        name, num_tokens = self.request.request_id, self.num_tokens
+        require(self.status is Status.RUNNING, f"I9: {name!r} runs but is {self.status}")
+        ordered = 0 < self.num_computed_tokens <= num_tokens <= self.max_num_tokens
+        require(ordered, f"I8: {name!r} has {self.num_computed_tokens} tokens of {num_tokens} computed")
+        num_output = len(self.token_ids) - self.num_prompt_tokens
+        accepted = self.constraint is None or self.constraint.num_accepted == num_output
+        require(accepted, f"I16: the constraint of {name!r} has not accepted its {num_output} output tokens")

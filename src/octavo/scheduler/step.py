@@ -15,14 +15,18 @@ class Step:
         "detached_tables",
         "new_sequences",
         "registered_blocks",
+        "room",
         "rows",
         "sequences",
+        "spare",
         "step_id",
     )
 
-    def __init__(self, step_id: int, budget: int) -> None:
+    def __init__(self, step_id: int, budget: int, room: int) -> None:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be added
+        self.room = room  # rows that may still be added, each guess counted as one more
+        self.spare = 0  # of both, how many guesses may take, so that every sequence gets its own
         self.adapters: list[tuple[int, int]] = []  # (slot, adapter id) of those to bring in
         self.new_sequences: list[NewSequence] = []
         self.rows: list[PlanRow] = []
@@ -40,3 +44,8 @@ class Step:
         order = sorted(range(len(adapters)), key=adapters.__getitem__)
         self.rows = [self.rows[index] for index in order]
         self.sequences = [self.sequences[index] for index in order]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of rows that compute more than their last known token and guesses."""
+        return sum(row.length for row in self.rows if row.length > 1 + row.num_drafts)

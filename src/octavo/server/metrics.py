@@ -112,6 +112,8 @@ class MetricsRegistry(Collector):
         yield from self._request_counters()
         if self._max_loras:
             yield from self._adapter_families()
+        if self.stats.num_accepted_by_position_total:
+            yield from self._speculation_families()
         for name, data in self.histograms.items():
             yield self._histogram(name, data)
         # The name and the shorter bucket list before inter_token_latency_seconds took over.
@@ -199,6 +201,30 @@ class MetricsRegistry(Collector):
         yield info
         loads = self.stats.num_adapter_loads_total
         yield self._counter("octavo:lora_adapter_loads", "Times that an adapter was brought to the device", loads)
+
+    def _speculation_families(self) -> Iterator[Metric]:
+        stats = self.stats
+        drafts, accepted = stats.num_draft_tokens_total, stats.num_accepted_tokens_total
+        emitted = accepted + stats.num_drafts_total
+        for name, text, value in (
+            ("num_drafts", "Rows that verified draft tokens", stats.num_drafts_total),
+            ("num_draft_tokens", "Draft tokens that were verified", drafts),
+            ("num_accepted_tokens", "Draft tokens that came true", accepted),
+            ("num_emitted_tokens", "Tokens that rows with draft tokens brought", emitted),
+        ):
+            yield self._counter(f"vllm:spec_decode_{name}", text, value)
+        rate, most = accepted / drafts if drafts else 0.0, drafts + stats.num_drafts_total
+        efficiency = emitted / most if most else 0.0
+        yield self._gauge("vllm:spec_decode_draft_acceptance_rate", "Share of draft tokens that came true", rate)
+        yield self._gauge("vllm:spec_decode_efficiency", "Tokens emitted per position computed", efficiency)
+        family = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens that came true, by place in the draft",
+            labels=(*_LABELS, "position"),
+        )
+        for position, number in enumerate(stats.num_accepted_by_position_total):
+            family.add_metric((*self._labels, str(position)), number)
+        yield family
 
     def _http_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("handler", "method", "status"))

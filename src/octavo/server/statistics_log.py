@@ -45,4 +45,14 @@ def describe(before: SchedulerStats, after: SchedulerStats, seconds: float) -> t
         f"Running: {after.num_running}, Waiting: {after.num_waiting}, "
         f"KV cache usage: {usage:.1%}, Prefix cache hit rate: {hits / queries if queries else 0.0:.1%}"
     )
-    return line, (prompt, generation)
+    return line + _of_speculation(start, after), (prompt, generation)
+
+
+def _of_speculation(start: SchedulerStats, after: SchedulerStats) -> str:
+    """How many guesses came true, and how many tokens a row with guesses brought where it had brought one."""
+    rows = after.num_drafts_total - start.num_drafts_total
+    if not rows:
+        return ""
+    drafts = after.num_draft_tokens_total - start.num_draft_tokens_total
+    accepted = after.num_accepted_tokens_total - start.num_accepted_tokens_total
+    return f", Draft acceptance: {accepted / drafts:.1%}, {1 + accepted / rows:.2f} tokens a row with drafts"

@@ -10,7 +10,7 @@ import numpy as np
 
 from octavo.protocol.sampling import SamplingParams
 from octavo.structured.compilation import reason
-from octavo.structured.masks import without
+from octavo.structured.masks import admits, without
 
 _MAX_THREADS = 16
 
@@ -77,6 +77,23 @@ class GrammarMatcher:
             self._maker.make()
         return self.last_mask
 
+    def masks(self, draft_ids: Sequence[int]) -> list[bytes | None]:
+        """See Constraint. Guesses are tried on a copy of the state. One that would end the output is not tried."""
+        mask = self.mask
+        found: list[bytes | None] = [mask]
+        if not draft_ids or self._error is not None:
+            return found
+        state = self.state.deep_copy()
+        for count, token_id in enumerate(draft_ids, 1):
+            if not admits(mask, token_id) or token_id in self._end_ids or not state.consume_token(token_id):
+                break
+            mask = state.compute_bitmask()
+            if state.is_error():
+                break
+            mask = self._narrowed(mask, self._num_before + self.num_accepted + count)
+            found.append(mask)
+        return found
+
     @property
     def error(self) -> str | None:
         """Why there is no mask, in words: nothing more may be asked then."""
@@ -120,11 +137,15 @@ class GrammarMatcher:
         self._is_stale = False
         if self.state.is_error():
             self._error = self._error or _why(reason(self.state))
-        elif self._num_before + self.num_accepted < self._min_tokens:
-            mask = without(mask, self._end_ids)
-        elif self._ignores_eos:
-            mask = without(mask, self._eos_ids)
+        else:
+            mask = self._narrowed(mask, self._num_before + self.num_accepted)
         self.last_mask = mask
+
+    def _narrowed(self, mask: bytes, num_tokens: int) -> bytes:
+        """The mask after so many tokens of the output."""
+        if num_tokens < self._min_tokens:
+            return without(mask, self._end_ids)
+        return without(mask, self._eos_ids) if self._ignores_eos else mask
 
 
 def _why(llguidance_says: str) -> str:

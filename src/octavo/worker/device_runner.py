@@ -16,10 +16,11 @@ from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepR
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
 from octavo.worker.cuda_graphs import Computed, StepGraphs
+from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
 from octavo.worker.staging import Stage, Staging, upload
-from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, StepBuffers, StepShape
+from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, SplitRows, StepBuffers, StepShape
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +32,13 @@ OUT_OF_MEMORY = "the step of this request needed more device memory than there i
 
 
 class DeviceLimits(NamedTuple):
-    """Sizes that buffers are made for."""
+    """Sizes that buffers are made for. max_draft_rows: guesses that a step verifies, each of which is a row there."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    max_draft_rows: int = 0
 
 
 class DeviceSlots:
@@ -58,11 +60,13 @@ class StepInFlight:
     """A launched step. `result` waits for it."""
 
     def __init__(self, plan: StepPlan, stage: Stage, sampler: DeviceSampler) -> None:
-        self._plan = plan
+        self.plan = plan
         self._stage = stage
         self._sampler = sampler
         # What the runner fills in before it hands this out.
         self.rows: list[PlanRow] = []  # those that run, in their order on the device
+        self.split: SplitRows | None = None  # what these are on the device, with speculation
+        self.verdict: Tensor | None = None  # on what was guessed, on the host
         self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
         self.pooled: Pooled | None = None  # on the host
@@ -74,7 +78,10 @@ class StepInFlight:
         """The step's results, in the order of the plan's rows."""
         self._stage.done.wait()
         host = self._stage.out if self.host is None else self.host.numpy()
-        results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in self.rows], self.more)
+        rows = self.rows if self.split is None else self.split.rows
+        results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in rows], self.more)
+        if self.split is not None and self.verdict is not None:
+            results = DeviceSpeculation.results(self.verdict.numpy(), self.split, results)
         if self.pooled is not None:
             results = with_embeddings(self.rows, results, self.pooled)
         if self.failed or self.prompt_logprobs:
@@ -82,9 +89,9 @@ class StepInFlight:
             by_slot |= {slot: RowResult([], error=error) for slot, error in self.failed.items()}
             for slot, logprobs in self.prompt_logprobs.items():
                 by_slot[slot] = msgspec.structs.replace(by_slot[slot], prompt_logprobs=logprobs)
-            results = [by_slot[row.slot] for row in self._plan.rows]
+            results = [by_slot[row.slot] for row in self.plan.rows]
         seconds = self._stage.done.seconds_since(self._stage.began) if self.timed else None
-        return StepResult(self._plan.step_id, results, seconds)
+        return StepResult(self.plan.step_id, results, seconds)
 
 
 class DeviceRunner:
@@ -100,8 +107,9 @@ class DeviceRunner:
         limits: DeviceLimits,
         use_graphs: bool,
         adapters: AdapterBank | None = None,
+        speculation: DeviceSpeculation | None = None,
     ) -> None:
-        """adapters: of the model's layers; None: rows have none."""
+        """adapters: of the model's layers; None: rows have none. speculation: None: rows verify no guesses."""
         device = slots.params.device
         self._model = model
         self._attention = attention
@@ -109,16 +117,18 @@ class DeviceRunner:
         self._slots = slots
         self._adapters = adapters
         self._adapter_slots: dict[int, int] = {}  # by slot of a sequence
+        self._speculation = speculation
         self._pooler = Pooler(model.score)
         self._block_size = limits.block_size
         self._device = device
         self._kernels = triton.get()
-        rows, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+        rows, tokens = limits.max_num_seqs + limits.max_draft_rows, limits.max_num_batched_tokens
         most = attention.max_items(rows, tokens)
         fields = attention.item_fields
-        self._buffers = StepBuffers(rows, tokens, (most[0], fields[0]), (most[1], fields[1]), device)
+        items = (most[0], fields[0]), (most[1], fields[1])
+        self._buffers = StepBuffers(rows, tokens, *items, device, speculation is not None)
         self._staging = Staging(_NUM_STAGES, self._buffers.num_words, rows, device)
-        self._diffs = DiffWriter(rows)
+        self._diffs = DiffWriter(limits.max_num_seqs)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         if self._stream is not None:
@@ -146,13 +156,13 @@ class DeviceRunner:
                 except torch.OutOfMemoryError as error:
                     rows = self._drop_largest(rows, step, error)
             step.rows = rows
-            out = self._buffers.out[: len(rows)]
+            out = self._buffers.out[: len(rows if step.split is None else step.split.rows)]
             if step.more is not None and step.more.logprobs is not None:
                 packed = self._sampler.pack_more(out, step.more)
                 step.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=packed.is_cuda)
                 step.host.copy_(packed, non_blocking=True)
             else:
-                stage.out_tensor[: len(rows)].copy_(out, non_blocking=True)
+                stage.out_tensor[: len(out)].copy_(out, non_blocking=True)
             stage.done.record()
             return step
 
@@ -170,6 +180,8 @@ class DeviceRunner:
         if self.graphs is None:
             return 0
         with torch.cuda.stream(self._stream):
+            if self._speculation is not None:
+                self._speculation.record(self._slots.token_ids)
             return self.graphs.record_for(seconds)
 
     @torch.inference_mode()
@@ -187,6 +199,8 @@ class DeviceRunner:
     def _enter(self, plan: StepPlan, stage: Stage) -> list[PlanRow]:
         """Write the plan's diff, and bring the slots on the device up to it, unless it is empty. Returns the rows."""
         params = []
+        if self._speculation is not None:
+            self._speculation.enter(plan)
         for new in plan.new_sequences:
             self._sampling[new.slot] = new.sampling, new.num_prompt_tokens
             self._adapter_slots[new.slot] = new.adapter_slot
@@ -221,8 +235,12 @@ class DeviceRunner:
         step.failed |= {slot: error for slot, error in found.items() if error is not None}
         return [row for row in rows if found[row.slot] is None]
 
-    def _run(self, rows: list[PlanRow], stage: Stage, step: StepInFlight) -> None:
+    def _run(self, plan_rows: list[PlanRow], stage: Stage, step: StepInFlight) -> None:
         """Describe the rows to the device, compute them, and draw again where the plain draw is not what was asked."""
+        rows = plan_rows
+        if self._speculation is not None:
+            step.split = self._speculation.split(plan_rows)
+            rows = step.split.rows
         num_tokens = sum(row.length for row in rows)
         decodes = num_tokens == len(rows)
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
@@ -240,6 +258,8 @@ class DeviceRunner:
         buffers.write_rows(stage.words, rows, shape)
         if adapters:
             buffers.write_adapters(stage.words, slots, shape)
+        if step.split is not None:
+            buffers.write_groups(stage.words, step.split, shape)
         buffers.write_items(stage.words, "decode_items", decode_items, shape.num_decode_items)
         buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
         fixed = buffers.num_fixed
@@ -247,7 +267,12 @@ class DeviceRunner:
         step.timed = True
         buffers.packed[:fixed].copy_(stage.words_tensor[:fixed], non_blocking=True)
         computed = self._compute(shape, rows) if graph is None else graph.replay()
-        self._draw_more(rows, computed, step)
+        drew_more = self._draw_more(rows, computed, step)
+        if self._speculation is not None and step.split is not None:
+            if drew_more:
+                self._speculation.verify(buffers, shape)
+            asked = self._asked(step.plan, plan_rows)
+            step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids)
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)
         if pooled is not None:
@@ -263,6 +288,8 @@ class DeviceRunner:
         input_ids, positions = buffers.input_ids[:num_tokens], buffers.token_positions[:num_tokens]
         slot_mapping = buffers.slot_mapping[:num_tokens]
         where = slots.token_ids, slots.block_tables, self._block_size
+        if self._speculation is not None:
+            self._speculation.follow(buffers, shape)
         kernels.build_inputs(row_slots, starts, cu_q, *where, input_ids, positions, slot_mapping)
         self._attention.prepare(
             DeviceBatch(
@@ -286,6 +313,8 @@ class DeviceRunner:
         logits = self._model.compute_logits(last)
         drawing = row_slots, buffers.positions[:num_rows], slots.params, buffers.samples[:num_rows]
         self._sampler.draw(logits, *drawing, slots.token_ids, buffers.out[:num_rows])
+        if self._speculation is not None:
+            self._speculation.verify(buffers, shape)
         return Computed(hidden, logits)
 
     def _activate(self, slots: Tensor | None) -> None:
@@ -299,19 +328,30 @@ class DeviceRunner:
         buffers.packed[: buffers.num_fixed].zero_()
         buffers.row_slots.fill_(-1)
         buffers.adapters.fill_(NO_ADAPTER)
+        buffers.offsets.fill_(-1)
+        buffers.num_drafts.fill_(-1)
         if self._adapters is not None:
             self._adapters.set_replaces(())
         buffers.decode_items.fill_(-1)
         buffers.prefill_items.fill_(-1)
 
-    def _draw_more(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
+    @staticmethod
+    def _asked(plan: StepPlan, rows: list[PlanRow]) -> list[int]:
+        """See StepPlan.drafts, of those rows that run."""
+        by_slot = dict(zip((row.slot for row in plan.rows), plan.drafts))
+        return [by_slot.get(row.slot, 0) for row in rows]
+
+    def _draw_more(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> bool:
+        """Returns whether a row may have got another token."""
         slots = [row.slot if row.samples else -1 for row in rows]
         positions = [row.start + row.length for row in rows]
         self._sampler.set_masks(rows)
         wanted = self._sampler.needs_more(slots, positions)
         if wanted:
             tables = self._slots.params, self._slots.token_ids, self._buffers.out
-            step.more = self._sampler.draw_more(computed.logits, wanted, slots, positions, *tables)
+            true_positions = None if self._speculation is None else self._buffers.positions
+            step.more = self._sampler.draw_more(computed.logits, wanted, slots, positions, *tables, true_positions)
+        return bool(wanted)
 
     def _add_prompt_logprobs(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
         """For rows whose request asked: of the prompt tokens that this step's tokens predict. Waits for the device."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from itertools import accumulate
+
+import msgspec
 import torch
 from torch import Tensor
 
-from octavo.attention.backend import AttentionBackend, AttentionBatch
+from octavo.attention.backend import AttentionBackend
 from octavo.models.base import CausalLM
 from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
-from octavo.worker.inputs import StepInputs, build_inputs
+from octavo.worker.forward import prepare
+from octavo.worker.inputs import build_inputs
 from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
+from octavo.worker.speculation import Speculation
+from octavo.worker.verification import Pending, verify
 
 # Prompt positions whose logits are made at once: bounds the scratch to this many rows of the vocabulary.
 _PROMPT_LOGPROBS_CHUNK = 64
@@ -29,37 +36,48 @@ class ModelRunner:
         sampler: Sampler,
         slots: Slots,
         adapters: AdapterBank | None = None,
+        speculation: Speculation | None = None,
+        num_tapped: int = 0,
     ) -> None:
-        """adapters: of the model's layers; None: rows have none."""
+        """adapters: of the model's layers; None: rows have none. speculation: None: rows verify no guesses. num_tapped:
+        layers that the model is tapped at, for a draft head."""
         self._model = model
         self._adapters = adapters
         self._adapter_slots: dict[int, int] = {}  # by slot of a sequence that has one
         self._attention = attention
         self._sampler = sampler
         self._slots = slots
+        self._speculation = speculation
+        self._num_tapped = num_tapped
+        self._dtype = model.embed_tokens.weight.dtype
         self._pooler = Pooler(model.score)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step: update the slots, forward, sample, write the samples back to the slots."""
+        began = time.perf_counter()
         self._enter(plan)
-        inputs = build_inputs(plan.rows, self._slots)
-        hidden = self._forward(plan.rows, inputs)
-        prompt_logprobs = self._prompt_logprobs(plan.rows, hidden)
-        sampled = iter(self._sample(plan.rows, hidden))
-        rows = [next(sampled) if row.samples else RowResult(token_ids=[]) for row in plan.rows]
+        rows = plan.rows if self._speculation is None else self._speculation.true_rows(plan.rows)
+        hidden, features = self._forward(rows)
+        prompt_logprobs = self._prompt_logprobs(rows, hidden)
+        sampled = iter(self._sample(rows, hidden))
+        results = [next(sampled) if row.samples else RowResult(token_ids=[]) for row in rows]
         for index, logprobs in prompt_logprobs.items():
-            row = rows[index]
-            rows[index] = RowResult(row.token_ids, row.logprobs, logprobs, row.error)
-        pooled = self._pooler.pool(plan.rows, hidden)
+            results[index] = msgspec.structs.replace(results[index], prompt_logprobs=logprobs)
+        pooled = self._pooler.pool(rows, hidden)
         if pooled is not None:
-            rows = with_embeddings(plan.rows, rows, pooled)
-        return StepResult(plan.step_id, rows)
+            results = with_embeddings(rows, results, pooled)
+        if self._speculation is not None:
+            self._activate([], [])  # what guesses has no adapters
+            results = self._speculation.propose(rows, results, plan.drafts, features)
+        return StepResult(plan.step_id, results, time.perf_counter() - began)
 
     def _enter(self, plan: StepPlan) -> None:
         if self._adapters is not None:
             self._adapters.bring_in(plan.adapters)
+        if self._speculation is not None:
+            self._speculation.enter(plan)
         self._slots.apply(plan)
         for new in plan.new_sequences:
             self._adapter_slots[new.slot] = new.adapter_slot
@@ -67,19 +85,19 @@ class ModelRunner:
             self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             self._sampler.set_slot(new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens)
 
-    def _forward(self, rows: list[PlanRow], inputs: StepInputs) -> Tensor:
-        longest = max(row.start + row.length for row in rows)
-        num_blocks = -(-longest // self._slots.block_size)
-        self._attention.prepare(
-            AttentionBatch(
-                starts=[row.start for row in rows],
-                lengths=[row.length for row in rows],
-                block_tables=self._slots.block_tables[inputs.row_slots, :num_blocks],
-                slot_mapping=inputs.slot_mapping,
-            )
-        )
+    def _forward(self, rows: list[PlanRow]) -> tuple[Tensor, Tensor]:
+        """The last hidden states, and what a draft head reads: those, or the states that the model is tapped for."""
+        inputs = build_inputs(rows, self._slots)
+        prepare(self._attention, self._slots, rows, inputs)
         self._activate(rows, [row.length for row in rows])
-        return self._model(inputs.input_ids, inputs.positions, self._attention)
+        if not self._num_tapped:
+            hidden = self._model(inputs.input_ids, inputs.positions, self._attention)
+            return hidden, hidden
+        size = self._model.config.hidden_size
+        taps = torch.empty(
+            len(inputs.input_ids), self._num_tapped * size, dtype=self._dtype, device=inputs.positions.device
+        )
+        return self._model(inputs.input_ids, inputs.positions, self._attention, taps), taps
 
     def _activate(self, rows: list[PlanRow], counts: list[int]) -> None:
         """The next tokens that come to the model's layers are so many of each row's."""
@@ -95,24 +113,17 @@ class ModelRunner:
 
     def _sample(self, rows: list[PlanRow], hidden: Tensor) -> list[RowResult]:
         """RowResults of the rows that sample, in their order."""
-        slots, positions, last, masks = [], [], [], []
-        end = 0
-        self._activate(rows, [int(row.samples) for row in rows])
-        for row in rows:
-            end += row.length
-            if row.samples:
-                slots.append(row.slot)
-                positions.append(row.start + row.length)
-                last.append(end - 1)
-                masks.append(row.mask)
-        if not slots:
+        self._activate(rows, [(1 + row.num_drafts) * row.samples for row in rows])
+        ends = accumulate(row.length for row in rows)
+        pending = [Pending(row, end - 1 - row.num_drafts) for row, end in zip(rows, ends) if row.samples]
+        if not pending:
             return []
-        if len(last) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(last, device=hidden.device)]
-        sampled = self._sampler.sample(self._model.compute_logits(hidden), slots, positions, masks)
-        where = torch.tensor([slots, positions], device=hidden.device)
-        self._slots.token_ids[where[0], where[1]] = sampled.token_ids
-        return self._sampler.to_rows(sampled)
+        where = [index for p in pending for index in range(p.at, p.at + 1 + p.row.num_drafts)]
+        if len(where) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(where, device=hidden.device)]
+            offsets = accumulate((1 + p.row.num_drafts for p in pending), initial=0)
+            pending = [p._replace(at=offset) for p, offset in zip(pending, offsets)]
+        return verify(self._model.compute_logits(hidden), pending, self._sampler, self._slots)
 
     def _prompt_logprobs(self, rows: list[PlanRow], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """By row index, for rows whose request asked: the prompt tokens that this step's tokens predict."""

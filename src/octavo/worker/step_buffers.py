@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,36 @@ class Diff(NamedTuple):
     num_params: int
 
 
+class SplitRows(NamedTuple):
+    """Rows of a plan as a GPU computes them: one that verifies k guesses is 1 + k rows of a token each.
+
+    rows: those. offsets: of each, how far its token is behind the last that is known; -1 where the plan's start is
+    right. first_rows: of each row of the plan, its first one here; num_drafts: its guesses, -1 if it samples nothing.
+    """
+
+    rows: list[PlanRow]
+    offsets: list[int]
+    first_rows: list[int]
+    num_drafts: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[PlanRow], follows: Container[int]) -> SplitRows:
+        """follows: slots whose sequences decode, and may be shorter than the plan takes them for."""
+        split = cls([], [], [], [])
+        for row in rows:
+            split.first_rows.append(len(split.rows))
+            split.num_drafts.append(row.num_drafts if row.samples else -1)
+            if row.slot not in follows:
+                split.rows.append(row)
+                split.offsets.append(-1)
+                continue
+            for index in range(1 + row.num_drafts):
+                masks = None if row.masks is None else row.masks[index : index + 1]
+                split.rows.append(PlanRow(row.slot, row.start + index, 1, [], True, masks))
+                split.offsets.append(index)
+        return split
+
+
 class StepBuffers:
     """The fields of a step by name, on the device, and the layout that host and device share.
 
@@ -55,6 +85,9 @@ class StepBuffers:
     it means nothing in steps whose shape has no adapters. decode_items, prefill_items: int32 [items, fields]. Made on
     the device from those: input_ids int32, token_positions and slot_mapping int64 [max_tokens]. out: int32
     [max_rows, 2], token and bad flag of each row.
+
+    With speculation also, as its kernels take them: offsets int32 [max_rows]; first_rows, num_drafts int32 [max_rows],
+    of the sequences that are in the step, num_drafts -1 past the last one; else they have no room.
     """
 
     def __init__(
@@ -64,8 +97,10 @@ class StepBuffers:
         decode_items: tuple[int, int],
         prefill_items: tuple[int, int],
         device: torch.device,
+        speculates: bool = False,
     ) -> None:
         """decode_items, prefill_items: (most of them, fields of each)."""
+        max_groups = max_rows if speculates else 0
         shapes = {
             "row_slots": (max_rows,),
             "starts": (max_rows,),
@@ -73,6 +108,9 @@ class StepBuffers:
             "positions": (max_rows,),
             "samples": (max_rows,),
             "adapters": (max_rows + 1,),
+            "offsets": (max_groups,),
+            "first_rows": (max_groups,),
+            "num_drafts": (max_groups,),
             "decode_items": decode_items,
             "prefill_items": prefill_items,
         }
@@ -88,6 +126,9 @@ class StepBuffers:
             self._view(name) for name in ("row_slots", "starts", "cu_q", "positions", "samples")
         )
         self.adapters = self._view("adapters")
+        self.offsets, self.first_rows, self.num_drafts = (
+            self._view(name) for name in ("offsets", "first_rows", "num_drafts")
+        )
         self.decode_items, self.prefill_items = self._view("decode_items"), self._view("prefill_items")
         self.input_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.token_positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
@@ -126,6 +167,17 @@ class StepBuffers:
         field = self.field(words, "adapters")
         field[: len(slots)] = slots
         field[len(slots) : shape.num_rows + 1] = NO_ADAPTER
+
+    def write_groups(self, words: Ints, split: SplitRows, shape: StepShape) -> None:
+        """Fill the fields of the sequences whose rows these are, and pad them to `shape`."""
+        for name, values, padding in (
+            ("offsets", split.offsets, -1),
+            ("first_rows", split.first_rows, 0),
+            ("num_drafts", split.num_drafts, -1),
+        ):
+            field = self.field(words, name)
+            field[: len(values)] = values
+            field[len(values) : shape.num_rows] = padding
 
     def token_adapters(self, shape: StepShape) -> Tensor:
         """The adapter of each token of the step: int32 [num_tokens], made on the device."""

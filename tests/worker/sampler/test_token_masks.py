@@ -54,7 +54,10 @@ def draw_on_device(logits: torch.Tensor, rows: list[Sequence], masks: list[bytes
     for slot, row in enumerate(rows):
         rig.enter(slot, row)
     rig.sampler.set_masks(
-        [PlanRow(slot, 0, len(row.token_ids), [], True, mask) for slot, (row, mask) in enumerate(zip(rows, masks))]
+        [
+            PlanRow(slot, 0, len(row.token_ids), [], True, None if mask is None else [mask])
+            for slot, (row, mask) in enumerate(zip(rows, masks))
+        ]
     )
     return rig.step(logits, list(range(len(rows))), [len(row.token_ids) for row in rows])
 

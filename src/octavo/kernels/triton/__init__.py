@@ -15,12 +15,14 @@ _MODULES = (
     "decode_attention",
     "fp8",
     "grouped_gemm",
+    "lookup",
     "lora",
     "norm",
     "prefill_attention",
     "rope",
     "sampling",
     "skinny_gemm",
+    "speculation",
     "step_inputs",
 )
 _loaded: Any = None  # written by `load` only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from octavo.structured.masks import admits, full_mask, mask_of, with_tokens, without
 from octavo.structured.matcher import GrammarMatcher
@@ -57,6 +57,15 @@ class ReasoningGate:
         if not self._may_end:
             barred.update(self._matcher.ends(self.num_accepted))
         return without(full_mask(len(self._marks.tokens)), barred) if barred else None
+
+    def masks(self, draft_ids: Sequence[int]) -> list[bytes | None]:
+        """See Constraint. What it allows after a guess is known where nothing is barred yet, and where the grammar has
+        the rest."""
+        if not self._is_undecided and not self._is_open and self._matcher is not None:
+            return self._matcher.masks(draft_ids)
+        if self.num_free > 1:
+            return [None] * min(self.num_free, 1 + len(draft_ids))
+        return [self.mask]
 
     @property
     def num_free(self) -> int:

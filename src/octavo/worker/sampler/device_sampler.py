@@ -83,8 +83,8 @@ class DeviceSampler:
         self._device = device
         self._special: dict[int, _Special] = {}
         self._lists = DeviceTokenLists(device)
-        # By slot, of the step that is being launched; written by `set_masks`.
-        self._masks: dict[int, bytes] = {}
+        # One a row, of the step that is being launched; written by `set_masks`.
+        self._masks: list[bytes | None] = []
         # Rows of the table of counts, by slot; those of slots that entered since they last drew are not filled yet.
         self._penalty_rows: dict[int, int] = {}
         self._free_penalty_rows: list[int] = []
@@ -134,7 +134,7 @@ class DeviceSampler:
     def set_masks(self, rows: Iterable[PlanRow]) -> None:
         """The rows of the step whose `draw_more` comes next: their masks say which tokens may be drawn."""
         # A slot with masks is special: where none is, no row is looked at.
-        self._masks = {row.slot: row.mask for row in rows if row.mask is not None} if self._special else {}
+        self._masks = [row.masks[0] if row.masks is not None else None for row in rows] if self._special else []
 
     def needs_more(self, slots: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The rows that `draw_more` must see. slots: of all rows, -1 where one draws nothing; positions: of draws."""
@@ -157,21 +157,43 @@ class DeviceSampler:
         params: Tensor,
         token_ids_table: Tensor,
         out: Tensor,
+        true_positions: Tensor | None = None,
     ) -> More:
         """Draw the rows that `needs_more` named once more, after `draw`, and find their log-probabilities.
 
         logits: [R, V], left as they are. slots, positions: of all rows, on the host. params, token_ids_table, out:
-        as for `draw`; the table and out are overwritten for the rows whose draw is not the plain one.
+        as for `draw`; the table and out are overwritten for the rows whose draw is not the plain one. Rows of one slot
+        follow each other, each as if what is drawn before it were the sequence's. true_positions: int32 [R], where
+        those of the host are upper bounds; they are right for slots whose draws depend on the output.
         """
-        tables = _Tables(logits, params, token_ids_table, out)
+        tables = _Tables(logits, params, token_ids_table, out, true_positions)
         redrawn = [r for r in rows if self._special[slots[r]].is_redrawn(positions[r])]
         processed = [r for r in redrawn if self._special[slots[r]].is_processed(positions[r])]
         if truncated := sorted(set(redrawn).difference(processed)):
             self._redraw(tables, truncated, slots, positions)
         step = max(1, _MOST_ELEMENTS_AT_ONCE // self._vocab_size)
-        for begin in range(0, len(processed), step):
-            self._process_and_redraw(tables, processed[begin : begin + step], slots, positions)
+        rounds = self._rounds(processed, slots)
+        for some in rounds:
+            for begin in range(0, len(some), step):
+                self._process_and_redraw(tables, some[begin : begin + step], slots, positions)
+        # What was counted there may turn out not to be of the output.
+        repeated = {slots[row] for some in rounds[1:] for row in some}
+        self._unfilled |= repeated & self._penalty_rows.keys()
         return self._logprobs(tables, rows, slots)
+
+    def _rounds(self, rows: list[int], slots: Sequence[int]) -> list[list[int]]:
+        """The rows, in turns where a slot's draw depends on the one before it."""
+        rounds: list[list[int]] = [[]]
+        counts: dict[int, int] = {}
+        for row in rows:
+            slot, turn = slots[row], 0
+            if self._special[slot].flags & (PENALIZED | LISTED):
+                turn = counts.get(slot, 0)
+                counts[slot] = turn + 1
+            if turn == len(rounds):
+                rounds.append([])
+            rounds[turn].append(row)
+        return rounds
 
     def pack_more(self, out: Tensor, more: More | None) -> Tensor:
         """All that the host needs of a step in one tensor, for one copy; int32, flat."""
@@ -233,7 +255,7 @@ class DeviceSampler:
         own_slots = [slots[r] for r in rows]
         own_positions = [positions[r] for r in rows]
         target, row_slots, at = _upload([_ints(rows), _ints(own_slots), _ints(own_positions)], self._device)
-        self._draw_kept(tables, tables.logits, target, (target, row_slots, at), is_truncated=True)
+        self._draw_kept(tables, tables.logits, target, (target, row_slots, tables.true(at, target)), is_truncated=True)
 
     def _process_and_redraw(
         self, tables: _Tables, rows: list[int], slots: Sequence[int], positions: Sequence[int]
@@ -270,9 +292,9 @@ class DeviceSampler:
         if is_penalized and comes_before:
             penalize(copies, source, row_slots, tables.params, self._seen, copies)
         self._lists.bar(copies, own_slots, own_positions, tables.token_ids)
-        apply_masks(copies, [self._masks.get(slot) for slot in own_slots])
+        apply_masks(copies, [self._masks[r] for r in rows] if self._masks else [])
         is_truncated = any(special.flags & TRUNCATED for special in specials)
-        self._draw_kept(tables, copies, source, (target, row_slots, at), is_truncated)
+        self._draw_kept(tables, copies, source, (target, row_slots, tables.true(at, target)), is_truncated)
 
     def _draw_kept(
         self, tables: _Tables, logits: Tensor, source: Tensor, where: tuple[Tensor, Tensor, Tensor], is_truncated: bool
@@ -308,6 +330,11 @@ class _Tables:
     params: Tensor
     token_ids: Tensor
     out: Tensor
+    positions: Tensor | None  # true ones
+
+    def true(self, positions: Tensor, rows: Tensor) -> Tensor:
+        """The positions of these rows. positions: as the host has them; rows: int32 [n]."""
+        return positions if self.positions is None else self.positions[rows.long()]
 
 
 def _special(params: SlotParams) -> _Special:

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Speed-up by speculation on a GPU, by acceptance and batch: a draft model whose guesses are taken with a set
+probability, whatever they are.
+
+    python benchmarks/gpu/speculation.py --model FOLDER [--draft FOLDER] [--acceptance 0.8] [--tokens 5] [--fixed]
+                                         [--batches 1,8,64,256] [--out FILE]
+
+Random weights of the folders' config.json, the draft's in FP8; --acceptance none: no speculation. Each batch: prompts
+of 512 random tokens and 192 output tokens, twice to warm up, then timed. Seconds are of the whole batch, ms of a token
+of one sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from octavo import LLM, SamplingParams
+
+PROMPT, OUTPUT = 512, 192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--acceptance", default="none")
+    parser.add_argument("--tokens", type=int, default=5)
+    parser.add_argument("--fixed", action="store_true", help="always as many guesses as --tokens")
+    parser.add_argument("--batches", default="1,8,64,256")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    options: dict[str, Any] = {}
+    if args.acceptance != "none":
+        options["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(args.draft),
+            "num_speculative_tokens": args.tokens,
+            "synthetic_acceptance": float(args.acceptance),
+            "adaptive": not args.fixed,
+            "quantization": "fp8",
+        }
+    began = time.perf_counter()
+    llm = LLM(str(args.model), load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, **options)
+    print(f"ready in {time.perf_counter() - began:.1f} s", flush=True)
+    for batch in map(int, args.batches.split(",")):
+        rng = random.Random(batch)
+        vocabulary = range(1000, 100_000)
+        seconds = []
+        for run in range(4):
+            prompts = [{"prompt_token_ids": rng.choices(vocabulary, k=PROMPT)} for _ in range(batch)]
+            tokens = 1 if run == 0 else OUTPUT  # the first run times the prompts
+            params = SamplingParams(temperature=1.0, seed=run, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            before, start = llm.stats(), time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            seconds.append(time.perf_counter() - start)
+        after = llm.stats()
+        steps = after.num_steps_total - before.num_steps_total
+        row = {
+            "batch": batch,
+            "acceptance": args.acceptance,
+            "drafts": after.num_drafts_total - before.num_drafts_total,
+            "fixed": args.fixed,
+            "tokens": args.tokens,
+            "seconds": round(seconds[3], 3),
+            "steps": steps,
+            "ms_a_token": round((seconds[3] - seconds[0]) / (OUTPUT - 1) * 1000, 3),
+        }
+        print(json.dumps(row), flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    llm.audit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Drafts: which guesses at tokens to come a step verifies, and which the worker is asked for (speculative decoding)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo.config import SchedulerConfig
+from octavo.protocol.plan import PlanRow, RowResult, StepPlan, StepResult
+from octavo.scheduler.kv_manager import KVManager
+from octavo.scheduler.sequence import Sequence
+from octavo.scheduler.speculation import SpeculationPolicy, SpeculationStats
+from octavo.scheduler.step import Step
+
+
+class Drafts:
+    """Of all sequences. Without speculation it does nothing."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._policy: SpeculationPolicy | None = None
+        self._are_free = config.drafts_are_free
+        self._stats = SpeculationStats(config.num_speculative_tokens)
+        if config.num_speculative_tokens:
+            self._policy = SpeculationPolicy(
+                config.num_speculative_tokens, config.adaptive_speculation, config.drafts_are_free
+            )
+
+    @staticmethod
+    def num_fitting(step: Step, sequence: Sequence) -> int:
+        """How many of the sequence's guesses its next row can verify, as far as budget and length go, and a constraint
+        whose last token is not known."""
+        most = sequence.max_num_tokens - sequence.num_tokens - 1
+        num_drafts = min(sequence.num_drafts, sequence.num_chosen, step.spare, most)
+        num_unknown = sequence.num_tokens - len(sequence.token_ids)
+        if sequence.constraint is not None and num_unknown:
+            num_drafts = min(num_drafts, sequence.constraint.num_free - num_unknown - 1)
+        return max(0, num_drafts)
+
+    def ask(self, step: Step, kv: KVManager, num_running: int) -> list[int]:
+        """See StepPlan.drafts. Blocks are taken for the guesses, since the worker may write KV of them, as long as each
+        running sequence could still grow by one."""
+        if self._policy is None:
+            return []
+        decoding = [
+            sequence for row, sequence in zip(step.rows, step.sequences) if row.samples and sequence is not None
+        ]
+        records = []
+        for own in decoding:
+            if own.acceptance is None:
+                own.acceptance = self._policy.track()
+            records.append(own.acceptance)
+        chosen = self._policy.choose(records, step.num_prompt_tokens)
+        # A prompt that goes on will be asked for guesses as the others are.
+        will = int(any(chosen) or not chosen)
+        counts = dict(zip((own.slot for own in decoding), chosen))
+        drafts = []
+        for row, sequence in zip(step.rows, step.sequences):
+            if not row.samples or sequence is None:
+                drafts.append(will)
+                continue
+            sequence.num_chosen = counts[row.slot]
+            sequence.num_drafts = self._reserve(row, sequence, kv, num_running)
+            drafts.append(sequence.num_drafts)
+        return drafts
+
+    def _reserve(self, row: PlanRow, sequence: Sequence, kv: KVManager, num_running: int) -> int:
+        """How many guesses to ask for, with the blocks for them."""
+        assert self._policy is not None
+        most = sequence.max_num_tokens - sequence.num_tokens - 1
+        count = min(self._policy.num_to_propose(sequence.num_chosen), most)
+        end, room = sequence.num_tokens + count, len(sequence.block_table) * kv.block_size
+        if count > 0 and end > room:
+            if kv.pool.num_free - kv.num_blocks_for(end - room) < num_running:
+                return max(0, room - sequence.num_tokens)
+            row.new_block_ids.extend(kv.grow(sequence, end) or [])
+        return max(0, count)
+
+    def observe_step(self, plan: StepPlan, result: StepResult) -> None:
+        """What a step took."""
+        if self._policy is None or result.seconds is None or not plan.decodes:
+            return
+        num_drafts = sum(row.num_drafts for row in plan.rows)
+        num_passes = 0 if self._are_free else max(plan.drafts, default=0)
+        self._policy.observe_step(len(plan.rows), plan.num_tokens, num_drafts, num_passes, result.seconds)
+
+    def observe(self, sequence: Sequence, row: PlanRow, result: RowResult) -> None:
+        """How many guesses came true, and which are ready next."""
+        if self._policy is None or sequence.acceptance is None:
+            return
+        num_verified, num_accepted = min(row.num_drafts, len(sequence.draft_ids)), len(result.token_ids) - 1
+        self._policy.observe_row(sequence.acceptance, num_verified, num_accepted, len(result.draft_ids))
+        self._stats.add(num_verified, num_accepted)
+        sequence.draft_ids = result.draft_ids
+
+    def stats(self) -> dict[str, Any]:
+        """Their fields of SchedulerStats."""
+        return {
+            "num_drafts_total": self._stats.num_drafts,
+            "num_draft_tokens_total": self._stats.num_draft_tokens,
+            "num_accepted_tokens_total": self._stats.num_accepted_tokens,
+            "num_accepted_by_position_total": tuple(self._stats.num_accepted_tokens_per_pos),
+        }

@@ -1,0 +1,159 @@
+"""StepCost: what a step with drafts takes, learned from measured steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import sqrt
+
+# Token counts at which the curve has a corner: 1, 2, 3, 4, 6, 8, 12, 16, ..., 65536; between them it is straight.
+_CORNERS = sorted({scale << shift for scale in (2, 3) for shift in range(16)} | {1})
+_NUM_CORNERS = len(_CORNERS)
+_PER_ROW, _ANY_DRAFT, _PER_PASS, _PER_PASS_ROW = range(_NUM_CORNERS, _NUM_CORNERS + 4)
+_NUM_PARAMETERS = _NUM_CORNERS + 4
+
+_DRIFT = 0.004**2  # variance that a parameter gains a step, relative to its scale squared: conditions change
+_LEAST_NOISE, _FIRST_NOISE, _MOST_NOISE = 0.01**2, 0.05**2, 0.15**2  # variance of a measurement, relative
+_LEAST_SHORTFALL = 0.15  # part of an estimate that a measurement must lack to disprove it
+_LEAST_SHARE = 0.05  # of a measured step's seconds, in its corners
+_TELLING = 0.3  # weight of a corner in a measurement from which on it counts as measured
+_FILL_EVERY = 8  # observations after which unmeasured corners follow their neighbours
+_CLIP = 2.5  # standard deviations by which one measurement may differ and be believed: others are accidents
+
+
+class StepCost:
+    """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * (c + rows * d).
+
+    The curve is nearly flat where weights are read once (few tokens, a GPU) and nearly straight through zero where
+    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and d
+    are a draft model's pass. The parameters follow the measurements as in a Kalman filter without covariances: what is
+    known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line through
+    their measured neighbours, and are poorly known. Accidents make steps long, none makes them short: so what is far
+    above the estimate counts little, and what is far below shows that the estimate was an accident.
+    """
+
+    def __init__(self) -> None:
+        self._mean = [0.0] * _NUM_PARAMETERS  # seconds
+        self._variance = [0.0] * _NUM_PARAMETERS
+        self._scale = [0.0] * _NUM_PARAMETERS  # seconds: size against which drift is meant
+        self._seen = [0] * _NUM_PARAMETERS  # number of the last observation that told of it
+        self._measured = [False] * _NUM_CORNERS
+        self._most_tokens = 0  # in a step measured so far
+        self._noise = _FIRST_NOISE
+        self._num_observed = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a step has been observed: nothing can be estimated before."""
+        return self._num_observed > 0
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that an observed step had."""
+        return self._most_tokens
+
+    def observe(self, num_rows: int, num_tokens: int, num_passes: int, num_drafts: int, seconds: float) -> None:
+        """A step of num_rows rows and num_tokens tokens, num_drafts of them drafts, took so many seconds, > 0."""
+        if not self._num_observed:
+            self._set_priors(num_rows, seconds)
+        self._num_observed += 1
+        self._most_tokens = max(self._most_tokens, num_tokens)
+        features = self._features(num_rows, num_tokens, num_passes, num_drafts)
+        mean, variance, now = self._mean, self._variance, self._num_observed
+        estimate = sum(weight * mean[index] for index, weight in features)
+        for index, _ in features:
+            variance[index] += _DRIFT * self._scale[index] ** 2 * (now - self._seen[index])
+            self._seen[index] = now
+        noise = self._noise * estimate * estimate
+        spread = sum(weight * weight * variance[index] for index, weight in features)
+        shortfall = 1.0 - seconds / estimate
+        if shortfall > _LEAST_SHORTFALL and (shortfall * estimate) ** 2 > _CLIP**2 * (spread + noise):
+            for index, _ in features:
+                variance[index] += (shortfall * mean[index]) ** 2
+            spread = sum(weight * weight * variance[index] for index, weight in features)
+        total = spread + noise
+        error = min(seconds - estimate, _CLIP * sqrt(total))
+        is_news = False
+        for index, weight in features:
+            gain = weight * variance[index] / total
+            mean[index] = max(mean[index] + gain * error, 0.0)
+            variance[index] *= 1.0 - gain * weight
+            if index < _NUM_CORNERS:
+                mean[index] = max(mean[index], _LEAST_SHARE * seconds)
+                self._scale[index] = mean[index]
+                if weight >= _TELLING and not self._measured[index]:
+                    self._measured[index] = is_news = True
+        # What the parameters' own uncertainty explains is not noise.
+        surprise = max(error * error - spread, 0.0) / (estimate * estimate)
+        self._noise = min(max(self._noise + 0.02 * (surprise - self._noise), _LEAST_NOISE), _MOST_NOISE)
+        if is_news or not now % _FILL_EVERY:
+            self._fill()
+
+    def estimate(self, num_rows: int, num_tokens: float, num_passes: int, num_drafts: float) -> tuple[float, float]:
+        """Seconds that such a step will take, and the standard deviation of that estimate."""
+        mean, variance = self._mean, self._variance
+        right = min(bisect_right(_CORNERS, num_tokens), _NUM_CORNERS - 1)
+        left = right - 1
+        share = (num_tokens - _CORNERS[left]) / (_CORNERS[right] - _CORNERS[left])
+        rest = 1.0 - share
+        seconds = rest * mean[left] + share * mean[right] + num_rows * mean[_PER_ROW]
+        spread = rest * rest * variance[left] + share * share * variance[right]
+        if num_drafts:
+            seconds += mean[_ANY_DRAFT]
+            spread += variance[_ANY_DRAFT]
+        if num_passes:
+            by_rows = num_passes * num_rows
+            seconds += num_passes * mean[_PER_PASS] + by_rows * mean[_PER_PASS_ROW]
+            spread += num_passes * num_passes * variance[_PER_PASS] + by_rows * by_rows * variance[_PER_PASS_ROW]
+        return seconds, sqrt(spread)
+
+    def _set_priors(self, num_rows: int, seconds: float) -> None:
+        for index, mean, deviation in (
+            (_PER_ROW, 0.0, 0.1 * seconds / max(num_rows, 1)),
+            (_ANY_DRAFT, 0.0, 0.03 * seconds),
+            (_PER_PASS, 0.1 * seconds, 0.1 * seconds),
+            (_PER_PASS_ROW, 0.0, 0.02 * seconds / max(num_rows, 1)),
+        ):
+            self._mean[index] = mean
+            self._variance[index] = deviation * deviation
+            self._scale[index] = deviation
+        for corner in range(_NUM_CORNERS):
+            self._mean[corner], self._variance[corner], self._scale[corner] = seconds, seconds * seconds, seconds
+
+    def _features(self, num_rows: int, num_tokens: int, num_passes: int, num_drafts: int) -> list[tuple[int, float]]:
+        """(parameter, weight) of those that such a step's seconds are the weighted sum of."""
+        right = min(bisect_right(_CORNERS, num_tokens), _NUM_CORNERS - 1)
+        share = (num_tokens - _CORNERS[right - 1]) / (_CORNERS[right] - _CORNERS[right - 1])
+        features = [(right - 1, 1.0 - share), (right, share), (_PER_ROW, float(num_rows))]
+        if num_drafts:
+            features.append((_ANY_DRAFT, 1.0))
+        if num_passes:
+            features += [(_PER_PASS, float(num_passes)), (_PER_PASS_ROW, float(num_passes * num_rows))]
+        return [(index, weight) for index, weight in features if weight]
+
+    def _fill(self) -> None:
+        """Give corners never measured what their measured neighbours suggest."""
+        mean, variance, measured = self._mean, self._variance, self._measured
+        first = measured.index(True)
+        for corner in range(first):
+            mean[corner] = mean[first]
+            variance[corner] = (0.5 * mean[first]) ** 2
+        below = first
+        while True:
+            above = next((corner for corner in range(below + 1, _NUM_CORNERS) if measured[corner]), None)
+            if above is None:
+                break
+            rise = (mean[above] - mean[below]) / (_CORNERS[above] - _CORNERS[below])
+            for corner in range(below + 1, above):
+                mean[corner] = mean[below] + rise * (_CORNERS[corner] - _CORNERS[below])
+                variance[corner] = (0.05 * mean[below] + 0.2 * (mean[above] - mean[below])) ** 2
+            below = above
+        straight = mean[below] / _CORNERS[below]  # seconds a token, were the curve straight through zero
+        lower = next((corner for corner in range(below - 1, -1, -1) if measured[corner]), None)
+        rise = 0.3 * straight
+        if lower is not None:
+            rise = (mean[below] - mean[lower]) / (_CORNERS[below] - _CORNERS[lower])
+            rise = min(max(rise, 0.0), straight)
+        for corner in range(below + 1, _NUM_CORNERS):
+            beyond = _CORNERS[corner] - _CORNERS[below]
+            mean[corner] = mean[below] + rise * beyond
+            variance[corner] = (0.5 * straight * beyond) ** 2

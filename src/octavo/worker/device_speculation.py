@@ -1,0 +1,160 @@
+"""What speculation adds to a GPU's steps: the sequences' true lengths there, the verdict on guesses, and new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.kernels import triton
+from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan
+from octavo.worker.staging import upload
+from octavo.worker.step_buffers import SplitRows, StepBuffers, StepShape
+
+Ints = NDArray[np.int32]
+
+
+class DeviceDraftBatch(NamedTuple):
+    """A step that was sampled, on the device.
+
+    rows: those of the plan that ran, G of them, whose starts and lengths are upper bounds. prompts: whether a row is of
+    a prompt, and right as it is. asked: guesses wanted, one number a row; of a prompt that goes on, whether there will
+    be some. slots, wanted: int32 [G], the same; slot -1 where no guess is wanted now. lengths: int32 [num_slots],
+    known tokens. token_ids: int32 [num_slots, max_len]. Written: drafts, int32 [G, K], and found, int32 [G], 0 so far.
+    """
+
+    rows: Sequence[PlanRow]
+    prompts: Sequence[bool]
+    asked: Sequence[int]
+    slots: Tensor
+    wanted: Tensor
+    lengths: Tensor
+    token_ids: Tensor
+    drafts: Tensor
+    found: Tensor
+
+
+class DeviceDrafter(Protocol):
+    """As Drafter, without waiting for the device: it writes guesses at the tokens from position lengths[slot] on."""
+
+    def enter(self, new: NewSequence, start: int) -> None: ...
+
+    def propose(self, batch: DeviceDraftBatch) -> None: ...
+
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """Record the CUDA graphs that it replays; the tables as in DeviceDraftBatch."""
+        ...
+
+
+class DeviceSpeculation:
+    """Knows the true lengths of the sequences that decode, on the device, and which slots those are."""
+
+    def __init__(
+        self,
+        drafter: DeviceDrafter,
+        num_drafts: int,
+        sizes: tuple[int, int],
+        device: torch.device,
+        acceptance: float | None = None,
+    ) -> None:
+        """num_drafts: guesses of a row, at most. sizes: slots, and sequences of a step. acceptance: see verify_rows."""
+        num_slots, num_groups = sizes
+        self._drafter = drafter
+        self._most = num_drafts
+        self._acceptance = acceptance
+        self._kernels = triton.get()
+        self._lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._ready = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        # One row a sequence of the step: tokens that came, guesses that were found, the guesses.
+        self._verdict = torch.zeros(num_groups, 2 + num_drafts, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(num_groups, dtype=torch.int32, device=device)
+        self._follows: set[int] = set()  # slots whose sequences decode
+
+    def split(self, rows: Sequence[PlanRow]) -> SplitRows:
+        """The rows of a plan, as they are computed."""
+        return SplitRows.of(rows, self._follows)
+
+    def enter(self, plan: StepPlan) -> None:
+        """Sequences take slots, whose former tokens are still there."""
+        starts = {row.slot: row.start for row in plan.rows}
+        for new in plan.new_sequences:
+            self._follows.discard(new.slot)
+            self._drafter.enter(new, starts[new.slot])
+
+    def follow(self, buffers: StepBuffers, shape: StepShape) -> None:
+        """Put the step's rows where their sequences truly end. Launches depend on the shape alone."""
+        rows = shape.num_rows
+        self._kernels.follow_rows(
+            buffers.row_slots[:rows],
+            buffers.offsets[:rows],
+            self._lengths,
+            buffers.starts[:rows],
+            buffers.positions[:rows],
+            buffers.decode_items[: shape.num_decode_items],
+        )
+
+    def verify(self, buffers: StepBuffers, shape: StepShape) -> None:
+        """Take the drawn tokens up to the first that is not the guess there. Launches depend on the shape alone."""
+        rows = shape.num_rows
+        self._kernels.verify_rows(
+            buffers.first_rows[:rows],
+            buffers.num_drafts[:rows],
+            buffers.row_slots[:rows],
+            buffers.positions[:rows],
+            buffers.cu_q[: rows + 1],
+            buffers.input_ids[: shape.num_tokens],
+            buffers.out[:rows],
+            self._ready,
+            self._lengths,
+            self._counts[:rows],
+            self._most,
+            self._acceptance,
+        )
+
+    def propose(self, rows: Sequence[PlanRow], asked: Sequence[int], token_ids: Tensor) -> Tensor:
+        """Make the guesses that are asked for, and put them into the slots. asked: see StepPlan.drafts.
+
+        Returns the verdict, on the host once the step is done: int32 [rows, 2 + K], see `results`.
+        """
+        prompts = [row.slot not in self._follows for row in rows]
+        self._follows.update(row.slot for row in rows if row.samples)
+        num_rows, device = len(rows), self._lengths.device
+        verdict = self._verdict[:num_rows]
+        verdict[:, 0].copy_(self._counts[:num_rows])
+        verdict[:, 1].zero_()
+        wanted = np.array(
+            [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
+        )
+        if any(asked):
+            slots, counts = upload(np.ascontiguousarray(wanted.T), device)
+            drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
+            found = torch.zeros(num_rows, dtype=torch.int32, device=device)
+            batch = DeviceDraftBatch(rows, prompts, asked, slots, counts, self._lengths, token_ids, drafts, found)
+            self._drafter.propose(batch)
+            self._kernels.place_drafts(slots, drafts, found, counts, self._lengths, self._ready, token_ids)
+            verdict[:, 1].copy_(found)
+            verdict[:, 2:].copy_(drafts)
+        host = torch.empty(verdict.shape, dtype=verdict.dtype, pin_memory=verdict.is_cuda)
+        return host.copy_(verdict, non_blocking=True)
+
+    def record(self, token_ids: Tensor) -> None:
+        """Record what the drafter needs, before the first step."""
+        self._drafter.record(self._lengths, token_ids)
+
+    @staticmethod
+    def results(verdict: Ints, split: SplitRows, drawn: Sequence[RowResult]) -> list[RowResult]:
+        """One result for each row of the plan that ran, from those of the rows that it was split into."""
+        results = []
+        for first, num_drafts, (count, num_found, *drafts) in zip(split.first_rows, split.num_drafts, verdict.tolist()):
+            own = drawn[first : first + max(1, count)]
+            if num_drafts < 0 or own[-1].error is not None:
+                results.append(own[-1])
+                continue
+            token_ids = [token_id for result in own for token_id in result.token_ids]
+            logprobs = [entry for result in own for entry in result.logprobs or ()]
+            results.append(RowResult(token_ids, logprobs or None, draft_ids=drafts[:num_found]))
+        return results

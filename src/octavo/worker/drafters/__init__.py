@@ -1,0 +1,1 @@
+"""Drafters: guesses at tokens to come, for speculative decoding. One file a method; `drafter.py` has the contract."""

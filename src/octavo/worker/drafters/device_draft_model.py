@@ -1,0 +1,231 @@
+"""A smaller model of the same tokens as drafter on a GPU, without waiting for the host (Leviathan et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.attention.backend import DeviceBatch, FusedAttentionBackend
+from octavo.kernels import triton
+from octavo.models.base import CausalLM
+from octavo.protocol.plan import NewSequence, PlanRow
+from octavo.worker.device_speculation import DeviceDraftBatch
+from octavo.worker.staging import upload
+from octavo.worker.step_buffers import NUM_PARAMS
+
+Ints = NDArray[np.int32]
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
+
+
+class _Buffers:
+    """What passes for up to N sequences read and write, at fixed addresses.
+
+    slots: int32 [N], -1 for padding. window_items, chain_items: of decode attention. ahead: int32 [N], how far the next
+    pass is past the last known token.
+    """
+
+    def __init__(self, num_sequences: int, width: int, max_items: tuple[int, int], device: torch.device):
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.words = ints(num_sequences + 6 * sum(max_items))
+        self.slots = self.words[:num_sequences]
+        end = num_sequences + 6 * max_items[0]
+        self.window_items = self.words[num_sequences:end].view(-1, 6)
+        self.chain_items = self.words[end:].view(-1, 6)
+        self.ahead = ints(num_sequences)
+        rows = num_sequences * width
+        self.steps = torch.arange(width, dtype=torch.int32, device=device).repeat(num_sequences)
+        self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
+        self.drawn = ints(num_sequences, 2)
+        self.token_positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
+
+
+class DeviceModelDrafter:
+    """Guesses what the smaller model holds likeliest, token after token.
+
+    The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
+    `most + 2` known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess;
+    each further one takes a pass of one token. Each pass is a CUDA graph, of as many sequences as it is padded to.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: FusedAttentionBackend,
+        block_tables: Tensor,
+        sizes: tuple[int, int],
+        most: int,
+        use_graphs: bool,
+    ) -> None:
+        """attention: over a cache with as many blocks as the model's own. block_tables: of all slots. sizes: tokens of
+        a KV block, and sequences that are served in a step, beyond which none is. most: guesses of a sequence."""
+        self._model = model
+        self._attention = attention
+        self._block_tables = block_tables
+        self._block_size, max_sequences = sizes
+        self._most = most
+        self._width = most + 2
+        self._sizes = [size for size in _SIZES if size <= max_sequences]
+        self._kernels = triton.get()
+        self._use_graphs = use_graphs
+        device = block_tables.device
+        largest = self._sizes[-1]
+        self._max_items = tuple(attention.max_items(rows, rows)[0] for rows in (largest * self._width, largest))
+        self._buffers = _Buffers(largest, self._width, (self._max_items[0], self._max_items[1]), device)
+        # Parameters of slots whose draws are greedy: temperature 0.
+        self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
+        self._graphs: dict[
+            tuple[int, bool], torch.cuda.CUDAGraph
+        ] = {}  # by sequences, and whether it is the first pass
+        self._pool = torch.cuda.graph_pool_handle() if use_graphs else None  # passes follow each other: one for all
+
+    def enter(self, new: NewSequence, start: int) -> None:
+        """See Drafter: its KV is that of the slot's blocks."""
+
+    def propose(self, batch: DeviceDraftBatch) -> None:
+        """See DeviceDrafter."""
+        rows = [row for row, is_prompt, count in zip(batch.rows, batch.prompts, batch.asked) if is_prompt and count]
+        if rows:
+            self._compute_prompts(rows, batch.token_ids)
+        asked = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
+        asked = asked[: self._sizes[-1]]
+        if not asked:
+            return
+        size = next(size for size in self._sizes if size >= len(asked))
+        self._describe([batch.rows[index] for index in asked])
+        most = max(batch.asked[index] for index in asked)
+        for index in range(most):
+            self._launch(size, index == 0, batch.lengths, batch.token_ids)
+        # The draws are in the table by now, behind the known tokens.
+        where = slice(None)
+        if len(asked) < len(batch.rows):
+            where = upload(np.array(asked, np.int32), batch.drafts.device).long()
+        slots = self._buffers.slots[: len(asked)].long()
+        columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
+        batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
+        batch.found[where] = most
+
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
+        if self._use_graphs:
+            self._buffers.words.fill_(-1)
+            for size in reversed(self._sizes):  # in the memory of the largest the others find room
+                for is_first in (True, False):
+                    self._launch(size, is_first, lengths, token_ids)
+
+    def _compute_prompts(self, rows: list[PlanRow], token_ids: Tensor) -> None:
+        """Write the KV of the rows' tokens."""
+        decode_items, prefill_items = self._attention.plan(rows, self._block_tables, whole=True)
+        num_tokens = sum(row.length for row in rows)
+        cu_q = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
+        fields = np.array([[row.slot for row in rows], [row.start for row in rows]], np.int32)
+        device = token_ids.device
+        row_slots, starts = upload(fields, device)
+        made = (
+            torch.empty(num_tokens, dtype=torch.int32, device=device),
+            torch.empty(num_tokens, dtype=torch.int64, device=device),
+            torch.empty(num_tokens, dtype=torch.int64, device=device),
+        )
+        where = row_slots.clone(), starts.clone(), upload(cu_q, device)
+        self._kernels.build_inputs(*where, token_ids, self._block_tables, self._block_size, *made)
+        items = upload(decode_items, device), upload(prefill_items, device)
+        self._attention.prepare(DeviceBatch(*where, made[2], self._block_tables, *items, rows=None))
+        self._model(made[0], made[1], self._attention)
+
+    def _describe(self, rows: list[PlanRow]) -> None:
+        """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
+        lengths = np.array([row.start + row.length + 1 for row in rows], np.int32)
+        ends = lengths[:, None] - self._width + 1 + np.arange(self._width, dtype=np.int32)
+        real = np.flatnonzero(ends.reshape(-1) > 0)
+        buffers, planner = self._buffers, self._attention
+        words = np.full(len(buffers.words), -1, np.int32)
+        words[: len(rows)] = [row.slot for row in rows]
+        single = [PlanRow(0, int(end) - 1, 1, [], True) for end in ends.reshape(-1)[real]]
+        window = planner.plan(single, self._block_tables, whole=True)[0]
+        window[:, 0] = real[window[:, 0]]
+        chain = planner.plan(
+            [PlanRow(0, int(length) + self._most - 1, 1, [], True) for length in lengths],
+            self._block_tables,
+            whole=True,
+        )[0]
+        begin = len(buffers.slots)
+        words[begin : begin + window.size] = window.reshape(-1)
+        begin += buffers.window_items.numel()
+        words[begin : begin + chain.size] = chain.reshape(-1)
+        buffers.words.copy_(upload(words, buffers.words.device))
+
+    def _launch(self, size: int, is_first: bool, lengths: Tensor, token_ids: Tensor) -> None:
+        """The next guess of each sequence. The tables are the same at each call."""
+        compute = self._first if is_first else self._next
+        if not self._use_graphs:
+            compute(size, lengths, token_ids)
+            return
+        key = size, is_first
+        if key not in self._graphs:
+            compute(size, lengths, token_ids)  # compiles, and sets up libraries
+            self._graphs[key] = self._recorded(lambda: compute(size, lengths, token_ids))
+        self._graphs[key].replay()
+
+    def _first(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Pass over the last known tokens of each sequence. Launches depend on the size alone, as do those of
+        `_next`."""
+        buffers, width, rows = self._buffers, self._width, size * self._width
+        slots, steps = buffers.slots[:size], buffers.steps[:rows]
+        row_slots = slots.repeat_interleave(width, output_size=rows)
+        behind = lengths - (width - 1)
+        position = behind[row_slots.clamp(min=0).long()] - 1 + steps
+        row_slots = torch.where(position >= 0, row_slots, -1)
+        items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
+        hidden = self._pass(row_slots, steps, behind, items, token_ids)
+        self._take(hidden[width - 1 :: width], slots, buffers.positions[width - 1 : rows : width], token_ids)
+        buffers.ahead.fill_(1)
+
+    def _next(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Pass over the last guess of each sequence."""
+        buffers = self._buffers
+        slots, ahead = buffers.slots[:size], buffers.ahead[:size]
+        items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
+        hidden = self._pass(slots, ahead, lengths, items, token_ids)
+        self._take(hidden, slots, buffers.positions[:size], token_ids)
+        buffers.ahead.add_(1)
+
+    def _pass(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Tensor:
+        """Hidden states of one token a row, `offsets` after the last of `lengths`."""
+        buffers, count = self._buffers, len(row_slots)
+        starts, positions, cu_q = buffers.starts[:count], buffers.positions[:count], buffers.cu_q[: count + 1]
+        self._kernels.follow_rows(row_slots, offsets, lengths, starts, positions, items)
+        made = buffers.input_ids[:count], buffers.token_positions[:count], buffers.slot_mapping[:count]
+        self._kernels.build_inputs(row_slots, starts, cu_q, token_ids, self._block_tables, self._block_size, *made)
+        none = items[:0, :2]
+        self._attention.prepare(
+            DeviceBatch(row_slots, starts, cu_q, made[2], self._block_tables, items, none, rows=None)
+        )
+        return self._model(made[0], made[1], self._attention)
+
+    def _take(self, hidden: Tensor, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """Put the likeliest tokens into the table at these positions, where the next pass reads."""
+        buffers, count = self._buffers, len(slots)
+        logits = self._model.compute_logits(hidden)
+        samples = buffers.cu_q[1 : count + 1]  # none is 0
+        drawing = slots, positions.contiguous(), self._greedy, samples
+        self._kernels.draw_tokens(logits, *drawing, token_ids, buffers.drawn[:count])
+
+    def _recorded(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        stream, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(stream)
+        with torch.cuda.stream(side):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                compute()
+            finally:
+                graph.capture_end()
+        stream.wait_stream(side)
+        return graph
