@@ -107,7 +107,11 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
-        """Of the tokens of the draft vocabulary."""
+        """Of the tokens that it is trained on."""
+        raise NotImplementedError
+
+    def draft(self, features: Tensor) -> Tensor:
+        """The ids that it drafts, [T]."""
         raise NotImplementedError
 
 
@@ -135,12 +139,17 @@ class EagleHead(Head):
     def logits(self, features: Tensor) -> Tensor:
         return features @ self.table[0].T
 
+    def draft(self, features: Tensor) -> Tensor:
+        (target,) = self.target
+        return (features @ target.embed_tokens.weight.T).argmax(-1)
+
 
 class Eagle3Head(Head):
     """Starts close to handing the deepest of its taps to the target's language head, unsure of what it says."""
 
     def __init__(self, target: Any, draft_ids: Tensor, num_taps: int) -> None:
         super().__init__(target)
+        self.draft_ids = draft_ids
         config, last = target.config, target.model.layers[-1]
         size = config.hidden_size
         self.fc = nn.Linear(num_taps * size, size, bias=False)
@@ -165,6 +174,9 @@ class Eagle3Head(Head):
 
     def logits(self, features: Tensor) -> Tensor:
         return self.lm_head(self.norm(features))
+
+    def draft(self, features: Tensor) -> Tensor:
+        return self.draft_ids[self.logits(features).argmax(-1)]
 
 
 def _copy(layer: Layer, source: Any) -> None:

@@ -144,8 +144,7 @@ class HeadDraft:
         for step in range(CHAIN):
             read = padded[1 + step : 1 + step + num_anchors].clamp(min=0)
             features, chain = self._head.step(read, chain)
-            drafted = self._ids[self._head.logits(features).argmax(-1)]
-            right.append((drafted == padded[2 + step : 2 + step + num_anchors])[first:])
+            right.append((self._head.draft(features) == padded[2 + step : 2 + step + num_anchors])[first:])
         return torch.stack(right)
 
     def save(self, folder: Path) -> None:
