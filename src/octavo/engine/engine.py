@@ -27,10 +27,7 @@ class _Step(NamedTuple):
     plan: StepPlan
     handle: StepHandle
     num_tokens: int
-
-    @property
-    def decodes(self) -> bool:
-        return self.plan.decodes
+    decodes: bool
 
 
 def _refusal(request: Request, error: Exception) -> TokenOutput:
@@ -184,7 +181,7 @@ class Engine:
         plan = self._scheduler.schedule(began)
         if plan is None:
             return False
-        step = _Step(plan, self._executor.submit(plan), plan.num_tokens)
+        step = _Step(plan, self._executor.submit(plan), plan.num_tokens, plan.decodes)
         self._in_flight.append(step)
         now = self._clock()
         self._pacer.submitted(step.decodes, now - began, now, alone=len(self._in_flight) == 1)

@@ -113,7 +113,7 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     embedding: bytes | None = None
-    draft_ids: list[int] = []
+    draft_ids: tuple[int, ...] = ()
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -121,7 +121,7 @@ class Scheduler:
             step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        asked = self._drafts.ask(step, self._kv, len(self._running))
+        asked = self._drafts.ask(step, self._kv, len(self._running)) if self._config.num_speculative_tokens else []
         return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, asked)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
@@ -246,11 +246,8 @@ class Scheduler:
         require(bool(steps) == self._is_in_flight(sequence), f"I9: {name!r} is wrong about being in flight")
 
     def _continue_running(self, step: Step) -> bool:
-        """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait.
-
-        Then so does every one that ranks below it; those above go on, so that a step never comes out empty
-        while something could run.
-        """
+        """Add the next tokens of running sequences, decodes first. False: one lacks a block and has to wait, and so
+        does every one that ranks below it; those above go on, so that a step never comes out empty."""
         prompts: list[Sequence] = []
         complete = True
         step.spare = min(step.budget, step.room) - len(self._running)
@@ -271,6 +268,8 @@ class Scheduler:
 
     def _add_decode(self, step: Step, sequence: Sequence) -> bool:
         """Add its last known token, and the guesses after it that there is room for."""
+        if not sequence.num_drafts:
+            return self._add_row(step, sequence, 1)
         num_drafts = self._drafts.num_fitting(step, sequence)
         if not self._kv.has_room(sequence, sequence.num_tokens + num_drafts):
             num_drafts = 0
@@ -363,7 +362,7 @@ class Scheduler:
             self._num_hit_tokens += sequence.num_computed_tokens
             self._num_queried_tokens += sequence.num_tokens
         sequence.admitted_step_id = step.step_id
-        sequence.num_drafts, sequence.draft_ids = 0, []
+        sequence.num_drafts, sequence.draft_ids = 0, ()
         request = sequence.request
         step.adapters += self._adapters.start(sequence)
         step.new_sequences.append(
@@ -383,9 +382,10 @@ class Scheduler:
     def _take_tokens(self, sequence: Sequence, row: PlanRow, row_result: RowResult) -> TokenOutput:
         """Append what the row sampled, up to the first token that ends the output."""
         token_ids, logprobs = row_result.token_ids, row_result.logprobs
-        num_refuted, name = row.num_drafts + 1 - len(token_ids), sequence.request.request_id
-        said = f"the worker sampled {len(token_ids)} tokens for {name!r} with {row.num_drafts} guesses"
-        require(0 <= num_refuted <= row.num_drafts, said)
+        num_refuted = row.num_drafts + 1 - len(token_ids)
+        if not 0 <= num_refuted <= row.num_drafts:
+            said, name = f"{len(token_ids)} tokens", sequence.request.request_id
+            require(False, f"the worker sampled {said} for {name!r} with {row.num_drafts} guesses")
         self._drafts.observe(sequence, row, row_result)
         if row.start + row.length == sequence.num_prompt_tokens:
             self._num_prompt_tokens += sequence.num_prompt_tokens

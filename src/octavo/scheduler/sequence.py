@@ -109,7 +109,7 @@ class Sequence:
         self.depends_on_output = sampling.depends_on_output
         self.num_chosen = 0  # guesses that its next row is to verify
         self.num_drafts = 0  # guesses that the worker has ready for the next row, at most
-        self.draft_ids: list[int] = []  # those known to be ready after the last row that was committed
+        self.draft_ids: tuple[int, ...] = ()  # those known to be ready after the last row that was committed
         self.admitted_step_id = -1  # the step that took it out of the queue last
         self.took_cached_blocks = False  # at that admission
 

@@ -156,5 +156,5 @@ class DeviceSpeculation:
                 continue
             token_ids = [token_id for result in own for token_id in result.token_ids]
             logprobs = [entry for result in own for entry in result.logprobs or ()]
-            results.append(RowResult(token_ids, logprobs or None, draft_ids=drafts[:num_found]))
+            results.append(RowResult(token_ids, logprobs or None, draft_ids=tuple(drafts[:num_found])))
         return results

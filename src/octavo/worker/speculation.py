@@ -60,6 +60,6 @@ class Speculation:
                 known = self._num_tokens[row.slot]
                 self._slots.token_ids[row.slot, known : known + len(guesses)] = torch.tensor(guesses)
         return [
-            msgspec.structs.replace(result, draft_ids=guesses) if guesses else result
+            msgspec.structs.replace(result, draft_ids=tuple(guesses)) if guesses else result
             for result, guesses in zip(results, drafts)
         ]
