@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -54,13 +55,18 @@ class TritonAttention(FusedAttentionBackend):
         starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
         lengths = np.fromiter((row.length for row in rows), np.int32, len(rows))
         single = np.flatnonzero(lengths == 1)
-        decode = self._planner.plan(starts[single] + 1, single)
+        decode = self.plan_decodes(starts[single] + 1, single)
         self._taken = {}
         if len(single) == len(rows):
             return decode, _NO_PREFILL
         if not whole:
             self._taken = self._long_prefill.prepare(rows, block_tables)
         return decode, prefill_items(starts, lengths, self._group_size, taken=self._taken)
+
+    def plan_decodes(self, num_positions: Ints, rows: npt.ArrayLike | None = None) -> Ints:
+        """The work of rows with one query token each, as `plan` has it. num_positions: int32 [N], what each sees, its
+        own token included; rows: their indices in the step, 0 ... N-1 where there is nothing else."""
+        return self._planner.plan(num_positions, rows)
 
     def prepare(self, batch: DeviceBatch) -> None:
         self._batch = batch

@@ -10,6 +10,16 @@ SpeculationMethod = Literal["ngram", "suffix", "draft_model", "eagle", "eagle3"]
 METHODS: tuple[SpeculationMethod, ...] = get_args(SpeculationMethod)
 LOOKUPS = frozenset(("ngram", "suffix"))  # which guess from text that is there, without a model
 
+# Fields that mean something to these methods alone.
+_ONLY_OF: dict[str, frozenset[str]] = {
+    "model": frozenset(METHODS) - LOOKUPS,
+    "revision": frozenset(METHODS) - LOOKUPS,
+    "quantization": frozenset(("draft_model",)),
+    "prompt_lookup_min": LOOKUPS,
+    "prompt_lookup_max": LOOKUPS,
+    "suffix_cached_tokens": frozenset(("suffix",)),
+}
+
 _RANGES = {
     "num_speculative_tokens": (1, 32),
     "prompt_lookup_min": (1, 16),
@@ -101,8 +111,7 @@ def _checked(values: dict[str, object]) -> SpeculationConfig:
     needs_model = config.method not in LOOKUPS
     if needs_model and config.model is None:
         raise ValueError(f"speculative_config: method={config.method} needs a model: a folder or a hub id")
-    if config.method != "draft_model":
-        for name in ("quantization",) if needs_model else ("model", "revision", "quantization"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"speculative_config: {name}={getattr(config, name)!r} has no use in {config.method}")
+    for name, methods in _ONLY_OF.items():
+        if values.get(name) is not None and config.method not in methods:
+            raise ValueError(f"speculative_config: {name}={values[name]!r} has no use in {config.method}")
     return config

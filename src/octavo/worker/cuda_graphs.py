@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch import Tensor
 from octavo.worker.step_buffers import StepShape
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 # Numbers of rows that decode steps are padded to: close together where a row costs most.
 _DECODE_SIZES = (
@@ -227,12 +229,20 @@ class StepGraphs:
         _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
 
     def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Computed]:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                computed = self._compute(shape)
-            finally:
-                graph.capture_end()
-        return graph, computed
+        return record_graph(lambda: self._compute(shape), self._pool, self._stream)
+
+
+def record_graph(
+    compute: Callable[[], _Result], pool: tuple[int, int], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, _Result]:
+    """A graph of what `compute` launches, and what it returned, which lies in the pool. stream: to record in, not the
+    current one."""
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            result = compute()
+        finally:
+            graph.capture_end()
+    return graph, result

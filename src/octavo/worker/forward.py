@@ -9,12 +9,13 @@ from torch import Tensor
 
 from octavo.attention.backend import AttentionBackend, AttentionBatch
 from octavo.protocol.plan import PlanRow
-from octavo.worker.inputs import StepInputs
+from octavo.worker.inputs import StepInputs, build_inputs
 from octavo.worker.slots import Slots
 
 
-def prepare(attention: AttentionBackend, slots: Slots, rows: Sequence[PlanRow], inputs: StepInputs) -> None:
-    """Tell the attention what the next pass computes."""
+def prepare(attention: AttentionBackend, slots: Slots, rows: Sequence[PlanRow]) -> StepInputs:
+    """The inputs of a pass over these rows; the attention is told of it."""
+    inputs = build_inputs(rows, slots)
     longest = max(row.start + row.length for row in rows)
     num_blocks = -(-longest // slots.block_size)
     attention.prepare(
@@ -25,6 +26,7 @@ def prepare(attention: AttentionBackend, slots: Slots, rows: Sequence[PlanRow], 
             slot_mapping=inputs.slot_mapping,
         )
     )
+    return inputs
 
 
 def last_of(hidden: Tensor, rows: Sequence[PlanRow]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class StepInputs:
     row_slots: Tensor
 
 
-def build_inputs(rows: list[PlanRow], slots: Slots) -> StepInputs:
+def build_inputs(rows: Sequence[PlanRow], slots: Slots) -> StepInputs:
     """One view for every row, whether it decodes one token or computes a piece of a prompt."""
     device = slots.token_ids.device
     packed = torch.tensor([[row.slot for row in rows], [row.start for row in rows], [row.length for row in rows]])

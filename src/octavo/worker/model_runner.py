@@ -15,7 +15,6 @@ from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepR
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
 from octavo.worker.forward import prepare
-from octavo.worker.inputs import build_inputs
 from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
@@ -87,8 +86,7 @@ class ModelRunner:
 
     def _forward(self, rows: list[PlanRow]) -> tuple[Tensor, Tensor]:
         """The last hidden states, and what a draft head reads: those, or the states that the model is tapped for."""
-        inputs = build_inputs(rows, self._slots)
-        prepare(self._attention, self._slots, rows, inputs)
+        inputs = prepare(self._attention, self._slots, rows)
         self._activate(rows, [row.length for row in rows])
         if not self._num_tapped:
             hidden = self._model(inputs.input_ids, inputs.positions, self._attention)

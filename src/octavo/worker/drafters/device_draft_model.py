@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.attention.backend import DeviceBatch, FusedAttentionBackend
+from octavo.attention.backend import DeviceBatch
+from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
 from octavo.models.base import CausalLM
 from octavo.protocol.plan import NewSequence, PlanRow
+from octavo.worker.cuda_graphs import record_graph
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.staging import upload
 from octavo.worker.step_buffers import NUM_PARAMS
@@ -59,7 +59,7 @@ class DeviceModelDrafter:
     def __init__(
         self,
         model: CausalLM,
-        attention: FusedAttentionBackend,
+        attention: TritonAttention,
         block_tables: Tensor,
         sizes: tuple[int, int],
         most: int,
@@ -85,7 +85,9 @@ class DeviceModelDrafter:
         self._graphs: dict[
             tuple[int, bool], torch.cuda.CUDAGraph
         ] = {}  # by sequences, and whether it is the first pass
-        self._pool = torch.cuda.graph_pool_handle() if use_graphs else None  # passes follow each other: one for all
+        if use_graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
+            self._stream = torch.cuda.Stream()
 
     def enter(self, new: NewSequence, start: int) -> None:
         """See Drafter: its KV is that of the slot's blocks."""
@@ -145,17 +147,11 @@ class DeviceModelDrafter:
         lengths = np.array([row.start + row.length + 1 for row in rows], np.int32)
         ends = lengths[:, None] - self._width + 1 + np.arange(self._width, dtype=np.int32)
         real = np.flatnonzero(ends.reshape(-1) > 0)
-        buffers, planner = self._buffers, self._attention
+        buffers = self._buffers
         words = np.full(len(buffers.words), -1, np.int32)
         words[: len(rows)] = [row.slot for row in rows]
-        single = [PlanRow(0, int(end) - 1, 1, [], True) for end in ends.reshape(-1)[real]]
-        window = planner.plan(single, self._block_tables, whole=True)[0]
-        window[:, 0] = real[window[:, 0]]
-        chain = planner.plan(
-            [PlanRow(0, int(length) + self._most - 1, 1, [], True) for length in lengths],
-            self._block_tables,
-            whole=True,
-        )[0]
+        window = self._attention.plan_decodes(ends.reshape(-1)[real], real)
+        chain = self._attention.plan_decodes(lengths + self._most)
         begin = len(buffers.slots)
         words[begin : begin + window.size] = window.reshape(-1)
         begin += buffers.window_items.numel()
@@ -171,7 +167,7 @@ class DeviceModelDrafter:
         key = size, is_first
         if key not in self._graphs:
             compute(size, lengths, token_ids)  # compiles, and sets up libraries
-            self._graphs[key] = self._recorded(lambda: compute(size, lengths, token_ids))
+            self._graphs[key], _ = record_graph(lambda: compute(size, lengths, token_ids), self._pool, self._stream)
         self._graphs[key].replay()
 
     def _first(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
@@ -217,15 +213,3 @@ class DeviceModelDrafter:
         samples = buffers.cu_q[1 : count + 1]  # none is 0
         drawing = slots, positions.contiguous(), self._greedy, samples
         self._kernels.draw_tokens(logits, *drawing, token_ids, buffers.drawn[:count])
-
-    def _recorded(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        stream, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                compute()
-            finally:
-                graph.capture_end()
-        stream.wait_stream(side)
-        return graph

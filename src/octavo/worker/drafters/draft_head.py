@@ -10,7 +10,6 @@ from octavo.models.base import Drafted, DraftHead
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.drafters.drafter import DraftRow
 from octavo.worker.forward import prepare
-from octavo.worker.inputs import build_inputs
 from octavo.worker.sampler.sampler import argmax
 from octavo.worker.slots import Slots
 
@@ -70,10 +69,9 @@ class HeadDrafter:
 
     def _forward(self, rows: list[PlanRow], features: Tensor, next_ids: Tensor | None) -> Drafted:
         """next_ids: the tokens after the rows' positions; None: those in the slots."""
-        inputs = build_inputs(rows, self._slots)
+        inputs = prepare(self._attention, self._slots, rows)
         if next_ids is None:
             slots = torch.repeat_interleave(inputs.row_slots, torch.tensor([row.length for row in rows]))
             next_ids = self._slots.token_ids[slots, inputs.positions + 1]
-        prepare(self._attention, self._slots, rows, inputs)
         drafted: Drafted = self._head(next_ids, inputs.positions, features.contiguous(), self._attention)
         return drafted

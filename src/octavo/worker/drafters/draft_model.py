@@ -10,7 +10,6 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.drafters.drafter import DraftRow
 from octavo.worker.forward import last_of, prepare
-from octavo.worker.inputs import build_inputs
 from octavo.worker.sampler.sampler import argmax
 from octavo.worker.slots import Slots
 
@@ -51,7 +50,6 @@ class ModelDrafter:
         return guesses
 
     def _forward(self, rows: list[PlanRow]) -> list[int]:
-        inputs = build_inputs(rows, self._slots)
-        prepare(self._attention, self._slots, rows, inputs)
+        inputs = prepare(self._attention, self._slots, rows)
         hidden = self._model(inputs.input_ids, inputs.positions, self._attention)
         return torch.Tensor.tolist(argmax(self._model.compute_logits(last_of(hidden, rows))))
