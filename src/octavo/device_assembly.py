@@ -116,7 +116,8 @@ def _compile(
     num_drafts = 0 if draft is None else draft.config.num_speculative_tokens
     compiling = compile_kernels(config, facts, method, dtype, device, num_drafts)
     if draft is not None and draft.facts is not None:
-        compile_kernels(config, draft.facts, method_of(draft.config.quantization, None), dtype, device, num_drafts)
+        stored = None if draft.source is None else draft.source.config.get("quantization_config")
+        compile_kernels(config, draft.facts, method_of(draft.config.quantization, stored), dtype, device, num_drafts)
     return compiling
 
 
