@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.attention.backend import DeviceBatch
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
 from octavo.models.base import CausalLM
 from octavo.protocol.plan import NewSequence, PlanRow
-from octavo.worker.cuda_graphs import record_graph
 from octavo.worker.device_speculation import DeviceDraftBatch
-from octavo.worker.staging import upload
+from octavo.worker.drafters.device_passes import (
+    Asked,
+    DraftPasses,
+    PassSizes,
+    asked_of,
+    prompts_of,
+    where_of,
+)
 from octavo.worker.step_buffers import NUM_PARAMS
 
-Ints = NDArray[np.int32]
-
 _NARROW = 2  # tokens
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
-
-
-class _Buffers:
-    """What passes for up to N sequences, of R tokens in the first, read and write, at fixed addresses.
-
-    words: int32, what the host writes, of which the following are parts. slots: [N], -1 for padding. last_rows: [N],
-    each sequence's last row of the first pass. row_slots, steps: [R], the slots of the rows of the first pass, -1 for
-    padding, and how far they are from where the widest window begins. window_items, chain_items: of decode attention.
-    ahead: int32 [N], how far the next pass is past the last known token.
-    """
-
-    def __init__(self, num_sequences: int, rows: int, max_items: tuple[int, int], device: torch.device):
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        sizes = [num_sequences, num_sequences, rows, rows, 6 * max_items[0], 6 * max_items[1]]
-        self.words = ints(sum(sizes))
-        self.slots, self.last_rows, self.row_slots, self.steps, window, chain = self.words.split(sizes)
-        self.window_items, self.chain_items = window.view(-1, 6), chain.view(-1, 6)
-        self.sizes = sizes
-        self.ahead = ints(num_sequences)
-        self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
-        self.drawn = ints(num_sequences, 2)
-        self.token_positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
 
 
 class DeviceModelDrafter:
@@ -55,8 +29,7 @@ class DeviceModelDrafter:
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
     known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess; each
     further one takes a pass of one token. The last two tokens do where the step before made as many guesses as were
-    verified; else it is `most + 2`, which leaves gaps where no guesses were wanted for longer. Each pass is a CUDA
-    graph, of as many sequences, and of as many tokens of each, as it is padded to.
+    verified; else it is `most + 2`, which leaves gaps where no guesses were wanted for longer.
     """
 
     def __init__(
@@ -72,26 +45,15 @@ class DeviceModelDrafter:
         a KV block, and sequences that are served in a step, beyond which none is. most: guesses of a sequence."""
         self._model = model
         self._attention = attention
-        self._block_tables = block_tables
-        self._block_size, max_sequences = sizes
-        self._most = most
         self._widest = most + 2
-        self._widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})  # tokens a sequence, on average
         self._made: dict[int, int] = {}  # by slot: guesses made in the last step of its sequence
-        self._sizes = [size for size in _SIZES if size <= max_sequences]
+        widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})
+        self._passes = DraftPasses(self._compute, attention, block_tables, PassSizes(*sizes, widths), use_graphs)
         self._kernels = triton.get()
-        self._use_graphs = use_graphs
-        device = block_tables.device
-        largest = self._sizes[-1]
-        max_items = [attention.max_items(rows, rows)[0] for rows in (largest * self._widest, largest)]
-        self._buffers = _Buffers(largest, largest * self._widest, (max_items[0], max_items[1]), device)
+        device, most_sequences = block_tables.device, self._passes.max_sequences
         # Parameters of slots whose draws are greedy: temperature 0.
         self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
-        # By sequences, and tokens of each in the first pass, 0 for the others.
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        if use_graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
-            self._stream = torch.cuda.Stream()
+        self._drawn = torch.zeros(most_sequences, 2, dtype=torch.int32, device=device)
 
     def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
         """See Drafter: its KV is that of the slot's blocks."""
@@ -99,141 +61,46 @@ class DeviceModelDrafter:
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         """See DeviceDrafter."""
-        rows = [row for row, is_prompt, count in zip(batch.rows, batch.prompts, batch.asked) if is_prompt and count]
-        if rows:
-            self._compute_prompts(rows, batch.token_ids)
-        asked = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
-        asked = asked[: self._sizes[-1]]
-        widths = [self._width_of(batch.rows[index], batch.prompts[index]) for index in asked]
+        prompts = [batch.rows[index] for index in prompts_of(batch)]
+        if prompts:
+            self._model(*self._passes.place_prompts(prompts, batch.token_ids), self._attention)
+        indices = asked_of(batch, self._passes.max_sequences)
+        asked = [
+            Asked(index, batch.asked[index], self._width_of(batch.rows[index], batch.prompts[index]))
+            for index in indices
+        ]
         for row in batch.rows:
             self._made.pop(row.slot, None)
         if not asked:
             return
-        size = next(size for size in self._sizes if size >= len(asked))
-        width = next(width for width in self._widths if width * size >= sum(widths))
-        self._describe([batch.rows[index] for index in asked], widths)
-        most = max(batch.asked[index] for index in asked)
-        for index in range(most):
-            self._launch(size, width if index == 0 else 0, batch.lengths, batch.token_ids)
-        self._made |= {batch.rows[index].slot: most for index in asked}
+        most = self._passes.run(batch, asked)
+        self._made |= {batch.rows[each.index].slot: each.count for each in asked}
         # The draws are in the table by now, behind the known tokens.
-        where = slice(None)
-        if len(asked) < len(batch.rows):
-            where = upload(np.array(asked, np.int32), batch.drafts.device).long()
-        slots = self._buffers.slots[: len(asked)].long()
+        where = where_of(batch, indices)
+        slots = batch.slots[where].long()
         columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
         batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
         batch.found[where] = most
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
-        """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
-        if self._use_graphs:
-            self._buffers.words.fill_(-1)
-            for size in reversed(self._sizes):  # in the memory of the largest the others find room
-                for width in (*reversed(self._widths), 0):
-                    self._launch(size, width, lengths, token_ids)
+        """See DeviceDrafter."""
+        self._passes.record(lengths, token_ids)
 
     def _width_of(self, row: PlanRow, is_prompt: bool) -> int:
         """How many of the last known tokens the first pass is to cover: the last always, and the guess that was made
         last if it came true; of a prompt the one that was drawn."""
         return _NARROW if is_prompt or row.num_drafts <= self._made.get(row.slot, -1) else self._widest
 
-    def _compute_prompts(self, rows: list[PlanRow], token_ids: Tensor) -> None:
-        """Write the KV of the rows' tokens."""
-        decode_items, prefill_items = self._attention.plan(rows, self._block_tables, whole=True)
-        num_tokens = sum(row.length for row in rows)
-        cu_q = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
-        fields = np.array([[row.slot for row in rows], [row.start for row in rows]], np.int32)
-        device = token_ids.device
-        row_slots, starts = upload(fields, device)
-        made = (
-            torch.empty(num_tokens, dtype=torch.int32, device=device),
-            torch.empty(num_tokens, dtype=torch.int64, device=device),
-            torch.empty(num_tokens, dtype=torch.int64, device=device),
-        )
-        where = row_slots.clone(), starts.clone(), upload(cu_q, device)
-        self._kernels.build_inputs(*where, token_ids, self._block_tables, self._block_size, *made)
-        items = upload(decode_items, device), upload(prefill_items, device)
-        self._attention.prepare(DeviceBatch(*where, made[2], self._block_tables, *items, rows=None))
-        self._model(made[0], made[1], self._attention)
-
-    def _describe(self, rows: list[PlanRow], widths: list[int]) -> None:
-        """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
-        buffers, count = self._buffers, len(rows)
-        slots = np.array([row.slot for row in rows], np.int32)
-        known = np.array([row.start + row.length + 1 for row in rows], np.int32)
-        after = np.cumsum(widths, dtype=np.int32)  # of each sequence's last row in the first pass
-        row_slots = np.repeat(slots, widths)
-        back = np.repeat(after, widths) - np.arange(after[-1], dtype=np.int32)  # from the next token
-        starts = np.repeat(known, widths) - back
-        real = np.flatnonzero(starts >= 0).astype(np.int32)
-        window = self._attention.plan_decodes(row_slots[real], starts[real], real)
-        chain = self._attention.plan_decodes(slots, known + self._most - 1, np.arange(count, dtype=np.int32))
-        words = np.full(len(buffers.words), -1, np.int32)
-        parts = slots, after - 1, row_slots, self._widest - back, window.reshape(-1), chain.reshape(-1)
-        for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
-            words[begin : begin + len(part)] = part
-        buffers.words.copy_(upload(words, buffers.words.device))
-
-    def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """The next guess of each sequence. width: of the first pass; 0: it is not the first. The tables are the same at
-        each call."""
-
-        def compute() -> None:
-            if width:
-                self._first(size, width, lengths, token_ids)
-            else:
-                self._next(size, lengths, token_ids)
-
-        if not self._use_graphs:
-            compute()
-            return
-        key = size, width
-        if key not in self._graphs:
-            compute()  # compiles, and sets up libraries
-            self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
-        self._graphs[key].replay()
-
-    def _first(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """Pass over the last known tokens of each sequence. Launches depend on size and width alone, as do those of
-        `_next`."""
-        buffers, rows = self._buffers, size * width
-        steps, row_slots = buffers.steps[:rows], buffers.row_slots[:rows]
-        behind = lengths - (self._widest - 1)
-        position = behind[row_slots.clamp(min=0)] - 1 + steps
-        row_slots = torch.where(position >= 0, row_slots, -1)
-        items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
-        hidden = self._pass(row_slots, steps, behind, items, token_ids)
-        last = buffers.last_rows[:size].clamp(min=0)
-        self._take(hidden[last], buffers.slots[:size], buffers.positions[last], token_ids)
-        buffers.ahead.fill_(1)
-
-    def _next(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """Pass over the last guess of each sequence."""
-        buffers = self._buffers
-        slots, ahead = buffers.slots[:size], buffers.ahead[:size]
-        items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
-        hidden = self._pass(slots, ahead, lengths, items, token_ids)
-        self._take(hidden, slots, buffers.positions[:size], token_ids)
-        buffers.ahead.add_(1)
-
-    def _pass(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Tensor:
-        """Hidden states of one token a row, `offsets` after the last of `lengths`."""
-        buffers, count = self._buffers, len(row_slots)
-        starts, positions, cu_q = buffers.starts[:count], buffers.positions[:count], buffers.cu_q[: count + 1]
-        self._kernels.follow_rows(row_slots, offsets, lengths, starts, positions, items)
-        made = buffers.input_ids[:count], buffers.token_positions[:count], buffers.slot_mapping[:count]
-        self._kernels.build_inputs(row_slots, starts, cu_q, token_ids, self._block_tables, self._block_size, *made)
-        none = items[:0, :2]
-        self._attention.prepare(
-            DeviceBatch(row_slots, starts, cu_q, made[2], self._block_tables, items, none, rows=None)
-        )
-        return self._model(made[0], made[1], self._attention)
-
-    def _take(self, hidden: Tensor, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """Put the likeliest tokens into the table at these positions, where the next pass reads."""
-        buffers, count = self._buffers, len(slots)
-        logits = self._model.compute_logits(hidden)
-        samples = buffers.cu_q[1 : count + 1]  # none is 0
-        drawing = slots, positions, self._greedy, samples
-        self._kernels.draw_tokens(logits, *drawing, token_ids, buffers.drawn[:count])
+    def _compute(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """See device_passes.Compute. Puts the likeliest tokens into the table, where the next pass reads."""
+        if width:
+            placed, last = self._passes.place_first(size, width, lengths, token_ids)
+            hidden = self._model(placed.input_ids, placed.positions, self._attention)[last]
+            slots, positions = self._passes.slots[:size], placed.next_positions[last]
+        else:
+            placed = self._passes.place_next(size, lengths, token_ids)
+            hidden = self._model(placed.input_ids, placed.positions, self._attention)
+            slots, positions = placed.row_slots, placed.next_positions
+        samples = self._passes.numbers[1 : size + 1]  # none is 0
+        drawing = slots, positions, self._greedy, samples, token_ids
+        self._kernels.draw_tokens(self._model.compute_logits(hidden), *drawing, self._drawn[:size])

@@ -1,0 +1,246 @@
+"""Passes of a small model over sequences that decode, on a GPU and without waiting for the host: inputs and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.attention.backend import DeviceBatch
+from octavo.attention.triton import TritonAttention
+from octavo.kernels import triton
+from octavo.protocol.plan import PlanRow
+from octavo.worker.cuda_graphs import record_graph
+from octavo.worker.device_speculation import DeviceDraftBatch
+from octavo.worker.staging import upload
+
+Ints = NDArray[np.int32]
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
+
+
+class PassSizes(NamedTuple):
+    """block_size: tokens of a KV block. max_sequences: that are served in a step, beyond which none is. widths:
+    ascending, tokens of each sequence in the first pass, on average, that it is padded to; none has more than the last
+    of them. lag: how far the last token that the first pass takes is behind the last that is known."""
+
+    block_size: int
+    max_sequences: int
+    widths: Sequence[int]
+    lag: int = 0
+
+
+class Asked(NamedTuple):
+    """A sequence that wants guesses. index: of its row in the step. count: of guesses. width: tokens of its in the
+    first pass. floor: its first position that a pass may write."""
+
+    index: int
+    count: int
+    width: int
+    floor: int = 0
+
+
+class Placed(NamedTuple):
+    """Tokens of a pass that attention was told of: row_slots int32 [T], -1 for padding; input_ids int32 [T], as the
+    table has them; positions int64 [T]; next_positions int32 [T], one more."""
+
+    row_slots: Tensor
+    input_ids: Tensor
+    positions: Tensor
+    next_positions: Tensor
+
+
+class Compute(Protocol):
+    def __call__(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Launch a pass over `size` sequences: the first, over size * width tokens, or where width is 0 one of the
+        others. Launches depend on size and width alone; lengths and token_ids, as in DeviceDraftBatch, stay where they
+        are."""
+        ...
+
+
+class _Buffers:
+    """What passes for up to N sequences, of R tokens in the first, read and write, at fixed addresses.
+
+    words: int32, what the host writes, of which the following are parts. slots, wanted: [N], -1 for padding, and the
+    guesses that are wanted. last_rows: [N], each sequence's last row of the first pass. row_slots, steps, floors: [R],
+    the slots of the rows of the first pass, -1 for padding; how far they are from where the widest window begins; the
+    least position of each. window_items, chain_items: of decode attention.
+    """
+
+    def __init__(self, num_sequences: int, rows: int, max_items: tuple[int, int], device: torch.device):
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.sizes = [*[num_sequences] * 3, *[rows] * 3, 6 * max_items[0], 6 * max_items[1]]
+        self.words = ints(sum(self.sizes))
+        parts = self.words.split(self.sizes)
+        self.slots, self.wanted, self.last_rows, self.row_slots, self.steps, self.floors = parts[:6]
+        self.window_items, self.chain_items = parts[6].view(-1, 6), parts[7].view(-1, 6)
+        self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
+        self.token_positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
+
+
+class DraftPasses:
+    """The first pass goes over the last known tokens of each sequence, and each further one over one token of each.
+
+    The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. Each pass
+    is a CUDA graph, of as many sequences, and of as many tokens of each, as it is padded to.
+    """
+
+    def __init__(
+        self, compute: Compute, attention: TritonAttention, block_tables: Tensor, sizes: PassSizes, use_graphs: bool
+    ) -> None:
+        """attention: over a cache with as many blocks as the model's own. block_tables: of all slots."""
+        self._compute = compute
+        self._attention = attention
+        self._block_tables = block_tables
+        self._block_size, max_sequences, self._widths, self._lag = sizes
+        self._sizes = [size for size in _SIZES if size <= max_sequences]
+        self._kernels = triton.get()
+        self.max_sequences = largest = self._sizes[-1]
+        device, widest = block_tables.device, self._widths[-1]
+        max_items = [attention.max_items(rows, rows)[0] for rows in (largest * widest, largest)]
+        self._buffers = _Buffers(largest, largest * widest, (max_items[0], max_items[1]), device)
+        self.count = torch.zeros(largest, dtype=torch.int32, device=device)
+        """int32 [N]: how many passes came before."""
+        self.slots = self._buffers.slots
+        """int32 [N]: of the sequences, -1 for padding."""
+        self.numbers = self._buffers.cu_q
+        """int32 [>= N + 1]: 0, 1, 2 and so on."""
+        self._use_graphs = use_graphs
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and width
+        if use_graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
+            self._stream = torch.cuda.Stream()
+
+    def run(self, batch: DeviceDraftBatch, asked: Sequence[Asked]) -> int:
+        """All passes for these sequences, max_sequences of them at most. Returns how many: the most guesses wanted."""
+        size = next(size for size in self._sizes if size >= len(asked))
+        total = sum(each.width for each in asked)
+        width = next(width for width in self._widths if width * size >= total)
+        self._describe(batch.rows, asked)
+        most = max(each.count for each in asked)
+        for index in range(most):
+            self._launch(size, 0 if index else width, batch.lengths, batch.token_ids)
+        return most
+
+    def record(self, lengths: Tensor, token_ids: Tensor) -> None:
+        """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
+        if self._use_graphs:
+            self._buffers.words.fill_(-1)
+            for size in reversed(self._sizes):  # in the memory of the largest the others find room
+                for width in (*reversed(self._widths), 0):
+                    self._launch(size, width, lengths, token_ids)
+
+    def place_prompts(self, rows: Sequence[PlanRow], token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of rows that are right as they are: their ids in the table, and positions, as in Placed."""
+        decode_items, prefill_items = self._attention.plan(rows, self._block_tables, whole=True)
+        num_tokens = sum(row.length for row in rows)
+        cu_q = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
+        fields = np.array([[row.slot for row in rows], [row.start for row in rows]], np.int32)
+        device = token_ids.device
+        row_slots, starts = upload(fields, device)
+        input_ids = torch.empty(num_tokens, dtype=torch.int32, device=device)
+        positions = torch.empty(num_tokens, dtype=torch.int64, device=device)
+        slot_mapping = torch.empty_like(positions)
+        where = row_slots.clone(), starts.clone(), upload(cu_q, device)
+        made = input_ids, positions, slot_mapping
+        self._kernels.build_inputs(*where, token_ids, self._block_tables, self._block_size, *made)
+        items = upload(decode_items, device), upload(prefill_items, device)
+        self._attention.prepare(DeviceBatch(*where, slot_mapping, self._block_tables, *items, rows=None))
+        return input_ids, positions
+
+    def place_first(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> tuple[Placed, Tensor]:
+        """The last known tokens of each sequence; and, int64 [size], where the last of each is among them, any for
+        padding."""
+        buffers, rows = self._buffers, size * width
+        self.count.zero_()
+        steps, row_slots = buffers.steps[:rows], buffers.row_slots[:rows]
+        behind = lengths - (self._widths[-1] - 1 + self._lag)
+        position = behind[row_slots.clamp(min=0)] - 1 + steps
+        row_slots = torch.where(position >= buffers.floors[:rows], row_slots, -1)
+        items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
+        return self._place(row_slots, steps, behind, items, token_ids), buffers.last_rows[:size].clamp(min=0).long()
+
+    def place_next(self, size: int, lengths: Tensor, token_ids: Tensor) -> Placed:
+        """The next token of each sequence that wants more guesses."""
+        buffers = self._buffers
+        self.count.add_(1)
+        ahead = self.count[:size]
+        slots = torch.where(buffers.wanted[:size] > ahead, buffers.slots[:size], -1)
+        items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
+        return self._place(slots, ahead, lengths - self._lag, items, token_ids)
+
+    def _place(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Placed:
+        """One token a row, `offsets` after the last of `lengths`."""
+        buffers, count = self._buffers, len(row_slots)
+        starts, positions, cu_q = buffers.starts[:count], buffers.positions[:count], buffers.cu_q[: count + 1]
+        self._kernels.follow_rows(row_slots, offsets, lengths, starts, positions, items)
+        made = buffers.input_ids[:count], buffers.token_positions[:count], buffers.slot_mapping[:count]
+        self._kernels.build_inputs(row_slots, starts, cu_q, token_ids, self._block_tables, self._block_size, *made)
+        none = items[:0, :2]
+        self._attention.prepare(
+            DeviceBatch(row_slots, starts, cu_q, made[2], self._block_tables, items, none, rows=None)
+        )
+        return Placed(row_slots, made[0], made[1], positions)
+
+    def _describe(self, rows: Sequence[PlanRow], asked: Sequence[Asked]) -> None:
+        """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
+        buffers, count = self._buffers, len(asked)
+        own = [rows[each.index] for each in asked]
+        slots = np.array([row.slot for row in own], np.int32)
+        known = np.array([row.start + row.length + 1 for row in own], np.int32)
+        _, wanted, widths, floors = np.array(asked, np.int32).T
+        after = np.cumsum(widths, dtype=np.int32)  # of each sequence's last row in the first pass
+        row_slots = np.repeat(slots, widths)
+        back = np.repeat(after, widths) - np.arange(after[-1], dtype=np.int32)  # from the token after the last
+        starts = np.repeat(known, widths) - back - self._lag
+        real = np.flatnonzero(starts >= 0).astype(np.int32)
+        window = self._attention.plan_decodes(row_slots[real], starts[real], real)
+        ends = known - self._lag + wanted - 1
+        chain = self._attention.plan_decodes(slots, ends, np.arange(count, dtype=np.int32))
+        words = np.full(len(buffers.words), -1, np.int32)
+        of_rows = row_slots, self._widths[-1] - back, np.repeat(floors, widths)
+        parts = slots, wanted, after - 1, *of_rows, window.reshape(-1), chain.reshape(-1)
+        for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
+            words[begin : begin + len(part)] = part
+        buffers.words.copy_(upload(words, buffers.words.device))
+
+    def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """A pass. The tables are the same at each call."""
+
+        def compute() -> None:
+            self._compute(size, width, lengths, token_ids)
+
+        if not self._use_graphs:
+            compute()
+            return
+        key = size, width
+        if key not in self._graphs:
+            compute()  # compiles, and sets up libraries
+            self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
+        self._graphs[key].replay()
+
+
+def prompts_of(batch: DeviceDraftBatch) -> list[int]:
+    """The rows of prompts for which there are, or will be, guesses: indices of batch.rows."""
+    return [index for index, count in enumerate(batch.asked) if batch.prompts[index] and count]
+
+
+def asked_of(batch: DeviceDraftBatch, max_sequences: int) -> list[int]:
+    """The rows that want guesses now, as far as there is room: indices of batch.rows."""
+    wanted = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
+    return wanted[:max_sequences]
+
+
+def where_of(batch: DeviceDraftBatch, asked: Sequence[int]) -> Tensor | slice:
+    """The index that picks these rows of batch.drafts, on the device."""
+    if len(asked) == len(batch.rows):
+        return slice(None)
+    return upload(np.array(asked, np.int32), batch.drafts.device).long()
