@@ -32,8 +32,11 @@ from octavo.quantization.scheme import LinearLayer, QuantizationMethod
 from octavo.worker.adapters import AdapterBank, adapter_bank
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.device_speculation import DeviceDrafter, DeviceSpeculation
+from octavo.worker.drafters.device_draft_head import DeviceHeadDrafter
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
+from octavo.worker.drafters.device_passes import reach_of
 from octavo.worker.drafters.lookup import DeviceLookupDrafter
+from octavo.worker.drafters.recent_features import RecentFeatures
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.warm_up import compile_kernels
@@ -89,7 +92,7 @@ def build_cuda(
         slots = DeviceSlots(own, device)
         speculation = None
         if draft is not None:
-            speculation = _speculation(draft, small, slots, own, (num_blocks, use_graphs))
+            speculation = _speculation(draft, (model, small), slots, own, (num_blocks, use_graphs))
         return DeviceRunner(model, make_attention(num_blocks), sampler, slots, own, use_graphs, bank, speculation)
 
     with _memory_for("the largest step", "lower max_num_batched_tokens or max_num_seqs"):
@@ -122,35 +125,45 @@ def _compile(
 
 
 def _speculation(
-    draft: Draft, model: CausalLM | DraftHead | None, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
+    draft: Draft,
+    models: tuple[CausalLM, CausalLM | DraftHead | None],
+    slots: DeviceSlots,
+    limits: DeviceLimits,
+    blocks: tuple[int, bool],
 ) -> DeviceSpeculation:
-    """What makes and verifies guesses on a GPU. model: the smaller one. blocks: how many the KV cache has, and whether
-    CUDA graphs are recorded."""
+    """What makes and verifies guesses on a GPU. models: that which is served, and what drafts for it. blocks: how many
+    the KV cache has, and whether CUDA graphs are recorded."""
+    target, model = models
     device, most = slots.token_ids.device, draft.config.num_speculative_tokens
+    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
     drafter: DeviceDrafter
-    if not isinstance(model, CausalLM):
+    recent: RecentFeatures | None = None
+    if model is None:
         drafter = DeviceLookupDrafter(draft.lookup, slots.token_ids)
     else:
-        drafter = _model_drafter(draft, model, slots, limits, blocks)
-    groups = limits.max_num_seqs, limits.max_num_seqs + limits.max_draft_rows
-    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance)
+        sizes = limits.block_size, max(1, limits.max_draft_rows // most)
+        dtype = target.embed_tokens.weight.dtype
+        attention = _draft_attention(draft, sizes, blocks[0], dtype, device)
+        rest = attention, slots.block_tables, sizes, most, blocks[1]
+        if isinstance(model, CausalLM):
+            drafter = DeviceModelDrafter(model, *rest)
+        else:
+            recent = RecentFeatures(model, target, limits.max_num_seqs, reach_of(most), most)
+            drafter = DeviceHeadDrafter(model, recent, *rest)
+    return DeviceSpeculation(drafter, most, groups, device, draft.config.synthetic_acceptance, recent)
 
 
-def _model_drafter(
-    draft: Draft, model: CausalLM, slots: DeviceSlots, limits: DeviceLimits, blocks: tuple[int, bool]
-) -> DeviceModelDrafter:
-    num_blocks, use_graphs = blocks
-    facts, device, most = draft.facts, slots.token_ids.device, draft.config.num_speculative_tokens
+def _draft_attention(
+    draft: Draft, sizes: tuple[int, int], num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> TritonAttention:
+    """Over a KV cache of so many blocks. sizes: tokens of a block, and sequences that get guesses in a step."""
+    facts, (block_size, num_sequences) = draft.facts, sizes
     assert facts is not None
-    num_sequences = max(1, limits.max_draft_rows // most)
-    block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
-    dtype = model.embed_tokens.weight.dtype
+    block = 2, facts.num_kv_heads, block_size, facts.head_dim
     cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    rows = num_sequences * (most + 2)
-    attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill(), shares=True)
-    sizes = limits.block_size, num_sequences
-    return DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
+    rows = num_sequences * reach_of(draft.config.num_speculative_tokens)
+    return TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill(), shares=True)
 
 
 def _copy_weights(model: CausalLM, wanted: bool | None) -> None:

@@ -73,10 +73,6 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig) -> Draft:
     if wanted.method in LOOKUPS:
         return Draft(config=wanted)
     assert wanted.model is not None
-    if wanted.method != "draft_model" and config.device != "cpu":
-        raise ValueError(
-            f"speculative_config: method={wanted.method} has no GPU yet; allowed: ngram, suffix, draft_model"
-        )
     load_format: LoadFormat = "dummy" if config.options.load_format == "dummy" else "auto"
     source = resolve_source(wanted.model, revision=wanted.revision, load_format=load_format)
     itemsize = 4 if config.dtype == "float32" else 2
@@ -86,15 +82,20 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig) -> Draft:
 
 
 def _head_facts(values: Mapping[str, Any]) -> ModelFacts:
-    """What is needed of a draft head's KV. Raises ValueError naming the field that is missing or wrong."""
+    """What is needed of a draft head: its KV, and what its kernels are compiled for. Raises ValueError naming the field
+    that is missing or wrong."""
     fields = ConfigFields(values)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    vocab_size = fields.integer("vocab_size")
     return ModelFacts(
         max_position_embeddings=1,
-        vocab_size=1,
+        vocab_size=fields.integer("draft_vocab_size", vocab_size),
         num_layers=1,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=fields.integer("head_dim", hidden // heads),
+        num_heads=heads,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
     )
 
 

@@ -101,3 +101,18 @@ def test_guesses_are_put_behind_what_is_known():
     tables = ints([-1] * NUM_SLOTS), torch.full((NUM_SLOTS, 50), -7, dtype=torch.int32, device=DEVICE)
     found, expected = both("place_drafts", slots, drafts, found_counts, asked, lengths, *tables)
     assert same(found, expected)
+
+
+@pytest.mark.parametrize("longest", [1, 30])
+def test_features_of_the_last_tokens_are_kept_by_position(longest):
+    rng = random.Random(longest)
+    lengths = [rng.randrange(1 + longest) for _ in range(6)]
+    ends = [sum(lengths[:index]) for index in range(7)]
+    slots = [rng.choice([-1, slot]) for slot in rng.sample(range(9), 6)]
+    starts = [rng.randrange(50) for _ in lengths]
+    features = torch.randn(ends[-1] + 2, 40, dtype=torch.bfloat16, device=DEVICE)
+    recent = torch.zeros(9, 8, 40, dtype=torch.bfloat16, device=DEVICE)
+    rows = ints(slots), ints(starts), ints(ends)
+    found, expected = both("keep_features", features, *rows, recent, longest=longest)
+    assert same(found, expected)
+    assert expected[-1].any()

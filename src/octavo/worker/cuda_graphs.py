@@ -45,11 +45,12 @@ _MIXED_ROWS = (64, 256)
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a step leaves on the device. hidden: [T, hidden_size]; logits: [R, vocab_size]. Of a graph, they are
-    overwritten by the next replay of any."""
+    """What a step leaves on the device. hidden: [T, hidden_size]; logits: [R, vocab_size]; features: [T, F], where
+    there is a draft head. Of a graph, they are overwritten by the next replay of any."""
 
     hidden: Tensor
     logits: Tensor
+    features: Tensor | None = None
 
 
 class _Address:
@@ -224,7 +225,8 @@ class StepGraphs:
         except RuntimeError:  # this size needs what no other of its kind did
             self._compute(shape)
             graph, computed = self._capture(shape)
-        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits))
+        features = None if computed.features is None else borrowed(computed.features)
+        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits), features)
         self._graphs[key] = StepGraph(shape, graph, computed)
         _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
 

@@ -181,6 +181,7 @@ class DeviceRunner:
             return 0
         with torch.cuda.stream(self._stream):
             if self._speculation is not None:
+                self._activate(None)
                 self._speculation.record(self._slots.token_ids)
             return self.graphs.record_for(seconds)
 
@@ -272,7 +273,8 @@ class DeviceRunner:
             if drew_more:
                 self._speculation.verify(buffers, shape)
             asked = self._asked(step.plan, plan_rows)
-            step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids)
+            self._activate(None)  # what guesses has no adapters, also where it shares layers with the model
+            step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids, computed.features)
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)
         if pooled is not None:
@@ -304,7 +306,8 @@ class DeviceRunner:
             )
         )
         self._activate(buffers.token_adapters(shape) if shape.adapters else None)
-        hidden = self._model(input_ids, positions, self._attention)
+        taps = None if self._speculation is None else self._speculation.taps(num_tokens)
+        hidden = self._model(input_ids, positions, self._attention, taps)
         last = hidden
         if not shape.decodes:
             last = torch.empty(num_rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
@@ -313,9 +316,10 @@ class DeviceRunner:
         logits = self._model.compute_logits(last)
         drawing = row_slots, buffers.positions[:num_rows], slots.params, buffers.samples[:num_rows]
         self._sampler.draw(logits, *drawing, slots.token_ids, buffers.out[:num_rows])
-        if self._speculation is not None:
-            self._speculation.verify(buffers, shape)
-        return Computed(hidden, logits)
+        if self._speculation is None:
+            return Computed(hidden, logits)
+        self._speculation.verify(buffers, shape)
+        return Computed(hidden, logits, self._speculation.keep(hidden if taps is None else taps, buffers, shape))
 
     def _activate(self, slots: Tensor | None) -> None:
         """The adapters of the next tokens that come to the model's layers."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.kernels import triton
 from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan
+from octavo.worker.drafters.recent_features import RecentFeatures
 from octavo.worker.staging import upload
 from octavo.worker.step_buffers import SplitRows, StepBuffers, StepShape
 
@@ -24,7 +25,8 @@ class DeviceDraftBatch(NamedTuple):
     rows: those of the plan that ran, G of them, whose starts and lengths are upper bounds. prompts: whether a row is of
     a prompt, and right as it is. asked: guesses wanted, one number a row; of a prompt that goes on, whether there will
     be some. slots, wanted: int32 [G], the same; slot -1 where no guess is wanted now. lengths: int32 [num_slots],
-    known tokens. token_ids: int32 [num_slots, max_len]. Written: drafts, int32 [G, K], and found, int32 [G], 0 so far.
+    known tokens. token_ids: int32 [num_slots, max_len]. features: of all tokens of the rows, [T, F], for a draft head.
+    Written: drafts, int32 [G, K], and found, int32 [G], 0 so far.
     """
 
     rows: Sequence[PlanRow]
@@ -34,6 +36,7 @@ class DeviceDraftBatch(NamedTuple):
     wanted: Tensor
     lengths: Tensor
     token_ids: Tensor
+    features: Tensor | None
     drafts: Tensor
     found: Tensor
 
@@ -60,12 +63,15 @@ class DeviceSpeculation:
         sizes: tuple[int, int],
         device: torch.device,
         acceptance: float | None = None,
+        recent: RecentFeatures | None = None,
     ) -> None:
-        """num_drafts: guesses of a row, at most. sizes: slots, and sequences of a step. acceptance: see verify_rows."""
+        """num_drafts: guesses of a row, at most. sizes: slots, and sequences of a step. acceptance: see verify_rows.
+        recent: of a draft head."""
         num_slots, num_groups = sizes
         self._drafter = drafter
         self._most = num_drafts
         self._acceptance = acceptance
+        self._recent = recent
         self._kernels = triton.get()
         self._lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._ready = torch.zeros(num_slots, dtype=torch.int32, device=device)
@@ -115,8 +121,19 @@ class DeviceSpeculation:
             self._acceptance,
         )
 
-    def propose(self, rows: Sequence[PlanRow], asked: Sequence[int], token_ids: Tensor) -> Tensor:
-        """Make the guesses that are asked for, and put them into the slots. asked: see StepPlan.drafts.
+    def taps(self, num_tokens: int) -> Tensor | None:
+        """What CausalLM.forward is to be given for so many tokens."""
+        return None if self._recent is None else self._recent.taps(num_tokens)
+
+    def keep(self, states: Tensor, buffers: StepBuffers, shape: StepShape) -> Tensor | None:
+        """Keep what a draft head reads, and return that of the step. states: the taps, or the last hidden ones."""
+        return None if self._recent is None else self._recent.keep(states, buffers, shape)
+
+    def propose(
+        self, rows: Sequence[PlanRow], asked: Sequence[int], token_ids: Tensor, features: Tensor | None
+    ) -> Tensor:
+        """Make the guesses that are asked for, and put them into the slots. asked: see StepPlan.drafts. features: what
+        `keep` returned.
 
         Returns the verdict, on the host once the step is done: int32 [rows, 2 + K], see `results`.
         """
@@ -133,7 +150,8 @@ class DeviceSpeculation:
             slots, counts = upload(np.ascontiguousarray(wanted.T), device)
             drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
             found = torch.zeros(num_rows, dtype=torch.int32, device=device)
-            batch = DeviceDraftBatch(rows, prompts, asked, slots, counts, self._lengths, token_ids, drafts, found)
+            tables = self._lengths, token_ids, features
+            batch = DeviceDraftBatch(rows, prompts, asked, slots, counts, *tables, drafts, found)
             self._drafter.propose(batch)
             self._kernels.place_drafts(slots, drafts, found, counts, self._lengths, self._ready, token_ids)
             verdict[:, 1].copy_(found)

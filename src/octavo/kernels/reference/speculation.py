@@ -62,3 +62,15 @@ def place_drafts(
             found[group] = ready[slot] = count
             begin = int(lengths[slot])
             token_ids[slot, begin : begin + count] = drafts[group, :count]
+
+
+def keep_features(
+    features: Tensor, row_slots: Tensor, starts: Tensor, cu_q: Tensor, recent: Tensor, longest: int
+) -> None:
+    """See the kernel."""
+    kept, ends = recent.shape[1], cu_q.tolist()
+    for row, (slot, start) in enumerate(zip(row_slots.tolist(), starts.tolist())):
+        begin, end = ends[row], ends[row + 1]
+        assert end - begin <= longest
+        for token in range(max(begin, end - kept), end) if slot >= 0 else ():
+            recent[slot, (start + token - begin) % kept] = features[token]

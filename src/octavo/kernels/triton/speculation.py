@@ -1,5 +1,6 @@
 """What speculative decoding adds to a step on a GPU, so that the next one can be launched before the host knows which
-guesses came true: rows that follow the sequence's true length, the verdict on guesses, and new guesses put in place.
+guesses came true: rows that follow the sequence's true length, the verdict on guesses, and new guesses put in place;
+and what a draft head reads of a step kept for it.
 
 A row that verifies k guesses is 1 + k rows of one token here: all write their KV before any attends.
 """
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 128
+_COLUMNS = 1024  # of features that a program copies
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_items"], do_not_specialize_on_alignment=["offsets_ptr", "items_ptr"])
@@ -182,4 +184,39 @@ def place_drafts(
     _place_kernel[(triton.cdiv(num_groups, _BLOCK),)](
         group_slots, drafts, found, asked, lengths, ready, token_ids, num_groups, token_ids.stride(0),
         MOST=most, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["row_slots_ptr", "starts_ptr", "cu_q_ptr"])
+def _keep_kernel(
+    features_ptr, row_slots_ptr, starts_ptr, cu_q_ptr, recent_ptr, SIZE: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK columns of a row's token, counted from its last."""
+    row = tl.program_id(0)
+    slot = tl.load(row_slots_ptr + row)
+    start = tl.load(starts_ptr + row)
+    begin = tl.load(cu_q_ptr + row)
+    token = tl.load(cu_q_ptr + row + 1) - 1 - tl.program_id(1)
+    if (slot >= 0) & (token >= begin):
+        column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(features_ptr + token.to(tl.int64) * SIZE + column, mask=column < SIZE)
+        place = slot.to(tl.int64) * KEPT + (start + token - begin) % KEPT
+        tl.store(recent_ptr + place * SIZE + column, values, mask=column < SIZE)
+
+
+def keep_features(
+    features: Tensor, row_slots: Tensor, starts: Tensor, cu_q: Tensor, recent: Tensor, longest: int
+) -> None:
+    """Keep the features of each row's last tokens, where the sequence's former ones stood. One launch, that depends on
+    shapes and `longest`, the most tokens that a row may have.
+
+    features: [T, F]. row_slots: int32 [R], -1 for padding. starts: int32 [R], tokens before the row's. cu_q: int32
+    [>= R + 1]; row r has the tokens [cu_q[r], cu_q[r + 1]). Written: recent, [num_slots, K, F], of features' dtype: the
+    last K tokens of a row, that of position p at p % K.
+    """
+    (num_rows,), (_, kept, size) = row_slots.shape, recent.shape
+    grid = num_rows, min(longest, kept), triton.cdiv(size, _COLUMNS)
+    _keep_kernel[grid](
+        features, row_slots, starts, cu_q, recent, SIZE=size, KEPT=kept, BLOCK=_COLUMNS, num_warps=4
     )  # fmt: skip

@@ -77,7 +77,10 @@ def _apply_diff_kernel(
         tl.store(params_ptr + slot * PARAMS + index % PARAMS, word, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_halvings"])
+# A draft head reads the table from its second column on.
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_rows", "num_halvings"], do_not_specialize_on_alignment=["token_ids_ptr"]
+)
 def _build_inputs_kernel(
     row_slots_ptr,
     starts_ptr,

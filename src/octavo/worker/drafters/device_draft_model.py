@@ -16,6 +16,7 @@ from octavo.worker.drafters.device_passes import (
     PassSizes,
     asked_of,
     prompts_of,
+    reach_of,
     where_of,
 )
 from octavo.worker.step_buffers import NUM_PARAMS
@@ -45,7 +46,7 @@ class DeviceModelDrafter:
         a KV block, and sequences that are served in a step, beyond which none is. most: guesses of a sequence."""
         self._model = model
         self._attention = attention
-        self._widest = most + 2
+        self._widest = reach_of(most)
         self._made: dict[int, int] = {}  # by slot: guesses made in the last step of its sequence
         widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})
         self._passes = DraftPasses(self._compute, attention, block_tables, PassSizes(*sizes, widths), use_graphs)
@@ -74,7 +75,7 @@ class DeviceModelDrafter:
         if not asked:
             return
         most = self._passes.run(batch, asked)
-        self._made |= {batch.rows[each.index].slot: each.count for each in asked}
+        self._made |= {batch.rows[each.row].slot: each.wanted for each in asked}
         # The draws are in the table by now, behind the known tokens.
         where = where_of(batch, indices)
         slots = batch.slots[where].long()

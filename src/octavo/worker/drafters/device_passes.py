@@ -35,11 +35,11 @@ class PassSizes(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A sequence that wants guesses. index: of its row in the step. count: of guesses. width: tokens of its in the
+    """A sequence that wants guesses. row: the index of its own in the step. wanted: how many. width: its tokens in the
     first pass. floor: its first position that a pass may write."""
 
-    index: int
-    count: int
+    row: int
+    wanted: int
     width: int
     floor: int = 0
 
@@ -125,7 +125,7 @@ class DraftPasses:
         total = sum(each.width for each in asked)
         width = next(width for width in self._widths if width * size >= total)
         self._describe(batch.rows, asked)
-        most = max(each.count for each in asked)
+        most = max(each.wanted for each in asked)
         for index in range(most):
             self._launch(size, 0 if index else width, batch.lengths, batch.token_ids)
         return most
@@ -136,6 +136,7 @@ class DraftPasses:
             self._buffers.words.fill_(-1)
             for size in reversed(self._sizes):  # in the memory of the largest the others find room
                 for width in (*reversed(self._widths), 0):
+                    self.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
                     self._launch(size, width, lengths, token_ids)
 
     def place_prompts(self, rows: Sequence[PlanRow], token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,7 @@ class DraftPasses:
     def _describe(self, rows: Sequence[PlanRow], asked: Sequence[Asked]) -> None:
         """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
         buffers, count = self._buffers, len(asked)
-        own = [rows[each.index] for each in asked]
+        own = [rows[each.row] for each in asked]
         slots = np.array([row.slot for row in own], np.int32)
         known = np.array([row.start + row.length + 1 for row in own], np.int32)
         _, wanted, widths, floors = np.array(asked, np.int32).T
@@ -218,14 +219,19 @@ class DraftPasses:
         def compute() -> None:
             self._compute(size, width, lengths, token_ids)
 
-        if not self._use_graphs:
-            compute()
-            return
         key = size, width
-        if key not in self._graphs:
-            compute()  # compiles, and sets up libraries
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        compute()  # which also compiles, and sets up libraries
+        if self._use_graphs:
             self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
-        self._graphs[key].replay()
+
+
+def reach_of(most: int) -> int:
+    """The tokens that the first pass goes over at most, of a sequence that gets up to so many guesses: those of a step
+    that verified as many, and one that a step without guesses brought."""
+    return most + 2
 
 
 def prompts_of(batch: DeviceDraftBatch) -> list[int]:
