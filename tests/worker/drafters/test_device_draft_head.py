@@ -1,0 +1,206 @@
+"""Draft heads on a GPU, in Triton's interpreter: what they guess is what they guess on a CPU, where nothing is kept."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.attention.cpu import CpuAttention
+from octavo.attention.long_prefill import NoLongPrefill
+from octavo.attention.triton import TritonAttention
+from octavo.config import SchedulerConfig
+from octavo.distributed.executor import DeviceExecutor, InProcessExecutor
+from octavo.engine.engine import Engine
+from octavo.kernels import triton
+from octavo.loading.weights import dummy_weights
+from octavo.models.base import CausalLM, DraftHead
+from octavo.models.registry import build_head, build_model
+from octavo.protocol.plan import NewSequence
+from octavo.protocol.request import Request
+from octavo.protocol.sampling import SamplingParams
+from octavo.scheduler.scheduler import Scheduler
+from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker.device_speculation import DeviceDraftBatch, DeviceDrafter, DeviceSpeculation
+from octavo.worker.drafters.device_draft_head import DeviceHeadDrafter
+from octavo.worker.drafters.device_passes import reach_of
+from octavo.worker.drafters.draft_head import HeadDrafter
+from octavo.worker.drafters.drafter import DraftRow
+from octavo.worker.drafters.recent_features import RecentFeatures
+from octavo.worker.model_runner import ModelRunner
+from octavo.worker.sampler.device_sampler import DeviceSampler
+from octavo.worker.sampler.sampler import Sampler
+from octavo.worker.slots import Slots
+from octavo.worker.speculation import Speculation
+
+CPU = torch.device("cpu")
+MOST, NUM_BLOCKS = 3, 14
+VOCAB, DRAFT_VOCAB = 7, 5  # so few that guesses of a head that nobody trained come true now and then
+LIMITS = DeviceLimits(
+    max_num_seqs=3, max_num_batched_tokens=24, max_model_len=64, block_size=16, max_draft_rows=3 * MOST
+)
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+Guesses = dict[tuple[int, ...], list[int]]  # by the known tokens before
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    triton.load()
+    made = build_model(CONFIG, torch.float32, CPU)
+    made.load_weights(
+        (name, tensor * 6 if "norm" not in name else tensor) for name, tensor in dummy_weights(made, 0, CPU)
+    )
+    return made
+
+
+def head_of(method: Any, model: CausalLM) -> DraftHead:
+    config = CONFIG | {"num_hidden_layers": 1}
+    if method == "eagle3":
+        config |= {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "draft_vocab_size": DRAFT_VOCAB}
+    head = build_head(method, config, model.config, (), torch.float32, CPU)
+    offsets = torch.tensor([0, 1, 1, 2, 2])
+    head.load_weights(
+        (name, offsets if name == "d2t" else tensor if "norm" in name else tensor * 12)
+        for name, tensor in dummy_weights(head, 1, CPU)
+    )
+    head.share(model)
+    model.tap(head.tap_layers)
+    return head
+
+
+class Overheard:
+    """A drafter on a GPU whose guesses are noted."""
+
+    def __init__(self, drafter: DeviceDrafter) -> None:
+        self._drafter = drafter
+        self.guesses: Guesses = {}
+
+    def enter(self, new: NewSequence, start: int) -> None:
+        self._drafter.enter(new, start)
+
+    def propose(self, batch: DeviceDraftBatch) -> None:
+        self._drafter.propose(batch)
+        for group, (slot, count) in enumerate(zip(batch.slots.tolist(), batch.wanted.tolist())):
+            if slot >= 0:
+                known = tuple(batch.token_ids[slot, : batch.lengths[slot]].tolist())
+                self.guesses[known] = batch.drafts[group, :count].tolist()
+
+
+class OverheardOnCpu:
+    """The same on a CPU."""
+
+    def __init__(self, drafter: HeadDrafter, slots: Slots) -> None:
+        self._drafter = drafter
+        self._slots = slots
+        self.guesses: Guesses = {}
+
+    def enter(self, new: NewSequence, start: int) -> None:
+        self._drafter.enter(new, start)
+
+    def propose(self, rows: list[DraftRow], features: torch.Tensor | None) -> list[list[int]]:
+        made = self._drafter.propose(rows, features)
+        for row, own in zip(rows, made):
+            if row.count:
+                self.guesses[tuple(self._slots.token_ids[row.slot, : row.num_tokens].tolist())] = own
+        return made
+
+
+def engine_of(executor: Any, depth: int, speculates: bool = True) -> Engine:
+    config = SchedulerConfig(
+        max_num_seqs=LIMITS.max_num_seqs,
+        max_num_batched_tokens=LIMITS.max_num_batched_tokens,
+        max_model_len=LIMITS.max_model_len,
+        block_size=LIMITS.block_size,
+        num_blocks=NUM_BLOCKS,
+        num_speculative_tokens=MOST if speculates else 0,
+        adaptive_speculation=False,
+        max_step_rows=LIMITS.max_num_seqs + LIMITS.max_draft_rows,
+    )
+    return Engine(Scheduler(config), executor, depth)
+
+
+def device_engine(model: CausalLM, head: DraftHead | None, depth: int = 2) -> tuple[Engine, Guesses]:
+    def attention(num_layers: int, max_rows: int) -> TritonAttention:
+        cache = torch.zeros(num_layers, NUM_BLOCKS, 2, 1, LIMITS.block_size, 16)
+        return TritonAttention(cache, 2, 4, max_rows, NoLongPrefill(), shares=True)
+
+    slots, speculation, guesses = DeviceSlots(LIMITS, CPU), None, {}
+    if head is not None:
+        seqs = LIMITS.max_num_seqs
+        recent = RecentFeatures(head, model, seqs, reach_of(MOST), MOST)
+        sizes = LIMITS.block_size, 4
+        drafter = DeviceHeadDrafter(
+            head, recent, attention(1, 4 * reach_of(MOST)), slots.block_tables, sizes, MOST, False
+        )
+        overheard = Overheard(drafter)
+        guesses = overheard.guesses
+        speculation = DeviceSpeculation(overheard, MOST, (seqs, seqs + LIMITS.max_draft_rows), CPU, None, recent)
+    sampler = DeviceSampler(LIMITS.max_num_seqs, VOCAB, CPU)
+    rows = LIMITS.max_num_seqs + LIMITS.max_draft_rows
+    runner = DeviceRunner(model, attention(2, rows), sampler, slots, LIMITS, False, speculation=speculation)
+    return engine_of(DeviceExecutor(runner), depth, head is not None), guesses
+
+
+def cpu_engine(model: CausalLM, head: DraftHead) -> tuple[Engine, Guesses]:
+    slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size, CPU)
+
+    def attention(num_layers: int) -> CpuAttention:
+        return CpuAttention(num_layers, NUM_BLOCKS, LIMITS.block_size, 1, 16, torch.float32)
+
+    overheard = OverheardOnCpu(HeadDrafter(head, attention(1), slots), slots)
+    sampler = Sampler(LIMITS.max_num_seqs, VOCAB, CPU)
+    speculation = Speculation(overheard, slots)
+    runner = ModelRunner(model, attention(2), sampler, slots, None, speculation, len(head.tap_layers))
+    return engine_of(InProcessExecutor(runner, threaded=False), 1), overheard.guesses
+
+
+def answers(engine: Engine, sampling: SamplingParams, max_tokens: int) -> list[list[int]]:
+    """Of four prompts: one in two chunks, and a last one that waits for a slot and finds the first's block."""
+    rng = random.Random(5)
+    long = [rng.randrange(VOCAB) for _ in range(33)]
+    asked = [long, [3], [rng.randrange(VOCAB) for _ in range(9)], long[:17]]
+    outputs: dict[str, list[int]] = {str(index): [] for index in range(len(asked))}
+    for index, prompt in enumerate(asked):
+        own = sampling.replace(seed=index)
+        engine.add(Request(request_id=str(index), prompt_token_ids=prompt, sampling=own, max_tokens=max_tokens))
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id] += output.new_token_ids
+    engine.audit()
+    return list(outputs.values())
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_guesses_are_those_of_a_cpu(model: CausalLM, method: str) -> None:
+    """Each is of the features and tokens of all positions before, so a single wrong one among those would show."""
+    head = head_of(method, model)
+    (on_cpu, expected), (on_device, found) = cpu_engine(model, head), device_engine(model, head)
+    greedy = SamplingParams(temperature=0)
+    assert answers(on_device, greedy, 10) == answers(on_cpu, greedy, 10)
+    assert on_device.stats().num_accepted_tokens_total > 0
+    common = found.keys() & expected.keys()
+    assert len(common) > 12
+    wrong = [known for known in common if not all(a == b for a, b in zip(found[known], expected[known]))]
+    assert wrong == []
+    assert len({tuple(found[known]) for known in common}) > len(common) // 3
+
+
+def test_guesses_of_a_head_change_no_token(model: CausalLM) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.9)
+    guessing, _ = device_engine(model, head_of("eagle3", model))
+    assert answers(guessing, sampling, 6) == answers(device_engine(model, None)[0], sampling, 6)
