@@ -184,7 +184,8 @@ def _constants(
         "BLOCK_SIZE": block_size,
         "TILE": config.tile,
         "SLIDING_WINDOW": sliding_window or 0,
-        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILES[queries > 1] // (queries * group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILES[0] // (group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS_SHARED": max(1, _MAX_COMBINE_TILES[1] // (queries * group_size_padded * head_dim_padded)),
         # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
         # (exactly), and to bfloat16 in five, which would take longer than loading them.
         "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,
@@ -228,6 +229,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     COMBINE_ITEMS: tl.constexpr,
+    COMBINE_ITEMS_SHARED: tl.constexpr,
     VIA_FLOAT16: tl.constexpr,
     VALUE_PAIRS: tl.constexpr,
     IN_PTX: tl.constexpr,
@@ -321,21 +323,41 @@ def _decode_kernel(
         if arrived == num_row_items - 1:
             tl.debug_barrier()
             tl.store(arrival, 0)
-            _combine(
-                partial_acc,
-                partial_lse,
-                out_row,
-                (first_item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE,
-                num_row_items,
-                num_queries,
-                NUM_KV_HEADS,
-                GROUP_SIZE,
-                GROUP_SIZE_PADDED,
-                QUERIES,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-                COMBINE_ITEMS,
-            )
+            first_head = (first_item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE
+            if QUERIES > 1 and num_queries > 1:
+                _combine(
+                    partial_acc,
+                    partial_lse,
+                    out_row,
+                    first_head,
+                    num_row_items,
+                    num_queries,
+                    NUM_KV_HEADS,
+                    GROUP_SIZE,
+                    GROUP_SIZE_PADDED,
+                    QUERIES,
+                    QUERIES,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                    COMBINE_ITEMS_SHARED,
+                )
+            else:
+                _combine(
+                    partial_acc,
+                    partial_lse,
+                    out_row,
+                    first_head,
+                    num_row_items,
+                    1,
+                    NUM_KV_HEADS,
+                    GROUP_SIZE,
+                    GROUP_SIZE_PADDED,
+                    QUERIES,
+                    1,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                    COMBINE_ITEMS,
+                )
 
 
 @triton.jit

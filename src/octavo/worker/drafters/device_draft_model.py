@@ -81,7 +81,10 @@ class DeviceModelDrafter:
         slots = batch.slots[where].long()
         columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
         batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
-        batch.found[where] = most
+        if isinstance(where, Tensor):
+            batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
+        else:
+            batch.found.fill_(most)
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""
