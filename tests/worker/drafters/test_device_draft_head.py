@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -69,9 +69,9 @@ def model() -> CausalLM:
 
 
 def head_of(method: Any, model: CausalLM) -> DraftHead:
-    config = CONFIG | {"num_hidden_layers": 1}
+    config = dict(CONFIG)
     if method == "eagle3":
-        config |= {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "draft_vocab_size": DRAFT_VOCAB}
+        config |= {"eagle_aux_hidden_state_layer_ids": [0, 1], "draft_vocab_size": DRAFT_VOCAB}
     head = build_head(method, config, model.config, (), torch.float32, CPU)
     offsets = torch.tensor([0, 1, 1, 2, 2])
     head.load_weights(
@@ -135,8 +135,8 @@ def engine_of(executor: Any, depth: int, speculates: bool = True) -> Engine:
 
 
 def device_engine(model: CausalLM, head: DraftHead | None, depth: int = 2) -> tuple[Engine, Guesses]:
-    def attention(num_layers: int, max_rows: int) -> TritonAttention:
-        cache = torch.zeros(num_layers, NUM_BLOCKS, 2, 1, LIMITS.block_size, 16)
+    def attention(max_rows: int) -> TritonAttention:
+        cache = torch.zeros(1, NUM_BLOCKS, 2, 1, LIMITS.block_size, 16)
         return TritonAttention(cache, 2, 4, max_rows, NoLongPrefill(), shares=True)
 
     slots, speculation, guesses = DeviceSlots(LIMITS, CPU), None, {}
@@ -144,28 +144,26 @@ def device_engine(model: CausalLM, head: DraftHead | None, depth: int = 2) -> tu
         seqs = LIMITS.max_num_seqs
         recent = RecentFeatures(head, model, seqs, reach_of(MOST), MOST)
         sizes = LIMITS.block_size, 4
-        drafter = DeviceHeadDrafter(
-            head, recent, attention(1, 4 * reach_of(MOST)), slots.block_tables, sizes, MOST, False
-        )
+        drafter = DeviceHeadDrafter(head, recent, attention(4 * reach_of(MOST)), slots.block_tables, sizes, MOST, False)
         overheard = Overheard(drafter)
         guesses = overheard.guesses
         speculation = DeviceSpeculation(overheard, MOST, (seqs, seqs + LIMITS.max_draft_rows), CPU, None, recent)
     sampler = DeviceSampler(LIMITS.max_num_seqs, VOCAB, CPU)
     rows = LIMITS.max_num_seqs + LIMITS.max_draft_rows
-    runner = DeviceRunner(model, attention(2, rows), sampler, slots, LIMITS, False, speculation=speculation)
+    runner = DeviceRunner(model, attention(rows), sampler, slots, LIMITS, False, speculation=speculation)
     return engine_of(DeviceExecutor(runner), depth, head is not None), guesses
 
 
 def cpu_engine(model: CausalLM, head: DraftHead) -> tuple[Engine, Guesses]:
     slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size, CPU)
 
-    def attention(num_layers: int) -> CpuAttention:
-        return CpuAttention(num_layers, NUM_BLOCKS, LIMITS.block_size, 1, 16, torch.float32)
+    def attention() -> CpuAttention:
+        return CpuAttention(1, NUM_BLOCKS, LIMITS.block_size, 1, 16, torch.float32)
 
-    overheard = OverheardOnCpu(HeadDrafter(head, attention(1), slots), slots)
+    overheard = OverheardOnCpu(HeadDrafter(head, attention(), slots), slots)
     sampler = Sampler(LIMITS.max_num_seqs, VOCAB, CPU)
     speculation = Speculation(overheard, slots)
-    runner = ModelRunner(model, attention(2), sampler, slots, None, speculation, len(head.tap_layers))
+    runner = ModelRunner(model, attention(), sampler, slots, None, speculation, len(head.tap_layers))
     return engine_of(InProcessExecutor(runner, threaded=False), 1), overheard.guesses
 
 
@@ -191,16 +189,16 @@ def test_guesses_are_those_of_a_cpu(model: CausalLM, method: str) -> None:
     head = head_of(method, model)
     (on_cpu, expected), (on_device, found) = cpu_engine(model, head), device_engine(model, head)
     greedy = SamplingParams(temperature=0)
-    assert answers(on_device, greedy, 10) == answers(on_cpu, greedy, 10)
+    assert answers(on_device, greedy, 8) == answers(on_cpu, greedy, 8)
     assert on_device.stats().num_accepted_tokens_total > 0
     common = found.keys() & expected.keys()
-    assert len(common) > 12
+    assert len(common) > 10
     wrong = [known for known in common if not all(a == b for a, b in zip(found[known], expected[known]))]
     assert wrong == []
     assert len({tuple(found[known]) for known in common}) > len(common) // 3
 
 
 def test_guesses_of_a_head_change_no_token(model: CausalLM) -> None:
-    sampling = SamplingParams(temperature=1.0, top_p=0.9)
+    sampling = SamplingParams(temperature=1.0)
     guessing, _ = device_engine(model, head_of("eagle3", model))
-    assert answers(guessing, sampling, 6) == answers(device_engine(model, None)[0], sampling, 6)
+    assert answers(guessing, sampling, 4) == answers(device_engine(model, None)[0], sampling, 4)

@@ -13,7 +13,15 @@ from octavo.kernels import triton
 from octavo.models.base import DraftHead
 from octavo.protocol.plan import NewSequence
 from octavo.worker.device_speculation import DeviceDraftBatch
-from octavo.worker.drafters.device_passes import Asked, DraftPasses, PassSizes, asked_of, prompts_of, reach_of, where_of
+from octavo.worker.drafters.device_passes import (
+    Asked,
+    DraftPasses,
+    PassSizes,
+    asked_of,
+    prompts_of,
+    put_guesses,
+    reach_of,
+)
 from octavo.worker.drafters.recent_features import RecentFeatures
 from octavo.worker.step_buffers import NUM_PARAMS
 
@@ -70,9 +78,7 @@ class DeviceHeadDrafter:
         if not indices:
             return
         most = self._passes.run(batch, [self._asked(batch, index) for index in indices])
-        where = where_of(batch, indices)
-        batch.drafts[where, :most] = self._guesses[: len(indices), :most]
-        batch.found[where] = most
+        put_guesses(batch, indices, self._guesses[: len(indices), :most])
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""

@@ -16,8 +16,8 @@ from octavo.worker.drafters.device_passes import (
     PassSizes,
     asked_of,
     prompts_of,
+    put_guesses,
     reach_of,
-    where_of,
 )
 from octavo.worker.step_buffers import NUM_PARAMS
 
@@ -77,14 +77,10 @@ class DeviceModelDrafter:
         most = self._passes.run(batch, asked)
         self._made |= {batch.rows[each.row].slot: each.wanted for each in asked}
         # The draws are in the table by now, behind the known tokens.
-        where = where_of(batch, indices)
-        slots = batch.slots[where].long()
+        slots = self._passes.slots[: len(indices)].long()
         columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
-        batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
-        if isinstance(where, Tensor):
-            batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
-        else:
-            batch.found.fill_(most)
+        columns = columns.clamp(max=batch.token_ids.shape[1] - 1)
+        put_guesses(batch, indices, batch.token_ids[slots[:, None], columns])
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""

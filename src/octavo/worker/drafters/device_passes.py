@@ -245,8 +245,14 @@ def asked_of(batch: DeviceDraftBatch, max_sequences: int) -> list[int]:
     return wanted[:max_sequences]
 
 
-def where_of(batch: DeviceDraftBatch, asked: Sequence[int]) -> Tensor | slice:
-    """The index that picks these rows of batch.drafts, on the device."""
-    if len(asked) == len(batch.rows):
-        return slice(None)
-    return upload(np.array(asked, np.int32), batch.drafts.device).long()
+def put_guesses(batch: DeviceDraftBatch, indices: Sequence[int], guesses: Tensor) -> None:
+    """Write the guesses of these rows of batch.rows. guesses: int32 [len(indices), up to K]."""
+    most = guesses.shape[1]
+    drafts = batch.drafts[:, :most]
+    if len(indices) == len(batch.rows):
+        drafts.copy_(guesses)
+        batch.found.fill_(most)
+    else:
+        where = upload(np.array(indices, np.int32), drafts.device).long()
+        drafts.index_copy_(0, where, guesses)
+        batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
