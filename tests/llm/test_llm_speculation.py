@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
 from octavo import LLM, SamplingParams
+from octavo.draft_assembly import find_draft
+from octavo.protocol.speculation import SpeculationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
@@ -76,3 +80,17 @@ def test_a_draft_that_does_not_fit_is_refused_by_name(llm: LLM, folder: Path, co
     given = config | {"model": str(folder / config["model"])}
     with pytest.raises((ValueError, OSError), match=says):
         opened(folder, speculative_config=given)
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_gpu_takes_heads(folder: Path, method: str) -> None:
+    """What it makes room for, and compiles kernels for, is read off the head's config.json."""
+    options = SimpleNamespace(attention_backend="auto", load_format="auto")
+    config: Any = SimpleNamespace(device="cuda", dtype="bfloat16", options=options)
+    draft = find_draft(SpeculationConfig(method=method, model=str(folder / method), num_speculative_tokens=2), config)
+    assert draft.facts is not None
+    sizes = EAGLE3 if method == "eagle3" else EAGLE
+    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    assert draft.kv_bytes_per_token == 2 * sizes["num_key_value_heads"] * head_dim * 2
+    assert draft.facts.num_heads == sizes["num_attention_heads"]
+    assert draft.facts.vocab_size == sizes.get("draft_vocab_size", sizes["vocab_size"])
