@@ -141,7 +141,7 @@ def _speculation(
     if model is None:
         drafter = DeviceLookupDrafter(draft.lookup, slots.token_ids)
     else:
-        sizes = limits.block_size, max(1, limits.max_draft_rows // most)
+        sizes = limits.block_size, min(limits.max_num_seqs, limits.max_draft_rows)
         dtype = target.embed_tokens.weight.dtype
         attention = _draft_attention(draft, sizes, blocks[0], dtype, device)
         rest = attention, slots.block_tables, sizes, most, blocks[1]

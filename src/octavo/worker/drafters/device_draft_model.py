@@ -8,7 +8,7 @@ from torch import Tensor
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
 from octavo.models.base import CausalLM
-from octavo.protocol.plan import NewSequence, PlanRow
+from octavo.protocol.plan import NewSequence
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.drafters.device_passes import (
     Asked,
@@ -21,7 +21,7 @@ from octavo.worker.drafters.device_passes import (
 )
 from octavo.worker.step_buffers import NUM_PARAMS
 
-_NARROW = 2  # tokens
+_WIDTHS = (2, 3)  # tokens of each sequence in the first pass, on average, that graphs are recorded for
 
 
 class DeviceModelDrafter:
@@ -29,8 +29,8 @@ class DeviceModelDrafter:
 
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
     known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess; each
-    further one takes a pass of one token. The last two tokens do where the step before made as many guesses as were
-    verified; else it is `most + 2`, which leaves gaps where no guesses were wanted for longer.
+    further one takes a pass of one token. The last two tokens do where the step before made guesses too; where none
+    were wanted for long there remain gaps, before the last `most + 2`.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class DeviceModelDrafter:
         self._model = model
         self._attention = attention
         self._widest = reach_of(most)
-        self._made: dict[int, int] = {}  # by slot: guesses made in the last step of its sequence
-        widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})
-        self._passes = DraftPasses(self._compute, attention, block_tables, PassSizes(*sizes, widths), use_graphs)
+        # By slot: how many of the last known tokens have no KV yet, at most; negative after guesses, which have theirs.
+        self._missing: dict[int, int] = {}
+        passes = PassSizes(*sizes, _WIDTHS, self._widest)
+        self._passes = DraftPasses(self._compute, attention, block_tables, passes, use_graphs)
         self._kernels = triton.get()
         device, most_sequences = block_tables.device, self._passes.max_sequences
         # Parameters of slots whose draws are greedy: temperature 0.
@@ -58,24 +59,26 @@ class DeviceModelDrafter:
 
     def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
         """See Drafter: its KV is that of the slot's blocks."""
-        self._made.pop(new.slot, None)
+        self._missing[new.slot] = 0
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         """See DeviceDrafter."""
         prompts = [batch.rows[index] for index in prompts_of(batch)]
         if prompts:
             self._model(*self._passes.place_prompts(prompts, batch.token_ids), self._attention)
+        computed = {row.slot for row in prompts}
+        for row, is_prompt in zip(batch.rows, batch.prompts):
+            missing = 0 if row.slot in computed else self._missing[row.slot] + row.length
+            missing += is_prompt and row.samples  # its length is without the token that was drawn
+            self._missing[row.slot] = max(int(row.samples), missing)
         indices = asked_of(batch, self._passes.max_sequences)
-        asked = [
-            Asked(index, batch.asked[index], self._width_of(batch.rows[index], batch.prompts[index]))
-            for index in indices
-        ]
-        for row in batch.rows:
-            self._made.pop(row.slot, None)
-        if not asked:
+        if not indices:
             return
-        most = self._passes.run(batch, asked)
-        self._made |= {batch.rows[each.row].slot: each.wanted for each in asked}
+        widths = [min(self._missing[batch.rows[index].slot], self._widest) for index in indices]
+        most = self._passes.run(
+            batch, [Asked(index, batch.asked[index], width) for index, width in zip(indices, widths)]
+        )
+        self._missing |= {batch.rows[index].slot: 1 - batch.asked[index] for index in indices}
         # The draws are in the table by now, behind the known tokens.
         slots = self._passes.slots[: len(indices)].long()
         columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
@@ -85,11 +88,6 @@ class DeviceModelDrafter:
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""
         self._passes.record(lengths, token_ids)
-
-    def _width_of(self, row: PlanRow, is_prompt: bool) -> int:
-        """How many of the last known tokens the first pass is to cover: the last always, and the guess that was made
-        last if it came true; of a prompt the one that was drawn."""
-        return _NARROW if is_prompt or row.num_drafts <= self._made.get(row.slot, -1) else self._widest
 
     def _compute(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
         """See device_passes.Compute. Puts the likeliest tokens into the table, where the next pass reads."""

@@ -20,17 +20,18 @@ from octavo.worker.staging import upload
 
 Ints = NDArray[np.int32]
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # sequences that passes are padded to
 
 
 class PassSizes(NamedTuple):
     """block_size: tokens of a KV block. max_sequences: that are served in a step, beyond which none is. widths:
-    ascending, tokens of each sequence in the first pass, on average, that it is padded to; none has more than the last
-    of them. lag: how far the last token that the first pass takes is behind the last that is known."""
+    ascending, tokens of each sequence in the first pass, on average, that graphs are recorded for; widest: the most of
+    one sequence. lag: how far the last token that the first pass takes is behind the last that is known."""
 
     block_size: int
     max_sequences: int
     widths: Sequence[int]
+    widest: int
     lag: int = 0
 
 
@@ -90,7 +91,7 @@ class DraftPasses:
     """The first pass goes over the last known tokens of each sequence, and each further one over one token of each.
 
     The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. Each pass
-    is a CUDA graph, of as many sequences, and of as many tokens of each, as it is padded to.
+    is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless those are many.
     """
 
     def __init__(
@@ -100,13 +101,13 @@ class DraftPasses:
         self._compute = compute
         self._attention = attention
         self._block_tables = block_tables
-        self._block_size, max_sequences, self._widths, self._lag = sizes
+        self._block_size, max_sequences, self._widths, self._widest, self._lag = sizes
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self.max_sequences = largest = self._sizes[-1]
-        device, widest = block_tables.device, self._widths[-1]
-        max_items = [attention.max_items(rows, rows)[0] for rows in (largest * widest, largest)]
-        self._buffers = _Buffers(largest, largest * widest, (max_items[0], max_items[1]), device)
+        device, most_rows = block_tables.device, largest * self._widest
+        max_items = [attention.max_items(rows, rows)[0] for rows in (most_rows, largest)]
+        self._buffers = _Buffers(largest, most_rows, (max_items[0], max_items[1]), device)
         self.count = torch.zeros(largest, dtype=torch.int32, device=device)
         """int32 [N]: how many passes came before."""
         self.slots = self._buffers.slots
@@ -123,7 +124,7 @@ class DraftPasses:
         """All passes for these sequences, max_sequences of them at most. Returns how many: the most guesses wanted."""
         size = next(size for size in self._sizes if size >= len(asked))
         total = sum(each.width for each in asked)
-        width = next(width for width in self._widths if width * size >= total)
+        width = next((width for width in self._widths if width * size >= total), self._widest)
         self._describe(batch.rows, asked)
         most = max(each.wanted for each in asked)
         for index in range(most):
@@ -163,7 +164,7 @@ class DraftPasses:
         buffers, rows = self._buffers, size * width
         self.count.zero_()
         steps, row_slots = buffers.steps[:rows], buffers.row_slots[:rows]
-        behind = lengths - (self._widths[-1] - 1 + self._lag)
+        behind = lengths - (self._widest - 1 + self._lag)
         position = behind[row_slots.clamp(min=0)] - 1 + steps
         row_slots = torch.where(position >= buffers.floors[:rows], row_slots, -1)
         items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
@@ -207,7 +208,7 @@ class DraftPasses:
         ends = known - self._lag + wanted - 1
         chain = self._attention.plan_decodes(slots, ends, np.arange(count, dtype=np.int32))
         words = np.full(len(buffers.words), -1, np.int32)
-        of_rows = row_slots, self._widths[-1] - back, np.repeat(floors, widths)
+        of_rows = row_slots, self._widest - back, np.repeat(floors, widths)
         parts = slots, wanted, after - 1, *of_rows, window.reshape(-1), chain.reshape(-1)
         for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
             words[begin : begin + len(part)] = part
@@ -224,7 +225,7 @@ class DraftPasses:
             self._graphs[key].replay()
             return
         compute()  # which also compiles, and sets up libraries
-        if self._use_graphs:
+        if self._use_graphs and (not width or width in self._widths):
             self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
 
 
