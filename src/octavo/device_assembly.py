@@ -81,7 +81,7 @@ def build_cuda(
     if draft is not None:
         limits = limits._replace(max_draft_rows=draft.num_draft_rows(config.max_num_seqs))
     max_rows = limits.max_num_seqs + limits.max_draft_rows
-    make_attention = _attention_maker(config, facts, max_rows, device)
+    make_attention = _attention_maker(config, facts, max_rows, device, draft is not None)
 
     def make_runner(num_blocks: int, max_model_len: int, use_graphs: bool) -> DeviceRunner:
         own = limits._replace(max_model_len=max_model_len)
@@ -113,9 +113,11 @@ def _compile(
 ) -> Future[None]:
     """Start compiling the kernels of the model, and of the draft model, whose are done before it is first used."""
     dtype = _DTYPES[config.dtype]
-    compiling = compile_kernels(config, facts, method, dtype, device)
+    num_drafts = 0 if draft is None else draft.config.num_speculative_tokens
+    compiling = compile_kernels(config, facts, method, dtype, device, num_drafts)
     if draft is not None and draft.facts is not None:
-        compile_kernels(config, draft.facts, method_of(draft.config.quantization, None), dtype, device)
+        stored = None if draft.source is None else draft.source.config.get("quantization_config")
+        compile_kernels(config, draft.facts, method_of(draft.config.quantization, stored), dtype, device, num_drafts)
     return compiling
 
 
@@ -146,7 +148,7 @@ def _model_drafter(
     cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     rows = num_sequences * (most + 2)
-    attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill())
+    attention = TritonAttention(cache, facts.num_heads, num_processors, rows, NoLongPrefill(), shares=True)
     sizes = limits.block_size, num_sequences
     return DeviceModelDrafter(model, attention, slots.block_tables, sizes, most, use_graphs)
 
@@ -173,9 +175,10 @@ def _memory_for(what: str, advice: str) -> Iterator[None]:
 
 
 def _attention_maker(
-    config: EngineConfig, facts: ModelFacts, max_rows: int, device: torch.device
+    config: EngineConfig, facts: ModelFacts, max_rows: int, device: torch.device, speculates: bool
 ) -> Callable[[int], FusedAttentionBackend]:
-    """max_rows: of a step. Makes the attention over a KV cache of so many blocks. Says which backend it is."""
+    """max_rows: of a step. speculates: rows may verify guesses. Makes the attention over a KV cache of so many blocks.
+    Says which backend it is."""
     dtype = _DTYPES[config.dtype]
     cache_dtype = torch.float8_e4m3fn if config.options.kv_cache_dtype == "fp8" else dtype
     block = 2, facts.num_kv_heads, config.block_size, facts.head_dim
@@ -189,7 +192,7 @@ def _attention_maker(
         cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=cache_dtype, device=device)
         if name == "torch":
             return TorchAttention(cache, facts.num_heads)
-        return TritonAttention(cache, facts.num_heads, num_processors, max_rows, long_prefill)
+        return TritonAttention(cache, facts.num_heads, num_processors, max_rows, long_prefill, speculates)
 
     return make
 

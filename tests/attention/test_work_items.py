@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.attention.work_items import ITEM_FIELDS, KV_TILE, DecodePlanner, Int32Array
+from octavo.attention.work_items import (
+    ITEM_FIELDS,
+    KV_TILE,
+    DecodePlanner,
+    Int32Array,
+    queries_of_item,
+    sharing_rows,
+)
 
 PLANNERS = st.builds(
     DecodePlanner,
@@ -20,15 +29,17 @@ PLANNERS = st.builds(
 LENGTHS = st.lists(st.one_of(st.integers(1, 300), st.integers(1, 140_000)), min_size=1, max_size=40)
 
 
-def check(items: Int32Array, expected: dict[int, int]) -> None:
+def check(items: Int32Array, expected: dict[int, int], shares: int = 1) -> None:
     """Each row's items are together, in order, and cover its positions once; `expected`: positions by row."""
     seen: dict[int, int] = {}
-    for number, (row, begin, end, index, count, first) in enumerate(items.tolist()):
+    for number, (row, begin, end, sharing, count, first) in enumerate(items.tolist()):
+        index = number - first
+        assert sharing == shares
         assert begin == seen.get(row, 0)
         assert begin < end
         assert begin % KV_TILE == 0
         assert end % KV_TILE == 0 or index == count - 1
-        assert number == first + index
+        assert 0 <= index < count
         assert (items[first : first + count, 0] == row).all()
         seen[row] = end
     assert seen == expected
@@ -95,3 +106,38 @@ def test_no_rows() -> None:
     assert planner.plan([], out=out).shape == (0, ITEM_FIELDS)
     assert (out[:, 0] == -1).all()
     assert planner.max_items(0) == 0
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 1, 1, 2]), st.booleans()), max_size=30)
+
+
+@given(ROWS, st.sampled_from([1, 2, 4]))
+def test_rows_share_items_where_they_follow_each_other(rows: list[tuple[int, int, bool]], most: int) -> None:
+    slots = np.array([slot for slot, _, _ in rows], np.int32)
+    starts = np.cumsum([step for _, step, _ in rows], dtype=np.int32)
+    indices = np.cumsum([1 + gap for _, _, gap in rows], dtype=np.int32)
+    firsts, counts = sharing_rows(slots, starts, indices, most)
+    groups = [range(first, first + count) for first, count in zip(firsts.tolist(), counts.tolist())]
+    assert [place for group in groups for place in group] == list(range(len(rows)))
+    joined = [tuple((column[b] - column[a]) for column in (slots, starts, indices)) for a, b in zip(*_pairs(groups))]
+    assert all(steps == (0, 1, 1) for steps in joined)
+    assert all(1 <= len(group) <= most for group in groups)
+    for one, other in pairwise(groups):  # none is cut short without a reason
+        a, b = one[-1], other[0]
+        follows = slots[a] == slots[b] and starts[b] - starts[a] == 1 and indices[b] - indices[a] == 1
+        assert not follows or len(one) == most
+
+
+def _pairs(groups: list[range]) -> tuple[list[int], list[int]]:
+    """Neighbours within the groups."""
+    return [a for group in groups for a in group[:-1]], [b for group in groups for b in group[1:]]
+
+
+def test_items_that_are_shared_say_so() -> None:
+    planner = DecodePlanner(8, 2)
+    check(planner.plan([3000, 400], rows=[0, 3], shares=[3, 3]), {0: 3000, 3: 400}, shares=3)
+
+
+@pytest.mark.parametrize(("group_size", "rows"), [(1, 16), (3, 4), (4, 4), (7, 2), (8, 2), (16, 1), (20, 1)])
+def test_rows_that_share_items_fill_a_product(group_size: int, rows: int) -> None:
+    assert queries_of_item(group_size) == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ FINE = DecodePlanner(16, 2, min_positions=128, programs_per_processor=8)
 
 @dataclass
 class Case:
-    """One decode step of rows that see `lengths` positions; row r has slot num_rows - r."""
+    """One decode step of sequences of `lengths` positions; sequence i has slot num_sequences - i.
+
+    shares: rows of each sequence, which share its items: of its last tokens; one where nothing is said.
+    """
 
     lengths: list[int]
     num_kv_heads: int = 2
@@ -30,6 +34,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype | None = None
     planner: DecodePlanner = FINE
+    shares: list[int] = field(default_factory=list)
     query: Tensor = field(init=False)
     cache: Tensor = field(init=False)
     block_tables: Tensor = field(init=False)
@@ -39,36 +44,44 @@ class Case:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        rows, num_heads = len(self.lengths), self.num_kv_heads * self.group_size
+        sequences, num_heads = len(self.lengths), self.num_kv_heads * self.group_size
+        shares = self.shares or [1] * sequences
+        rows = sum(shares)
         counts = [-(-length // self.block_size) for length in self.lengths]
         num_blocks = sum(counts) + 3
         shape = (num_blocks, 2, self.num_kv_heads, self.block_size, self.head_dim)
         values = torch.randn(shape, generator=generator)
-        self.block_tables = torch.full((rows + 1, max(counts) + 1), -1, dtype=torch.int32)
+        self.block_tables = torch.full((sequences + 1, max(counts) + 1), -1, dtype=torch.int32)
         free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
         poisoned = torch.full(shape, torch.nan)
-        for row, (length, count) in enumerate(zip(self.lengths, counts)):
+        for index, (length, count) in enumerate(zip(self.lengths, counts)):
             blocks = [free.pop() for _ in range(count)]
-            self.block_tables[rows - row, :count] = torch.tensor(blocks)
+            self.block_tables[sequences - index, :count] = torch.tensor(blocks)
             # What no row sees stays NaN, the rest of a row's last block too.
             poisoned[blocks[:-1]] = values[blocks[:-1]]
             rest = length - (count - 1) * self.block_size
             poisoned[blocks[-1], :, :, :rest] = values[blocks[-1], :, :, :rest]
         self.cache = poisoned.to(self.cache_dtype or self.dtype)
         self.query = torch.randn(rows, num_heads, self.head_dim, generator=generator).to(self.dtype)
-        self.row_slots = torch.arange(rows, 0, -1, dtype=torch.int32)
+        self.row_slots = torch.arange(sequences, 0, -1, dtype=torch.int32).repeat_interleave(torch.tensor(shares))
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32)
-        self.items = torch.from_numpy(self.planner.plan(self.lengths))
+        firsts = np.cumsum([0, *shares[:-1]])
+        self.items = torch.from_numpy(self.planner.plan(self.lengths, firsts, shares=shares))
         for name in ("cache", "query", "block_tables", "row_slots", "cu_q", "items"):
             setattr(self, name, getattr(self, name).to(DEVICE))
 
     def scratch(self) -> DecodeScratch:
         """All NaN, so that nothing unwritten is read unnoticed."""
-        rows, (num_heads, head_dim) = len(self.lengths), self.query.shape[1:]
-        made = decode_scratch(len(self.items), rows, num_heads, self.num_kv_heads, head_dim, DEVICE)
+        rows, num_heads, head_dim = self.query.shape
+        made = decode_scratch(len(self.items), rows, num_heads, self.num_kv_heads, head_dim, DEVICE, self.queries)
         made.acc.fill_(torch.nan)
         made.lse.fill_(torch.nan)
         return made
+
+    @property
+    def queries(self) -> int:
+        """The power of two that the kernel is to have room for."""
+        return 1 << (max(self.shares, default=1) - 1).bit_length()
 
     def check(self, window: int | None = None, config: DecodeConfig | None = None) -> None:
         """The kernel and the oracle agree at every token, those of rows without items (NaN) included."""
@@ -79,7 +92,7 @@ class Case:
         reference.paged_decode(on_cpu[0].double(), *on_cpu[1:], expected, scale, window)
         shared = (self.block_tables, self.row_slots, self.cu_q, self.items)
         for _ in range(2):  # the second launch finds the counters that the first left
-            paged_decode(self.query, self.cache, *shared, actual, scratch, scale, window, config)
+            paged_decode(self.query, self.cache, *shared, actual, scratch, scale, window, config, self.queries)
             tolerance = TOLERANCE[self.dtype]
             torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
             assert not scratch.arrivals.any()
@@ -129,6 +142,23 @@ def test_fp8_cache_with_queries_of_any_magnitude() -> None:
     case.query[1] *= 1e-6
     case.query[2] = 0
     case.check()
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("window", [None, 1, 100, 129])
+def test_rows_that_share_items(group_size: int, window: int | None) -> None:
+    """Sequences shorter than their rows, rows that end before the last item begins, rows before the window; a row
+    of a sequence that has no more."""
+    Case([2, 4, 129, 130, 259, 70, 300], shares=[2, 4, 4, 3, 4, 1, 2], group_size=group_size).check(window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_share_items_of_an_fp8_cache(dtype: torch.dtype) -> None:
+    Case([5, 131, 300], shares=[2, 4, 3], dtype=dtype, cache_dtype=torch.float8_e4m3fn, head_dim=80).check(window=150)
+
+
+def test_more_shared_items_than_are_merged_at_once() -> None:
+    Case([2000, 3], shares=[8, 2], num_kv_heads=1, group_size=2, head_dim=128, dtype=torch.bfloat16).check()
 
 
 def test_more_items_than_are_merged_at_once() -> None:

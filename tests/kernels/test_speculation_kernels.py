@@ -37,7 +37,10 @@ def test_rows_follow_the_true_length(num_rows, num_items):
     rng = random.Random(num_rows)
     slots = [rng.choice([-1, rng.randrange(NUM_SLOTS)]) for _ in range(num_rows)]
     offsets = [rng.choice([-1, 0, 3]) for _ in range(num_rows)]
-    items = [[rng.randrange(-1, num_rows), 0, rng.randrange(1, 200), 0, 1, 0] for _ in range(num_items)]
+    items = [
+        [row, 0, rng.randrange(1, 200), rng.randint(1, max(1, min(3, num_rows - row))), 1, 0]
+        for row in (rng.randrange(-1, num_rows) for _ in range(num_items))
+    ]
     lengths = ints([rng.randrange(1, 100) for _ in range(NUM_SLOTS)])
     state = ints([7] * num_rows), ints([7] * num_rows), ints(items).reshape(-1, 6)
     found, expected = both("follow_rows", ints(slots), ints(offsets), lengths, *state)

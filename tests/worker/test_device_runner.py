@@ -77,7 +77,9 @@ class Rig:
         limits = LIMITS if speculation is None else LIMITS._replace(max_draft_rows=8)
         cache = torch.zeros(2, num_blocks, 2, 1, LIMITS.block_size, 16)
         self.attention: FusedAttentionBackend = (
-            TritonAttention(cache, 3, 4, limits.max_num_seqs + limits.max_draft_rows, NoLongPrefill())
+            TritonAttention(
+                cache, 3, 4, limits.max_num_seqs + limits.max_draft_rows, NoLongPrefill(), speculation is not None
+            )
             if attention == "triton"
             else TorchAttention(cache, 3)
         )
@@ -258,7 +260,8 @@ def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
     asked = prompts()[1:3]
     slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], []), NUM_DRAFTS, (4, 12), CPU))
     slots = slots_of.runner._slots
-    attention = TritonAttention(torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16), 3, 4, 4 * 5, NoLongPrefill())
+    cache = torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16)
+    attention = TritonAttention(cache, 3, 4, 4 * 5, NoLongPrefill(), shares=True)
     drafter = DeviceModelDrafter(model, attention, slots.block_tables, (LIMITS.block_size, 4), NUM_DRAFTS, False)
     slots_of.runner._speculation._drafter = drafter
     slots_of.max_tokens = 9

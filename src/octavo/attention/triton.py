@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from octavo.attention.backend import AttentionLayer, DeviceBatch, FusedAttentionBackend, PlanRow, kv_scales
 from octavo.attention.long_prefill import LongPrefill
 from octavo.attention.prefill_items import max_prefill_items, prefill_items
-from octavo.attention.work_items import ITEM_FIELDS, DecodePlanner
+from octavo.attention.work_items import ITEM_FIELDS, DecodePlanner, queries_of_item, sharing_rows
 from octavo.kernels import triton
 
 Ints = NDArray[np.int32]
@@ -23,13 +22,20 @@ _NO_PREFILL: Ints = np.empty((0, 2), np.int32)
 class TritonAttention(FusedAttentionBackend):
     """Owns the KV cache [layers, blocks, 2 (K, V), KV heads, block_size, head_dim] and the scratch of its kernels.
 
-    long_prefill: what attends long rows faster, in steps that are not recorded.
+    long_prefill: what attends long rows faster, in steps that are not recorded. shares: whether rows of one token that
+    follow each other in one sequence read its keys together: what verifies guesses has such rows.
     """
 
     item_fields = ITEM_FIELDS, 2
 
     def __init__(
-        self, cache: Tensor, num_heads: int, num_processors: int, max_rows: int, long_prefill: LongPrefill
+        self,
+        cache: Tensor,
+        num_heads: int,
+        num_processors: int,
+        max_rows: int,
+        long_prefill: LongPrefill,
+        shares: bool = False,
     ) -> None:
         num_kv_heads, head_dim = cache.shape[3], cache.shape[5]
         self._cache = cache
@@ -38,9 +44,9 @@ class TritonAttention(FusedAttentionBackend):
         self._planner = DecodePlanner(num_processors, num_kv_heads)
         self._long_prefill = long_prefill
         self._kernels = triton.get()
-        self._scratch = self._kernels.decode_scratch(
-            self._planner.max_items(max_rows), max_rows, num_heads, num_kv_heads, head_dim, cache.device
-        )
+        self._queries = queries_of_item(self._group_size) if shares else 1
+        sizes = self._planner.max_items(max_rows), max_rows, num_heads, num_kv_heads, head_dim
+        self._scratch = self._kernels.decode_scratch(*sizes, cache.device, self._queries)
         self._batch: DeviceBatch  # of the step that is being launched
         self._taken: dict[int, tuple[int, int]] = {}  # of the rows last planned: tokens that the library computes
 
@@ -55,7 +61,8 @@ class TritonAttention(FusedAttentionBackend):
         starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
         lengths = np.fromiter((row.length for row in rows), np.int32, len(rows))
         single = np.flatnonzero(lengths == 1)
-        decode = self.plan_decodes(starts[single] + 1, single)
+        slots = np.fromiter((rows[index].slot for index in single), np.int32, len(single))
+        decode = self.plan_decodes(slots, starts[single], single)
         self._taken = {}
         if len(single) == len(rows):
             return decode, _NO_PREFILL
@@ -63,10 +70,13 @@ class TritonAttention(FusedAttentionBackend):
             self._taken = self._long_prefill.prepare(rows, block_tables)
         return decode, prefill_items(starts, lengths, self._group_size, taken=self._taken)
 
-    def plan_decodes(self, num_positions: Ints, rows: npt.ArrayLike | None = None) -> Ints:
-        """The work of rows with one query token each, as `plan` has it. num_positions: int32 [N], what each sees, its
-        own token included; rows: their indices in the step, 0 ... N-1 where there is nothing else."""
-        return self._planner.plan(num_positions, rows)
+    def plan_decodes(self, slots: Ints, starts: Ints, rows: Ints) -> Ints:
+        """The work of rows with one query token each, as `plan` has it. slots, starts, rows: int32 [N], where their
+        sequences are, the tokens before theirs, and their indices in the step."""
+        if self._queries == 1:
+            return self._planner.plan(starts + 1, rows)
+        firsts, shares = sharing_rows(slots, starts, rows, self._queries)
+        return self._planner.plan(starts[firsts + shares - 1] + 1, rows[firsts], shares=shares)
 
     def prepare(self, batch: DeviceBatch) -> None:
         self._batch = batch
@@ -84,8 +94,9 @@ class TritonAttention(FusedAttentionBackend):
         if len(batch.decode_items):
             items = batch.decode_items
             self._kernels.paged_decode(
-                query, cache, *tables, batch.cu_q, items, out, self._scratch, scale, layer.sliding_window
-            )
+                query, cache, *tables, batch.cu_q, items, out, self._scratch, scale, layer.sliding_window,
+                queries=self._queries,
+            )  # fmt: skip
         if len(batch.prefill_items):
             items = *tables, batch.starts, batch.cu_q, batch.prefill_items
             self._kernels.paged_prefill(query, cache, *items, out, scale, layer.sliding_window)

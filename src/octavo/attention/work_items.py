@@ -11,11 +11,12 @@ import numpy.typing as npt
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 
 ITEM_FIELDS = 6
-"""Columns of an item: row, begin, end, index among the row's items, number of those, the row's first item."""
+"""Columns of an item: row, begin, end, rows that share it, number of the row's items, the row's first item."""
 KV_TILE = 128
 """Items begin at multiples of so many positions; the tile of every kernel configuration divides it."""
 
 _PROGRAMS_PER_PROCESSOR = 2  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
+_PRODUCT_ROWS = 16  # of the smallest product of query heads with keys
 _MIN_POSITIONS = 128  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
 
 
@@ -45,12 +46,18 @@ class DecodePlanner:
         return bound if max_positions is None else min(bound, num_rows * -(-max_positions // self.min_positions))
 
     def plan(
-        self, num_positions: npt.ArrayLike, rows: npt.ArrayLike | None = None, out: Int32Array | None = None
+        self,
+        num_positions: npt.ArrayLike,
+        rows: npt.ArrayLike | None = None,
+        out: Int32Array | None = None,
+        shares: npt.ArrayLike = 1,
     ) -> Int32Array:
         """Items of the rows named, a row's items together and in order of position.
 
         num_positions: integers [N] >= 1, positions each row sees (its tokens after the step).
         rows: integers [N], their indices in the step; None: 0 ... N-1.
+        shares: integers [N], how many rows from each on share its items: see `sharing_rows`. num_positions is then
+            that of the last of them.
         out: int32 [>= max_items(N), 6], filled and padded with items of row -1 where given.
         Returns int32 [I, 6], a view of `out` where that is given. An item's begin is a multiple of KV_TILE, and so
         is its end unless it is the row's last. Every position of a row is in exactly one of its items.
@@ -58,23 +65,24 @@ class DecodePlanner:
         positions = np.asarray(num_positions, dtype=np.int32)
         indices = np.arange(len(positions), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
         lengths, counts = self._cut(positions)
+        sharing = np.broadcast_to(np.asarray(shares, dtype=np.int32), positions.shape)
         if self.longest_first and len(positions) > 1:
             # Sorting 16-bit keys is a radix sort: 10 us for 1,024 rows, a third of what 32-bit keys take.
             order = np.argsort((-(lengths // KV_TILE)).astype(np.int16), kind="stable")
             positions, indices, lengths, counts = positions[order], indices[order], lengths[order], counts[order]
+            sharing = sharing[order]
         last = np.cumsum(counts, dtype=np.int32)
         num_items = int(last[-1]) if len(last) else 0
         items = np.empty((num_items, ITEM_FIELDS), np.int32) if out is None else out[:num_items]
-        columns: tuple[Int32Array, ...] = (indices, counts, last - counts, lengths, positions)
+        columns: tuple[Int32Array, ...] = (indices, sharing, counts, last - counts, lengths, positions)
         if num_items > len(positions):
             columns = tuple(np.repeat(column, counts) for column in columns)
-        row, count, first, length, total = columns
-        index = np.arange(num_items, dtype=np.int32) - first
-        begin = index * length
+        row, share, count, first, length, total = columns
+        begin = (np.arange(num_items, dtype=np.int32) - first) * length
         items[:, 0] = row
         items[:, 1] = begin
         items[:, 2] = np.minimum(begin + length, total)
-        items[:, 3] = index
+        items[:, 3] = share
         items[:, 4] = count
         items[:, 5] = first
         if out is not None:
@@ -101,3 +109,23 @@ class DecodePlanner:
         tiles = (positions + (KV_TILE - 1)) // KV_TILE
         lengths = (tiles + (counts - 1)) // counts * KV_TILE
         return lengths, (positions + (lengths - 1)) // lengths
+
+
+def queries_of_item(group_size: int) -> int:
+    """The most rows that share an item: with the query heads of a group they fill what is computed at once anyway."""
+    return max(1, _PRODUCT_ROWS >> (group_size - 1).bit_length())
+
+
+def sharing_rows(slots: Int32Array, starts: Int32Array, rows: Int32Array, most: int) -> tuple[Int32Array, Int32Array]:
+    """Which rows with one query token share items: up to `most` that follow each other, in the step and in one
+    sequence, as those that verify guesses do.
+
+    slots, starts, rows: int32 [N], of the rows in order: where their sequences are, tokens before theirs, and their
+    indices in the step. Returns int32 [M] each: the first of each group among these N, and how many it has.
+    """
+    places = np.arange(len(slots), dtype=np.int32)
+    begins = np.ones(len(slots), np.bool_)
+    begins[1:] = (np.diff(slots) != 0) | (np.diff(starts) != 1) | (np.diff(rows) != 1)
+    in_run = places - np.maximum.accumulate(np.where(begins, places, 0))
+    firsts = np.flatnonzero(in_run % most == 0).astype(np.int32)
+    return firsts, np.diff(firsts, append=np.int32(len(slots))).astype(np.int32)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from octavo.attention.work_items import queries_of_item
 from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
 from octavo.quantization.fp8 import Fp8Scheme
@@ -19,17 +20,24 @@ _NUM_THREADS = 16
 
 
 def compile_kernels(
-    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    facts: ModelFacts,
+    method: QuantizationMethod,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_drafts: int = 0,
 ) -> Future[None]:
     """Launch every kernel once on a few tokens, each from a thread of its own. The future is done when all have run;
-    its result raises what the first failure raised. method: of the model's linear layers.
+    its result raises what the first failure raised. method: of the model's linear layers. num_drafts: guesses of a row,
+    at most, 0 without speculation.
 
     Triton compiles a kernel for its types and constants, and for which of its integers are 1 or multiples of 16: so
     all of these are here what they will be. What a request's own wishes need (top_p, penalties, logprobs) is left to
     the first request that has them.
     """
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="compile")
-    jobs = [pool.submit(_run, job, device) for job in kernel_jobs(config, facts, method, dtype, device)]
+    made = kernel_jobs(config, facts, method, dtype, device, num_drafts)
+    jobs = [pool.submit(_run, job, device) for job in made]
     pool.shutdown(wait=False)
     done: Future[None] = Future()
 
@@ -61,8 +69,10 @@ class _Shapes:
         method: QuantizationMethod,
         dtype: torch.dtype,
         device: torch.device,
+        num_drafts: int = 0,
     ) -> None:
         self.method = method
+        self.num_drafts = num_drafts
         self.facts, self.dtype, self.device, self.block_size = facts, dtype, device, config.block_size
         self.max_model_len = config.max_model_len
         self.kernels = triton.get()
@@ -109,10 +119,20 @@ class _Shapes:
         heads, kv_heads, dim = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
         qkv = self.zeros(1, self.num_all * dim)
         query, out = qkv.view(1, self.num_all, dim)[:, :heads], self.zeros(1, heads, dim)
-        scratch = self.kernels.decode_scratch(1, 1, heads, kv_heads, dim, query.device)
+        queries = queries_of_item(heads // kv_heads) if self.num_drafts else 1
+        scratch = self.kernels.decode_scratch(1, 1, heads, kv_heads, dim, query.device, queries)
         where = self.block_table(), self.ints(0), self.ints(0, 1)
-        items = self.ints(0, 0, 1, 0, 1, 0)[None]
-        self.kernels.paged_decode(query, self.cache(), *where, items, out, scratch, dim**-0.5, None)
+        items = self.ints(0, 0, 1, 1, 1, 0)[None]
+        self.kernels.paged_decode(query, self.cache(), *where, items, out, scratch, dim**-0.5, None, queries=queries)
+
+    def speculate(self) -> None:
+        most, tables = self.num_drafts, (self.ints(1), self.ints(0), self.token_table())
+        row, one = self.ints(0), self.ints(1)
+        self.kernels.follow_rows(row, row, one, one.clone(), one.clone(), self.ints(0, 0, 1, 1, 1, 0)[None])
+        ends, drawn = self.ints(0, 1), self.ints(0, 0)[None]
+        self.kernels.verify_rows(row, row, row, one, ends, row, drawn, row, one.clone(), one.clone(), most, None)
+        drafts = self.zeros(1, most, dtype=torch.int32)
+        self.kernels.place_drafts(row, drafts, row.clone(), row, *tables)
 
     def prefill(self) -> None:
         heads, dim = self.facts.num_heads, self.facts.head_dim
@@ -204,10 +224,15 @@ class _Shapes:
 
 
 def kernel_jobs(
-    config: EngineConfig, facts: ModelFacts, method: QuantizationMethod, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    facts: ModelFacts,
+    method: QuantizationMethod,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_drafts: int = 0,
 ) -> list[Callable[[], object]]:
     """Each launches a kernel as steps will, in one of the ways it is compiled for. The slowest to compile first."""
-    make = _Shapes(config, facts, method, dtype, device)
+    make = _Shapes(config, facts, method, dtype, device, num_drafts)
     jobs: list[Callable[[], object]] = []
     if config.options.attention_backend != "torch":
         jobs += [make.prefill, make.decode]
@@ -223,4 +248,6 @@ def kernel_jobs(
         jobs += [partial(make.norm, delta, fp8=True) for delta in (False, True)]
     if make.takes_fp8("mlp.down_proj"):
         jobs.append(partial(make.activation, fp8=True))
+    if num_drafts:
+        jobs.append(make.speculate)
     return [*jobs, make.rotation, make.inputs]

@@ -19,7 +19,7 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
 ) -> None:
-    """Fill `out` at the token of each row that has items; arguments as those of the kernel of this name.
+    """Fill `out` at the tokens of the rows that have items; arguments as those of the kernel of this name.
 
     cache: [num_blocks, 2, num_kv_heads, block_size, head_dim]. A row's items must cover each of its positions
     once: raises ValueError where they do not.
@@ -27,14 +27,18 @@ def paged_decode(
     block_size, head_dim = cache.shape[3:]
     by_position = cache.double().permute(0, 3, 1, 2, 4).reshape(-1, 2, cache.shape[2], head_dim)
     ends: dict[int, int] = {}
-    for row, begin, end, index, count, first in items.tolist():
+    shared: dict[int, int] = {}
+    for at, (row, begin, end, sharing, count, first) in enumerate(items.tolist()):
         if row < 0 or int(row_slots[row]) < 0:
             continue
-        whole = begin == ends.get(row, 0) < end and items[first + index].tolist()[:4] == [row, begin, end, index]
-        if not whole or not index < count:
-            raise ValueError(f"item {(row, begin, end, index, count, first)} does not go on where its row's last ended")
-        ends[row] = end
-    for row, num_positions in ends.items():
+        if not (
+            begin == ends.get(row, 0) < end and first <= at < first + count and shared.get(row, sharing) == sharing
+        ):
+            raise ValueError(
+                f"item {(row, begin, end, sharing, count, first)} does not go on where its row's last ended"
+            )
+        ends[row], shared[row] = end, sharing
+    for row, num_positions in [(row + i, ends[row] - n + 1 + i) for row, n in shared.items() for i in range(n)]:
         token = int(cu_q[row])
         out[token] = paged_attention(
             query[token : token + 1],

@@ -13,7 +13,7 @@ def follow_rows(
         if slot >= 0 and offset >= 0:
             starts[row] = lengths[slot] - 1 + offset
             positions[row] = starts[row] + 1
-            mine = items[:, 0] == row
+            mine = items[:, 0] + items[:, 3] - 1 == row  # as the last of those that share it
             items[mine, 2] = items[mine, 2].clamp(max=int(positions[row]))
 
 

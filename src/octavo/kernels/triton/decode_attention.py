@@ -4,6 +4,9 @@ The method is flash-decoding (Dao et al., 2023) with grouped queries (Ainslie et
 et al., 2023): a row's keys are cut into items, each program computes the softmax of one item and one KV head for all
 query heads of its group (online, Milakov and Gimelshein, 2018), and a row's partial results are merged by their
 log-sum-exps. The program that finishes last of a (row, KV head) merges them, so there is one launch in all.
+
+Rows of consecutive tokens of one sequence, as verifying guesses makes them, may share items: their keys are read once
+for all, and their queries fill places of the products that would be padding.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from octavo.kernels.triton.decode_merge import _combine
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
@@ -51,8 +56,8 @@ _CONFIGS = {
 class DecodeScratch:
     """Where the items of split rows leave their results between programs of one launch.
 
-    acc: float32 [max_items, num_heads, head_dim], each item's normalised output.
-    lse: float32 [max_items, num_heads], the base-2 logarithm of its sum of exponentials; -inf: it saw no key.
+    acc: float32 [max_items * queries, num_heads, head_dim], each item's normalised output for each of its rows.
+    lse: float32 [max_items * queries, num_heads], the base-2 logarithm of its sum of exponentials; -inf: it saw no key.
     arrivals: int32 [max_rows, num_kv_heads], programs of a (row, KV head) that are done; all zero between launches.
     Launches that share a scratch must follow each other on one stream.
     """
@@ -63,12 +68,19 @@ class DecodeScratch:
 
     @classmethod
     def allocate(
-        cls, max_items: int, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+        cls,
+        max_items: int,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        queries: int = 1,
     ) -> DecodeScratch:
-        """Room for `max_items` items of at most `max_rows` rows."""
+        """Room for `max_items` items of at most `max_rows` rows, `queries` of which share an item at most."""
         return cls(
-            torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
-            torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
+            torch.empty(max_items * queries, num_heads, head_dim, dtype=torch.float32, device=device),
+            torch.empty(max_items * queries, num_heads, dtype=torch.float32, device=device),
             torch.zeros(max_rows, num_kv_heads, dtype=torch.int32, device=device),
         )
 
@@ -88,6 +100,7 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     config: DecodeConfig | None = None,
+    queries: int = 1,
 ) -> None:
     """Attend from the one query token of each row that has items to the keys it sees; fills `out` at those tokens.
 
@@ -96,12 +109,13 @@ def paged_decode(
         float8_e4m3fn; it holds the KV of the step's tokens already.
     block_tables: int32 [num_slots, max_blocks], last dimension contiguous.
     row_slots: int32 [R], -1 for padding. cu_q: int32 [>= R]; row r's token is cu_q[r].
-    items: int32 [I, 6] contiguous, as `DecodePlanner.plan` makes them: (row or -1, begin, end, index among the
-        row's items, number of the row's items, first item of the row).
+    items: int32 [I, 6] contiguous, as `DecodePlanner.plan` makes them: (row or -1, begin, end, rows that share it,
+        number of the row's items, first item of the row). Rows that share it follow the first, are of one slot and of
+        consecutive positions; begin and end are meant for the last of them.
     out: [T, num_heads, head_dim] contiguous, in query's dtype; tokens of other rows are left as they are.
     scratch: for at least I items and R rows. scale: what query-key products are multiplied by.
     sliding_window: the query at position p sees keys p - sliding_window < j <= p; None: all j <= p.
-    config: how to compile it; None: by the table above.
+    config: how to compile it; None: by the table above. queries: a power of two, rows that share an item at most.
 
     The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later.
     Raises ValueError where shapes or dtypes contradict this.
@@ -113,7 +127,7 @@ def paged_decode(
         raise ValueError(f"query {query.shape}, cache {cache.shape} and items {items.shape} do not fit together")
     if cache.dtype not in (query.dtype, torch.float8_e4m3fn) or out.dtype != query.dtype:
         raise ValueError(f"query {query.dtype} cannot attend over a cache of {cache.dtype} into {out.dtype}")
-    if scratch.acc.shape[0] < num_items or scratch.acc.shape[1:] != query.shape[1:]:
+    if scratch.acc.shape[0] < num_items * queries or scratch.acc.shape[1:] != query.shape[1:]:
         raise ValueError(f"scratch {scratch.acc.shape} is not for {num_items} items of query {query.shape}")
     if num_items == 0:
         return
@@ -133,7 +147,7 @@ def paged_decode(
         query.stride(0),
         query.stride(1),
         block_tables.stride(0),
-        **_constants(num_heads, query.dtype, cache.shape, cache.dtype, sliding_window, config, query.is_cuda),
+        **_constants(num_heads, query.dtype, cache.shape, cache.dtype, sliding_window, config, queries, query.is_cuda),
     )
 
 
@@ -144,6 +158,7 @@ def _constants(
     cache_dtype: torch.dtype,
     sliding_window: int | None,
     config: DecodeConfig | None,
+    queries: int = 1,
     on_device: bool = True,
 ) -> dict[str, int | bool]:
     """What `_decode_kernel` is compiled for. on_device: not for Triton's interpreter, which knows no PTX."""
@@ -160,13 +175,14 @@ def _constants(
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP_SIZE": group_size,
         "GROUP_SIZE_PADDED": group_size_padded,
-        "DOT_ROWS": max(_MIN_DOT_SIZE, group_size_padded),
+        "QUERIES": queries,
+        "DOT_ROWS": max(_MIN_DOT_SIZE, queries * group_size_padded),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": head_dim_padded,
         "BLOCK_SIZE": block_size,
         "TILE": config.tile,
         "SLIDING_WINDOW": sliding_window or 0,
-        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILE // (group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILE // (queries * group_size_padded * head_dim_padded)),
         # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
         # (exactly), and to bfloat16 in five, which would take longer than loading them.
         "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,
@@ -202,6 +218,7 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
     DOT_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
@@ -222,27 +239,36 @@ def _decode_kernel(
     row = tl.load(fields)
     begin = tl.load(fields + 1)
     end = tl.load(fields + 2)
+    num_queries = 1
+    if QUERIES > 1:
+        num_queries = tl.load(fields + 3)
     num_row_items = tl.load(fields + 4)
     first_item = tl.load(fields + 5)
     if row < 0:
         return
-    slot = tl.load(row_slots + row)
-    token = tl.load(cu_q + row)
+    slot = tl.load(row_slots + row + num_queries - 1)
+    token = tl.load(cu_q + row).to(tl.int64)
     if slot < 0:
         return
 
-    first_visible = 0
-    if SLIDING_WINDOW > 0:
+    # Query heads of the group, of one row after the other.
+    places = tl.arange(0, DOT_ROWS)
+    heads = places % GROUP_SIZE_PADDED
+    ahead = places // GROUP_SIZE_PADDED
+    visible_ends = end + ahead * 0
+    if (QUERIES > 1) | (SLIDING_WINDOW > 0):
         # A row's items stand together, and the last ends where the row does.
         num_positions = tl.load(items + (first_item + num_row_items - 1) * 6 + 2)
-        first_visible = tl.maximum(num_positions - SLIDING_WINDOW, 0)
-        begin = tl.maximum(begin, first_visible // TILE * TILE)
+        visible_ends = num_positions - (num_queries - 1) + ahead
+        if SLIDING_WINDOW > 0:
+            first_visible = tl.maximum(num_positions - (num_queries - 1) - SLIDING_WINDOW, 0)
+            begin = tl.maximum(begin, first_visible // TILE * TILE)
 
-    heads = tl.arange(0, DOT_ROWS)
     dims = tl.arange(0, HEAD_DIM_PADDED)
-    head_mask = (heads[:, None] < GROUP_SIZE) & (dims[None, :] < HEAD_DIM)
-    query_offsets = (kv_head * GROUP_SIZE + heads[:, None]) * query_stride_head + dims[None, :]
-    q = tl.load(query + token.to(tl.int64) * query_stride_token + query_offsets, mask=head_mask, other=0.0)
+    is_head = (heads < GROUP_SIZE) & (ahead < num_queries)
+    head_mask = is_head[:, None] & (dims[None, :] < HEAD_DIM)
+    query_offsets = (token + ahead) * query_stride_token + (kv_head * GROUP_SIZE + heads) * query_stride_head
+    q = tl.load(query + query_offsets[:, None] + dims[None, :], mask=head_mask, other=0.0)
     scales = tl.zeros([DOT_ROWS], tl.float32) + scale_log2
     if VIA_FLOAT16:
         # Each head's query is brought into [-1, 1] first, so that nothing overflows whatever its range.
@@ -257,7 +283,7 @@ def _decode_kernel(
         block_tables + slot.to(tl.int64) * table_stride,
         begin,
         end,
-        first_visible,
+        visible_ends,
         scales,
         NUM_KV_HEADS,
         HEAD_DIM,
@@ -265,6 +291,7 @@ def _decode_kernel(
         BLOCK_SIZE,
         TILE,
         SLIDING_WINDOW,
+        QUERIES,
         VALUE_PAIRS,
         IN_PTX,
         EVICT_FIRST,
@@ -273,15 +300,18 @@ def _decode_kernel(
     saw_keys = running_sum > 0
     running_sum = tl.where(saw_keys, running_sum, 1.0)
     acc = acc / running_sum[:, None]
-    out_row = out + (token.to(tl.int64) * NUM_KV_HEADS + kv_head) * (GROUP_SIZE * HEAD_DIM)
+    out_row = out + (token * NUM_KV_HEADS + kv_head) * (GROUP_SIZE * HEAD_DIM)
+    # Of (row, head) from a row's first head in this group on, in results and partial results alike.
+    head_offsets = ahead * (NUM_KV_HEADS * GROUP_SIZE) + heads
     if num_row_items == 1:
-        tl.store(out_row + heads[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=head_mask)
+        offsets = head_offsets[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_row + offsets, acc.to(out.dtype.element_ty), mask=head_mask)
     else:
-        group = item * NUM_KV_HEADS + kv_head
-        offsets = group.to(tl.int64) * (GROUP_SIZE * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
+        first_head = (item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE
+        offsets = (first_head + head_offsets).to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(partial_acc + offsets, acc, mask=head_mask)
         lse = tl.where(saw_keys, running_max + tl.log2(running_sum), float("-inf"))
-        tl.store(partial_lse + group * GROUP_SIZE + heads, lse, mask=heads < GROUP_SIZE)
+        tl.store(partial_lse + first_head + head_offsets, lse, mask=is_head)
         # Every thread's stores come before the release, and the acquire before every thread's loads.
         tl.debug_barrier()
         arrival = arrivals + row * NUM_KV_HEADS + kv_head
@@ -293,11 +323,13 @@ def _decode_kernel(
                 partial_acc,
                 partial_lse,
                 out_row,
-                first_item * NUM_KV_HEADS + kv_head,
+                (first_item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE,
                 num_row_items,
+                num_queries,
                 NUM_KV_HEADS,
                 GROUP_SIZE,
                 GROUP_SIZE_PADDED,
+                QUERIES,
                 HEAD_DIM,
                 HEAD_DIM_PADDED,
                 COMBINE_ITEMS,
@@ -312,7 +344,7 @@ def _attend(
     block_table,
     begin,
     end,
-    first_visible,
+    visible_ends,
     scales,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -320,14 +352,15 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
     VALUE_PAIRS: tl.constexpr,
     IN_PTX: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
 ):
     """Unnormalised attention of q [M, D] over positions [begin, end): (acc [M, D], max [M], sum [M]), float32, base 2.
 
-    begin is a multiple of TILE; every tile from it on holds a visible position. scales: [M] float32, of the scores.
-    K and V take q's dtype after loading.
+    begin is a multiple of TILE. visible_ends: int32 [M], where the positions end that each query sees; no more than
+    `end` counts. scales: [M] float32, of the scores. K and V take q's dtype after loading.
     """
     VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # from a block's keys to its values
     EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
@@ -336,7 +369,8 @@ def _attend(
     dims = tl.arange(0, HEAD_DIM_PADDED)
     acc = tl.zeros([q.shape[0], HEAD_DIM_PADDED // (2 if VALUE_PAIRS else 1)], tl.float32)  # even dimensions of pairs
     acc_odd = acc
-    running_max = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    # Finite, so that a tile in which a query sees nothing leaves it as it was, and makes no NaN.
+    running_max = tl.full([q.shape[0]], -1.0e30, tl.float32)
     running_sum = tl.zeros([q.shape[0]], tl.float32)
     # Block ids are fetched one tile ahead: as a load of the same iteration they would take stages of the pipeline
     # from K and V.
@@ -370,10 +404,12 @@ def _attend(
             v = tl.load(pointers + VALUES, mask=mask, other=0.0, eviction_policy=EVICTION).to(q.dtype)
 
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scales[:, None]
-        visible = in_row
+        visible = in_row[None, :]
+        if QUERIES > 1:
+            visible = visible & (positions[None, :] < visible_ends[:, None])
         if SLIDING_WINDOW > 0:
-            visible = visible & (positions >= first_visible)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+            visible = visible & (positions[None, :] >= visible_ends[:, None] - SLIDING_WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         weights = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(running_max - new_max)
@@ -423,50 +459,3 @@ def _load_blocks(block_table, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.cons
             indices = tile // BLOCK_SIZE + rows // BLOCK_SIZE
         blocks = tl.load(block_table + indices, mask=tile + rows < end, other=0)
     return blocks
-
-
-@triton.jit
-def _combine(
-    partial_acc,
-    partial_lse,
-    out_row,
-    first_group,
-    num_items,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_SIZE_PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    COMBINE_ITEMS: tl.constexpr,
-):
-    """Merge the partial results of one (row, KV head), a few items at a time, and write its output.
-
-    first_group: index of the first item's result in units of GROUP_SIZE heads; results of later items are
-    NUM_KV_HEADS apart. Loads bypass L1 (.cg), which does not see what other processors wrote.
-    """
-    heads = tl.arange(0, GROUP_SIZE_PADDED)
-    dims = tl.arange(0, HEAD_DIM_PADDED)
-    head_mask = (heads[:, None] < GROUP_SIZE) & (dims[None, :] < HEAD_DIM)
-    head_offsets = heads[:, None] * HEAD_DIM + dims[None, :]
-    merged = tl.zeros([GROUP_SIZE_PADDED, HEAD_DIM_PADDED], tl.float32)
-    # Finite, so that items that saw nothing (-inf) weigh 0 and not NaN before the first that did.
-    running_max = tl.full([GROUP_SIZE_PADDED], -1.0e30, tl.float32)
-    running_sum = tl.zeros([GROUP_SIZE_PADDED], tl.float32)
-    for start in range(0, num_items, COMBINE_ITEMS):
-        index = start + tl.arange(0, COMBINE_ITEMS)
-        groups = (first_group + index * NUM_KV_HEADS).to(tl.int64)
-        lse_mask = (index[:, None] < num_items) & (heads[None, :] < GROUP_SIZE)
-        lse_pointers = partial_lse + groups[:, None] * GROUP_SIZE + heads[None, :]
-        lse = tl.load(lse_pointers, mask=lse_mask, other=float("-inf"), cache_modifier=".cg")
-        acc_mask = (index[:, None, None] < num_items) & head_mask[None, :, :]
-        acc_pointers = partial_acc + groups[:, None, None] * (GROUP_SIZE * HEAD_DIM) + head_offsets[None, :, :]
-        acc = tl.load(acc_pointers, mask=acc_mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(running_max, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_max[None, :])
-        rescale = tl.exp2(running_max - new_max)
-        merged = merged * rescale[:, None] + tl.sum(acc * weights[:, :, None], 0)
-        running_sum = running_sum * rescale + tl.sum(weights, 0)
-        running_max = new_max
-    # Padding heads, which are not stored, have a sum of 0.
-    merged = merged / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
-    tl.store(out_row + head_offsets, merged.to(out_row.dtype.element_ty), mask=head_mask)

@@ -39,6 +39,7 @@ def _follow_kernel(
     else:
         item = (program - programs_of_rows) * BLOCK + tl.arange(0, BLOCK)
         row = tl.load(items_ptr + item * 6, mask=item < num_items, other=-1)
+        row += tl.load(items_ptr + item * 6 + 3, mask=row >= 0, other=1) - 1  # the last of those that share it
         slot = tl.load(row_slots_ptr + row, mask=row >= 0, other=-1)
         offset = tl.load(offsets_ptr + row, mask=row >= 0, other=-1)
         follows = (slot >= 0) & (offset >= 0)
@@ -55,7 +56,8 @@ def follow_rows(
     row_slots: int32 [R], -1 for padding. offsets: int32 [R]: the row's token is so many after the sequence's last known
     one; -1 for a row that is right already. lengths: int32 [num_slots], known tokens. Written where a row follows:
     starts, int32 [R], the tokens before the row's; positions, int32 [R], one more; items, int32 [I, 6], of
-    `paged_decode`, planned for the upper bound: no end is past the row's own token. Some may then be empty.
+    `paged_decode`, planned for the upper bound: no end is past the token of the last row that shares it. Some may
+    then be empty.
     """
     num_rows, num_items = len(row_slots), len(items)
     programs = triton.cdiv(num_rows, _BLOCK) + triton.cdiv(num_items, _BLOCK)

@@ -19,28 +19,29 @@ from octavo.worker.step_buffers import NUM_PARAMS
 
 Ints = NDArray[np.int32]
 
+_NARROW = 2  # tokens
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
 
 
 class _Buffers:
-    """What passes for up to N sequences read and write, at fixed addresses.
+    """What passes for up to N sequences, of R tokens in the first, read and write, at fixed addresses.
 
-    slots: int32 [N], -1 for padding. window_items, chain_items: of decode attention. ahead: int32 [N], how far the next
-    pass is past the last known token.
+    words: int32, what the host writes, of which the following are parts. slots: [N], -1 for padding. last_rows: [N],
+    each sequence's last row of the first pass. row_slots, steps: [R], the slots of the rows of the first pass, -1 for
+    padding, and how far they are from where the widest window begins. window_items, chain_items: of decode attention.
+    ahead: int32 [N], how far the next pass is past the last known token.
     """
 
-    def __init__(self, num_sequences: int, width: int, max_items: tuple[int, int], device: torch.device):
+    def __init__(self, num_sequences: int, rows: int, max_items: tuple[int, int], device: torch.device):
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.words = ints(num_sequences + 6 * sum(max_items))
-        self.slots = self.words[:num_sequences]
-        end = num_sequences + 6 * max_items[0]
-        self.window_items = self.words[num_sequences:end].view(-1, 6)
-        self.chain_items = self.words[end:].view(-1, 6)
+        sizes = [num_sequences, num_sequences, rows, rows, 6 * max_items[0], 6 * max_items[1]]
+        self.words = ints(sum(sizes))
+        self.slots, self.last_rows, self.row_slots, self.steps, window, chain = self.words.split(sizes)
+        self.window_items, self.chain_items = window.view(-1, 6), chain.view(-1, 6)
+        self.sizes = sizes
         self.ahead = ints(num_sequences)
-        rows = num_sequences * width
-        self.steps = torch.arange(width, dtype=torch.int32, device=device).repeat(num_sequences)
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
         self.drawn = ints(num_sequences, 2)
@@ -52,8 +53,10 @@ class DeviceModelDrafter:
     """Guesses what the smaller model holds likeliest, token after token.
 
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
-    `most + 2` known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess;
-    each further one takes a pass of one token. Each pass is a CUDA graph, of as many sequences as it is padded to.
+    known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess; each
+    further one takes a pass of one token. The last two tokens do where the step before made as many guesses as were
+    verified; else it is `most + 2`, which leaves gaps where no guesses were wanted for longer. Each pass is a CUDA
+    graph, of as many sequences, and of as many tokens of each, as it is padded to.
     """
 
     def __init__(
@@ -72,25 +75,27 @@ class DeviceModelDrafter:
         self._block_tables = block_tables
         self._block_size, max_sequences = sizes
         self._most = most
-        self._width = most + 2
+        self._widest = most + 2
+        self._widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})  # tokens a sequence, on average
+        self._made: dict[int, int] = {}  # by slot: guesses made in the last step of its sequence
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self._use_graphs = use_graphs
         device = block_tables.device
         largest = self._sizes[-1]
-        self._max_items = tuple(attention.max_items(rows, rows)[0] for rows in (largest * self._width, largest))
-        self._buffers = _Buffers(largest, self._width, (self._max_items[0], self._max_items[1]), device)
+        max_items = [attention.max_items(rows, rows)[0] for rows in (largest * self._widest, largest)]
+        self._buffers = _Buffers(largest, largest * self._widest, (max_items[0], max_items[1]), device)
         # Parameters of slots whose draws are greedy: temperature 0.
         self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
-        self._graphs: dict[
-            tuple[int, bool], torch.cuda.CUDAGraph
-        ] = {}  # by sequences, and whether it is the first pass
+        # By sequences, and tokens of each in the first pass, 0 for the others.
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         if use_graphs:
             self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
             self._stream = torch.cuda.Stream()
 
-    def enter(self, new: NewSequence, start: int) -> None:
+    def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
         """See Drafter: its KV is that of the slot's blocks."""
+        self._made.pop(new.slot, None)
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         """See DeviceDrafter."""
@@ -99,13 +104,18 @@ class DeviceModelDrafter:
             self._compute_prompts(rows, batch.token_ids)
         asked = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
         asked = asked[: self._sizes[-1]]
+        widths = [self._width_of(batch.rows[index], batch.prompts[index]) for index in asked]
+        for row in batch.rows:
+            self._made.pop(row.slot, None)
         if not asked:
             return
         size = next(size for size in self._sizes if size >= len(asked))
-        self._describe([batch.rows[index] for index in asked])
+        width = next(width for width in self._widths if width * size >= sum(widths))
+        self._describe([batch.rows[index] for index in asked], widths)
         most = max(batch.asked[index] for index in asked)
         for index in range(most):
-            self._launch(size, index == 0, batch.lengths, batch.token_ids)
+            self._launch(size, width if index == 0 else 0, batch.lengths, batch.token_ids)
+        self._made |= {batch.rows[index].slot: most for index in asked}
         # The draws are in the table by now, behind the known tokens.
         where = slice(None)
         if len(asked) < len(batch.rows):
@@ -120,8 +130,13 @@ class DeviceModelDrafter:
         if self._use_graphs:
             self._buffers.words.fill_(-1)
             for size in reversed(self._sizes):  # in the memory of the largest the others find room
-                for is_first in (True, False):
-                    self._launch(size, is_first, lengths, token_ids)
+                for width in (*reversed(self._widths), 0):
+                    self._launch(size, width, lengths, token_ids)
+
+    def _width_of(self, row: PlanRow, is_prompt: bool) -> int:
+        """How many of the last known tokens the first pass is to cover: the last always, and the guess that was made
+        last if it came true; of a prompt the one that was drawn."""
+        return _NARROW if is_prompt or row.num_drafts <= self._made.get(row.slot, -1) else self._widest
 
     def _compute_prompts(self, rows: list[PlanRow], token_ids: Tensor) -> None:
         """Write the KV of the rows' tokens."""
@@ -142,46 +157,55 @@ class DeviceModelDrafter:
         self._attention.prepare(DeviceBatch(*where, made[2], self._block_tables, *items, rows=None))
         self._model(made[0], made[1], self._attention)
 
-    def _describe(self, rows: list[PlanRow]) -> None:
+    def _describe(self, rows: list[PlanRow], widths: list[int]) -> None:
         """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
-        lengths = np.array([row.start + row.length + 1 for row in rows], np.int32)
-        ends = lengths[:, None] - self._width + 1 + np.arange(self._width, dtype=np.int32)
-        real = np.flatnonzero(ends.reshape(-1) > 0)
-        buffers = self._buffers
+        buffers, count = self._buffers, len(rows)
+        slots = np.array([row.slot for row in rows], np.int32)
+        known = np.array([row.start + row.length + 1 for row in rows], np.int32)
+        after = np.cumsum(widths, dtype=np.int32)  # of each sequence's last row in the first pass
+        row_slots = np.repeat(slots, widths)
+        back = np.repeat(after, widths) - np.arange(after[-1], dtype=np.int32)  # from the next token
+        starts = np.repeat(known, widths) - back
+        real = np.flatnonzero(starts >= 0).astype(np.int32)
+        window = self._attention.plan_decodes(row_slots[real], starts[real], real)
+        chain = self._attention.plan_decodes(slots, known + self._most - 1, np.arange(count, dtype=np.int32))
         words = np.full(len(buffers.words), -1, np.int32)
-        words[: len(rows)] = [row.slot for row in rows]
-        window = self._attention.plan_decodes(ends.reshape(-1)[real], real)
-        chain = self._attention.plan_decodes(lengths + self._most)
-        begin = len(buffers.slots)
-        words[begin : begin + window.size] = window.reshape(-1)
-        begin += buffers.window_items.numel()
-        words[begin : begin + chain.size] = chain.reshape(-1)
+        parts = slots, after - 1, row_slots, self._widest - back, window.reshape(-1), chain.reshape(-1)
+        for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
+            words[begin : begin + len(part)] = part
         buffers.words.copy_(upload(words, buffers.words.device))
 
-    def _launch(self, size: int, is_first: bool, lengths: Tensor, token_ids: Tensor) -> None:
-        """The next guess of each sequence. The tables are the same at each call."""
-        compute = self._first if is_first else self._next
+    def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """The next guess of each sequence. width: of the first pass; 0: it is not the first. The tables are the same at
+        each call."""
+
+        def compute() -> None:
+            if width:
+                self._first(size, width, lengths, token_ids)
+            else:
+                self._next(size, lengths, token_ids)
+
         if not self._use_graphs:
-            compute(size, lengths, token_ids)
+            compute()
             return
-        key = size, is_first
+        key = size, width
         if key not in self._graphs:
-            compute(size, lengths, token_ids)  # compiles, and sets up libraries
-            self._graphs[key], _ = record_graph(lambda: compute(size, lengths, token_ids), self._pool, self._stream)
+            compute()  # compiles, and sets up libraries
+            self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
         self._graphs[key].replay()
 
-    def _first(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """Pass over the last known tokens of each sequence. Launches depend on the size alone, as do those of
+    def _first(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """Pass over the last known tokens of each sequence. Launches depend on size and width alone, as do those of
         `_next`."""
-        buffers, width, rows = self._buffers, self._width, size * self._width
-        slots, steps = buffers.slots[:size], buffers.steps[:rows]
-        row_slots = slots.repeat_interleave(width, output_size=rows)
-        behind = lengths - (width - 1)
-        position = behind[row_slots.clamp(min=0).long()] - 1 + steps
+        buffers, rows = self._buffers, size * width
+        steps, row_slots = buffers.steps[:rows], buffers.row_slots[:rows]
+        behind = lengths - (self._widest - 1)
+        position = behind[row_slots.clamp(min=0)] - 1 + steps
         row_slots = torch.where(position >= 0, row_slots, -1)
         items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
         hidden = self._pass(row_slots, steps, behind, items, token_ids)
-        self._take(hidden[width - 1 :: width], slots, buffers.positions[width - 1 : rows : width], token_ids)
+        last = buffers.last_rows[:size].clamp(min=0)
+        self._take(hidden[last], buffers.slots[:size], buffers.positions[last], token_ids)
         buffers.ahead.fill_(1)
 
     def _next(self, size: int, lengths: Tensor, token_ids: Tensor) -> None:
@@ -211,5 +235,5 @@ class DeviceModelDrafter:
         buffers, count = self._buffers, len(slots)
         logits = self._model.compute_logits(hidden)
         samples = buffers.cu_q[1 : count + 1]  # none is 0
-        drawing = slots, positions.contiguous(), self._greedy, samples
+        drawing = slots, positions, self._greedy, samples
         self._kernels.draw_tokens(logits, *drawing, token_ids, buffers.drawn[:count])

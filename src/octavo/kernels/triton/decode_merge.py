@@ -1,0 +1,61 @@
+"""The last part of split decode attention: partial results merged by their log-sum-exps (flash-decoding, Dao et al.,
+2023)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine(
+    partial_acc,
+    partial_lse,
+    out_row,
+    first_head,
+    num_items,
+    num_queries,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_SIZE_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    COMBINE_ITEMS: tl.constexpr,
+):
+    """Merge the partial results of one (row, KV head), or of rows that share items, a few items at a time, and write
+    the output.
+
+    first_head: index of the first item's result, in heads; results of later items are QUERIES * NUM_KV_HEADS *
+    GROUP_SIZE apart. Loads bypass L1 (.cg), which does not see what other processors wrote.
+    """
+    places = tl.arange(0, QUERIES * GROUP_SIZE_PADDED)
+    heads = places % GROUP_SIZE_PADDED
+    ahead = places // GROUP_SIZE_PADDED
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    is_head = (heads < GROUP_SIZE) & (ahead < num_queries)
+    head_mask = is_head[:, None] & (dims[None, :] < HEAD_DIM)
+    head_offsets = ahead * (NUM_KV_HEADS * GROUP_SIZE) + heads
+    offsets = head_offsets[:, None] * HEAD_DIM + dims[None, :]
+    merged = tl.zeros([QUERIES * GROUP_SIZE_PADDED, HEAD_DIM_PADDED], tl.float32)
+    # Finite, so that items that saw nothing (-inf) weigh 0 and not NaN before the first that did.
+    running_max = tl.full([QUERIES * GROUP_SIZE_PADDED], -1.0e30, tl.float32)
+    running_sum = tl.zeros([QUERIES * GROUP_SIZE_PADDED], tl.float32)
+    for start in range(0, num_items, COMBINE_ITEMS):
+        index = start + tl.arange(0, COMBINE_ITEMS)
+        item_heads = (first_head + index * (QUERIES * NUM_KV_HEADS * GROUP_SIZE)).to(tl.int64)
+        lse_mask = (index[:, None] < num_items) & is_head[None, :]
+        lse_pointers = partial_lse + item_heads[:, None] + head_offsets[None, :]
+        lse = tl.load(lse_pointers, mask=lse_mask, other=float("-inf"), cache_modifier=".cg")
+        acc_mask = (index[:, None, None] < num_items) & head_mask[None, :, :]
+        acc_pointers = partial_acc + item_heads[:, None, None] * HEAD_DIM + offsets[None, :, :]
+        acc = tl.load(acc_pointers, mask=acc_mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(running_max, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_max[None, :])
+        rescale = tl.exp2(running_max - new_max)
+        merged = merged * rescale[:, None] + tl.sum(acc * weights[:, :, None], 0)
+        running_sum = running_sum * rescale + tl.sum(weights, 0)
+        running_max = new_max
+    # Padding heads, which are not stored, have a sum of 0.
+    merged = merged / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
+    tl.store(out_row + offsets, merged.to(out_row.dtype.element_ty), mask=head_mask)
