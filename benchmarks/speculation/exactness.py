@@ -21,13 +21,13 @@ from draft_prompts import held_out_prompts, training_prompts
 from workloads import KINDS, prompts
 
 from octavo import LLM, SamplingParams
+from octavo.protocol.speculation import METHODS
 from octavo.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compare_cpu import commit, machine
 
-METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3")
 Tokens = list[int]
 
 
