@@ -3,9 +3,9 @@
 probability, whatever they are.
 
     python benchmarks/gpu/speculation.py --model FOLDER [--draft FOLDER] [--acceptance 0.8] [--tokens 5] [--fixed]
-                                         [--batches 1,8,64,256] [--out FILE]
+                                         [--plain-draft] [--batches 1,8,64,256] [--out FILE]
 
-Random weights of the folders' config.json, the draft's in FP8; --acceptance none: no speculation. Each batch: prompts
+Random weights of the folders' config.json, the draft's in FP8 unless --plain-draft; --acceptance none: no speculation. Each batch: prompts
 of 512 random tokens and 192 output tokens, twice to warm up, then timed. Seconds are of the whole batch, ms of a token
 of one sequence.
 """
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--acceptance", default="none")
     parser.add_argument("--tokens", type=int, default=5)
     parser.add_argument("--fixed", action="store_true", help="always as many guesses as --tokens")
+    parser.add_argument("--plain-draft", action="store_true", help="the draft's weights as its config.json has them")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -42,8 +43,9 @@ def main() -> None:
             "num_speculative_tokens": args.tokens,
             "synthetic_acceptance": float(args.acceptance),
             "adaptive": not args.fixed,
-            "quantization": "fp8",
         }
+        if not args.plain_draft:
+            options["speculative_config"]["quantization"] = "fp8"
     began = time.perf_counter()
     llm = LLM(str(args.model), load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, **options)
     print(f"ready in {time.perf_counter() - began:.1f} s", flush=True)
@@ -66,6 +68,7 @@ def main() -> None:
             "drafts": after.num_drafts_total - before.num_drafts_total,
             "fixed": args.fixed,
             "tokens": args.tokens,
+            "draft": None if args.draft is None else args.draft.name,
             "seconds": round(seconds[3], 3),
             "steps": steps,
             "ms_a_token": round((seconds[3] - seconds[0]) / (OUTPUT - 1) * 1000, 3),

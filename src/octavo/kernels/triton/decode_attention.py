@@ -22,7 +22,9 @@ from octavo.kernels.triton.decode_merge import _combine
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
-_MAX_COMBINE_TILE = 8192  # floats of partial results that a program holds at once while it merges
+# Floats of partial results that a program holds at once while it merges: of one row, and of several, with which it
+# must not take more registers than leave room for three programs on a multiprocessor.
+_MAX_COMBINE_TILES = 8192, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ def _constants(
         "BLOCK_SIZE": block_size,
         "TILE": config.tile,
         "SLIDING_WINDOW": sliding_window or 0,
-        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILE // (queries * group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILES[queries > 1] // (queries * group_size_padded * head_dim_padded)),
         # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
         # (exactly), and to bfloat16 in five, which would take longer than loading them.
         "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,
@@ -304,8 +306,8 @@ def _decode_kernel(
     # Of (row, head) from a row's first head in this group on, in results and partial results alike.
     head_offsets = ahead * (NUM_KV_HEADS * GROUP_SIZE) + heads
     if num_row_items == 1:
-        offsets = head_offsets[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_row + offsets, acc.to(out.dtype.element_ty), mask=head_mask)
+        out_offsets = head_offsets[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_row + out_offsets, acc.to(out.dtype.element_ty), mask=head_mask)
     else:
         first_head = (item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE
         offsets = (first_head + head_offsets).to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
