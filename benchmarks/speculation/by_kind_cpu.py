@@ -1,12 +1,12 @@
 """Speculation on a CPU by kind of prompt: those of workloads.py, answered without and with guesses, turn by turn.
 
     python benchmarks/speculation/by_kind_cpu.py [--model smollm2] [--method ngram] [--draft FOLDER] [--drafts 8]
-        [--kinds "code edit" summary chat random] [--prompts N] [--rounds 3] [--threads N] [--out FILE]
+        [--fixed] [--kinds "code edit" summary chat random] [--prompts N] [--rounds 3] [--threads N] [--out FILE]
 
-float32, each prompt by itself, prefix cache off, adaptive lengths. Every prompt is answered by both engines one right
-after the other, which goes first changing with each, so that other work on the machine meets both alike. Tokens/s are
-those of all answers of a kind over their time, prompts included, as medians over the rounds; steps are of the first
-round. A JSON line a kind goes to --out. Exits with 1 where an answer's tokens differ.
+float32, each prompt by itself, prefix cache off, adaptive lengths unless --fixed. Every prompt is answered by both
+engines one right after the other, which goes first changing with each, so that other work on the machine meets both
+alike. Tokens/s are those of all answers of a kind over their time, prompts included, as medians over the rounds; steps
+are of the first round. A JSON line a kind goes to --out. Exits with 1 where an answer's tokens differ.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def main() -> int:
     ap.add_argument("--method", choices=METHODS, default="ngram")
     ap.add_argument("--draft", help="folder of the draft model or head")
     ap.add_argument("--drafts", type=int, default=8)
+    ap.add_argument("--fixed", action="store_true", help="always as many guesses as --drafts")
     ap.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     ap.add_argument("--prompts", type=int, help="so many of each kind; all unless given")
     ap.add_argument("--rounds", type=int, default=3)
@@ -122,7 +123,7 @@ def main() -> int:
         "enable_prefix_caching": False,
         "threads": args.threads,
     }
-    config: Row = {"method": args.method, "num_speculative_tokens": args.drafts}
+    config: Row = {"method": args.method, "num_speculative_tokens": args.drafts, "adaptive": not args.fixed}
     if args.draft is not None:
         config["model"] = args.draft
     engines = Engine(LLM(args.model, **options)), Engine(LLM(args.model, speculative_config=config, **options))
@@ -133,8 +134,8 @@ def main() -> int:
     }
     for engine in engines:
         engine.answer(*work[args.kinds[0]][0], Total())
-    about = {"benchmark": "by_kind", "method": args.method, "drafts": args.drafts, "rounds": args.rounds}
-    about |= {"threads": args.threads, "commit": commit(), "machine": machine()}
+    about = {"benchmark": "by_kind", "method": args.method, "drafts": args.drafts, "fixed": args.fixed}
+    about |= {"rounds": args.rounds, "threads": args.threads, "commit": commit(), "machine": machine()}
     all_differing = 0
     for kind in args.kinds:
         differing = sum(run_round(engines, kind, work[kind]) for _ in range(args.rounds))

@@ -77,25 +77,30 @@ def draw_batch(axes: Axes, batch: int, rows: list[Row], costs: tuple[float, floa
     axes.set(title=f"{batch} at once", xlabel="acceptance of a guess", xlim=(-0.03, 1), ylim=(0, None))
 
 
+def label(row: Row) -> str:
+    """Of a row by kind."""
+    return f"{row['method']}, always {row['drafts']}" if row.get("fixed") else str(row["method"])
+
+
 def draw_kinds(axes: Axes, rows: list[Row], value: str, base: str | None) -> None:
     """Bars by kind, one a method. base: what the same answers had without speculation, a black line in the bar."""
-    kinds, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("kind", "method"))
+    kinds, methods = list(dict.fromkeys(row["kind"] for row in rows)), list(dict.fromkeys(map(label, rows)))
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):
-        own = [row for row in rows if row["method"] == method]
+        own = [row for row in rows if label(row) == method]
         places = [kinds.index(row["kind"]) + (index - (len(methods) - 1) / 2) * width for row in own]
         axes.bar(places, [row[value] for row in own], width, label=method)
         if base is not None:
             ends = [place - width / 2 for place in places], [place + width / 2 for place in places]
-            label = "without speculation" if index == 0 else None
-            axes.hlines([row[base] for row in own], *ends, color="black", label=label)
+            name = "without speculation" if index == 0 else None
+            axes.hlines([row[base] for row in own], *ends, color="black", label=name)
     axes.set_xticks(range(len(kinds)), kinds)
 
 
 def draw(rows: list[Row], given_costs: list[str], out: Path) -> None:
     """Raises ValueError where there is nothing to draw, or no base to compare with."""
     gpu = {(row["batch"], row["acceptance"], row["fixed"]): row for row in rows if "acceptance" in row}
-    kinds = {(row["kind"], row["method"]): row for row in rows if row.get("benchmark") == "by_kind"}
+    kinds = {(row["kind"], label(row)): row for row in rows if row.get("benchmark") == "by_kind"}
     batches = sorted({batch for batch, *_ in gpu})
     if not batches and not kinds:
         raise ValueError("no rows of gpu/speculation.py or by_kind_cpu.py")
