@@ -5,9 +5,9 @@ probability, whatever they are.
     python benchmarks/gpu/speculation.py --model FOLDER [--draft FOLDER] [--acceptance 0.8] [--tokens 5] [--fixed]
                                          [--plain-draft] [--batches 1,8,64,256] [--out FILE]
 
-Random weights of the folders' config.json, the draft's in FP8 unless --plain-draft; --acceptance none: no speculation. Each batch: prompts
-of 512 random tokens and 192 output tokens, twice to warm up, then timed. Seconds are of the whole batch, ms of a token
-of one sequence.
+Random weights of the folders' config.json, the draft's in FP8 unless --plain-draft; --acceptance none: no speculation.
+Each batch: prompts of 512 random tokens and 192 output tokens, twice to warm up, then timed. Seconds are of the whole
+batch, ms of a token of one sequence.
 """
 
 from __future__ import annotations
