@@ -142,7 +142,7 @@ def _model_drafter(
     num_blocks, use_graphs = blocks
     facts, device, most = draft.facts, slots.token_ids.device, draft.config.num_speculative_tokens
     assert facts is not None
-    num_sequences = max(1, limits.max_draft_rows // most)
+    num_sequences = min(limits.max_num_seqs, limits.max_draft_rows)
     block = 2, facts.num_kv_heads, limits.block_size, facts.head_dim
     dtype = model.embed_tokens.weight.dtype
     cache = torch.zeros(facts.num_layers, num_blocks, *block, dtype=dtype, device=device)

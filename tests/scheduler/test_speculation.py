@@ -151,9 +151,9 @@ def test_accidents_do_not_mislead(acceptance: float) -> None:
         assert speed >= LEAST_SHARE * best_fixed(machine, num_rows, acceptance)
 
 
-def taught(proposes_free: bool = False) -> SpeculationPolicy:
+def taught(proposes_free: bool = False, **options: int) -> SpeculationPolicy:
     """A policy that knows its machine well, up to 4,096 tokens: 16 take no longer than one."""
-    policy = SpeculationPolicy(4, proposes_free=proposes_free)
+    policy = SpeculationPolicy(4, proposes_free=proposes_free, **options)
     machine = Machine(flat_tokens=16, per_pass=0.0 if proposes_free else 0.05)
     for _ in range(30):
         for num_tokens in (4, 8, 12, 16, 20, 64, 256, 1024, 2048, 4096):
@@ -189,6 +189,19 @@ def test_a_lookup_is_asked_always_and_used_where_it_found() -> None:
     for _ in range(40):
         chosen = policy.choose(rows)
     assert chosen == [4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("most", [3, 4, 8, 11])
+def test_no_more_drafts_are_chosen_than_a_step_can_verify(most: int) -> None:
+    """Four sure rows: one draft for each, or as many as there is room for."""
+    policy = taught(max_total=most)
+    rows = [policy.track() for _ in range(4)]
+    for row in rows:
+        for _ in range(10):
+            policy.observe_row(row, 4, 4, 4)
+    for _ in range(40):
+        chosen = policy.choose(rows)
+    assert chosen == [most // 4] * 4
 
 
 def test_fixed_is_fixed() -> None:

@@ -27,11 +27,12 @@ class Choice(NamedTuple):
 class DraftSearch:
     """Takes drafts in the order of what they promise, over all rows, and finds where to stop."""
 
-    def __init__(self, cost: StepCost, max_drafts: int, proposes_free: bool) -> None:
-        """cost: learns elsewhere. proposes_free: drafts need no passes."""
+    def __init__(self, cost: StepCost, max_drafts: int, proposes_free: bool, max_total: int) -> None:
+        """cost: learns elsewhere. proposes_free: drafts need no passes. max_total: drafts of a step at most."""
         self._cost = cost
         self._max_drafts = max_drafts
         self._proposes_free = proposes_free
+        self._max_total = max_total
         self._drafts: list[tuple[float, int, int]] = []  # (tokens that it adds, level, j) of a row's j-th draft
         self._turn = 0  # of the limits that take turns
 
@@ -86,6 +87,8 @@ class DraftSearch:
             if j > cap:
                 continue
             num_drafts += counts[level]
+            if num_drafts > self._max_total:
+                break
             gain += promise * counts[level]
             deepest = max(deepest, j)
             if num_drafts < due:

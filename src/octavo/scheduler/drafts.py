@@ -21,7 +21,10 @@ class Drafts:
         self._stats = SpeculationStats(config.num_speculative_tokens)
         if config.num_speculative_tokens:
             self._policy = SpeculationPolicy(
-                config.num_speculative_tokens, config.adaptive_speculation, config.drafts_are_free
+                config.num_speculative_tokens,
+                config.adaptive_speculation,
+                config.drafts_are_free,
+                config.max_step_rows - config.max_num_seqs,
             )
 
     @staticmethod

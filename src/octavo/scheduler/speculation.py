@@ -57,8 +57,11 @@ class SpeculationPolicy:
     Results may come any number of steps late.
     """
 
-    def __init__(self, max_drafts: int, adaptive: bool = True, proposes_free: bool = False) -> None:
+    def __init__(
+        self, max_drafts: int, adaptive: bool = True, proposes_free: bool = False, max_total: int = 2**31
+    ) -> None:
         """proposes_free: drafts cost nothing (a lookup) and may not be found; else each takes a pass of a model.
+        max_total: drafts that a step can verify.
 
         Raises ValueError for max_drafts < 1.
         """
@@ -68,7 +71,7 @@ class SpeculationPolicy:
         self._adaptive = adaptive
         self._proposes_free = proposes_free
         self._cost = StepCost()
-        self._search = DraftSearch(self._cost, max_drafts, proposes_free)
+        self._search = DraftSearch(self._cost, max_drafts, proposes_free, max_total)
         self._shared = _FIRST_SHARED  # acceptance of rows' first drafts, rows chosen without regard to it
         self._judged_by = _FIRST_SHARED  # the shared estimate at which all levels were last renewed
         self._now = 0  # calls of choose

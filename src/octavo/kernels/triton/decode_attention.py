@@ -22,9 +22,9 @@ from octavo.kernels.triton.decode_merge import _combine
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
-# Floats of partial results that a program holds at once while it merges: of one row, and of several, with which it
-# must not take more registers than leave room for three programs on a multiprocessor.
-_MAX_COMBINE_TILES = 8192, 4096
+# Floats of partial results that a program holds at once while it merges. Where rows may share items there is code for
+# one row and for several, and more would take the registers that let three programs stand on a multiprocessor.
+_COMBINE_TILE, _COMBINE_TILE_BESIDE, _COMBINE_TILE_SHARED = 8192, 4096, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,7 @@ def _constants(
     group_size = num_heads // num_kv_heads
     group_size_padded = triton.next_power_of_2(group_size)
     head_dim_padded = triton.next_power_of_2(head_dim)
+    tile = _COMBINE_TILE if queries == 1 else _COMBINE_TILE_BESIDE
     return {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP_SIZE": group_size,
@@ -184,7 +185,8 @@ def _constants(
         "BLOCK_SIZE": block_size,
         "TILE": config.tile,
         "SLIDING_WINDOW": sliding_window or 0,
-        "COMBINE_ITEMS": max(1, _MAX_COMBINE_TILES[queries > 1] // (queries * group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS": max(1, tile // (group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS_SHARED": max(1, _COMBINE_TILE_SHARED // (queries * group_size_padded * head_dim_padded)),
         # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
         # (exactly), and to bfloat16 in five, which would take longer than loading them.
         "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,
@@ -228,6 +230,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     COMBINE_ITEMS: tl.constexpr,
+    COMBINE_ITEMS_SHARED: tl.constexpr,
     VIA_FLOAT16: tl.constexpr,
     VALUE_PAIRS: tl.constexpr,
     IN_PTX: tl.constexpr,
@@ -321,21 +324,41 @@ def _decode_kernel(
         if arrived == num_row_items - 1:
             tl.debug_barrier()
             tl.store(arrival, 0)
-            _combine(
-                partial_acc,
-                partial_lse,
-                out_row,
-                (first_item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE,
-                num_row_items,
-                num_queries,
-                NUM_KV_HEADS,
-                GROUP_SIZE,
-                GROUP_SIZE_PADDED,
-                QUERIES,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-                COMBINE_ITEMS,
-            )
+            first_head = (first_item * QUERIES * NUM_KV_HEADS + kv_head) * GROUP_SIZE
+            if QUERIES > 1 and num_queries > 1:
+                _combine(
+                    partial_acc,
+                    partial_lse,
+                    out_row,
+                    first_head,
+                    num_row_items,
+                    num_queries,
+                    NUM_KV_HEADS,
+                    GROUP_SIZE,
+                    GROUP_SIZE_PADDED,
+                    QUERIES,
+                    QUERIES,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                    COMBINE_ITEMS_SHARED,
+                )
+            else:
+                _combine(
+                    partial_acc,
+                    partial_lse,
+                    out_row,
+                    first_head,
+                    num_row_items,
+                    1,
+                    NUM_KV_HEADS,
+                    GROUP_SIZE,
+                    GROUP_SIZE_PADDED,
+                    QUERIES,
+                    1,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                    COMBINE_ITEMS,
+                )
 
 
 @triton.jit

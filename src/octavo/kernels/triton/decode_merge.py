@@ -18,6 +18,7 @@ def _combine(
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_PADDED: tl.constexpr,
+    ROOM: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
@@ -26,8 +27,9 @@ def _combine(
     """Merge the partial results of one (row, KV head), or of rows that share items, a few items at a time, and write
     the output.
 
-    first_head: index of the first item's result, in heads; results of later items are QUERIES * NUM_KV_HEADS *
-    GROUP_SIZE apart. Loads bypass L1 (.cg), which does not see what other processors wrote.
+    first_head: index of the first item's result, in heads; results of later items are ROOM * NUM_KV_HEADS * GROUP_SIZE
+    apart. num_queries: rows that share the items, QUERIES at most. Loads bypass L1 (.cg), which does not see what other
+    processors wrote.
     """
     places = tl.arange(0, QUERIES * GROUP_SIZE_PADDED)
     heads = places % GROUP_SIZE_PADDED
@@ -43,7 +45,7 @@ def _combine(
     running_sum = tl.zeros([QUERIES * GROUP_SIZE_PADDED], tl.float32)
     for start in range(0, num_items, COMBINE_ITEMS):
         index = start + tl.arange(0, COMBINE_ITEMS)
-        item_heads = (first_head + index * (QUERIES * NUM_KV_HEADS * GROUP_SIZE)).to(tl.int64)
+        item_heads = (first_head + index * (ROOM * NUM_KV_HEADS * GROUP_SIZE)).to(tl.int64)
         lse_mask = (index[:, None] < num_items) & is_head[None, :]
         lse_pointers = partial_lse + item_heads[:, None] + head_offsets[None, :]
         lse = tl.load(lse_pointers, mask=lse_mask, other=float("-inf"), cache_modifier=".cg")

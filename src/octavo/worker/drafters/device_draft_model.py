@@ -19,8 +19,9 @@ from octavo.worker.step_buffers import NUM_PARAMS
 
 Ints = NDArray[np.int32]
 
-_NARROW = 2  # tokens
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # numbers of sequences that passes are padded to
+# Numbers of sequences that passes are padded to, and of tokens of each in the first pass, on average.
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
+_WIDTHS = (2, 3)
 
 
 class _Buffers:
@@ -54,9 +55,9 @@ class DeviceModelDrafter:
 
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
     known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess; each
-    further one takes a pass of one token. The last two tokens do where the step before made as many guesses as were
-    verified; else it is `most + 2`, which leaves gaps where no guesses were wanted for longer. Each pass is a CUDA
-    graph, of as many sequences, and of as many tokens of each, as it is padded to.
+    further one takes a pass of one token. The last two tokens do where the step before made guesses too; where none
+    were wanted for long there remain gaps, before the last `most + 2`. Each pass is a CUDA graph, of as many sequences
+    as it is padded to, and of as many tokens of each, unless those are many.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class DeviceModelDrafter:
         self._block_size, max_sequences = sizes
         self._most = most
         self._widest = most + 2
-        self._widths = sorted({_NARROW, (_NARROW + self._widest) // 2, self._widest})  # tokens a sequence, on average
-        self._made: dict[int, int] = {}  # by slot: guesses made in the last step of its sequence
+        # By slot: how many of the last known tokens have no KV yet, at most; negative after guesses, which have theirs.
+        self._missing: dict[int, int] = {}
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self._use_graphs = use_graphs
@@ -87,7 +88,7 @@ class DeviceModelDrafter:
         self._buffers = _Buffers(largest, largest * self._widest, (max_items[0], max_items[1]), device)
         # Parameters of slots whose draws are greedy: temperature 0.
         self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
-        # By sequences, and tokens of each in the first pass, 0 for the others.
+        # By sequences, and tokens of each in the first pass, on average, 0 for the others.
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         if use_graphs:
             self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
@@ -95,27 +96,30 @@ class DeviceModelDrafter:
 
     def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
         """See Drafter: its KV is that of the slot's blocks."""
-        self._made.pop(new.slot, None)
+        self._missing[new.slot] = 0
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         """See DeviceDrafter."""
-        rows = [row for row, is_prompt, count in zip(batch.rows, batch.prompts, batch.asked) if is_prompt and count]
-        if rows:
-            self._compute_prompts(rows, batch.token_ids)
+        prompts = [row for row, is_prompt, count in zip(batch.rows, batch.prompts, batch.asked) if is_prompt and count]
+        if prompts:
+            self._compute_prompts(prompts, batch.token_ids)
+        computed = {row.slot for row in prompts}
+        for row, is_prompt in zip(batch.rows, batch.prompts):
+            missing = 0 if row.slot in computed else self._missing[row.slot] + row.length
+            missing += is_prompt and row.samples  # its length is without the token that was drawn
+            self._missing[row.slot] = max(int(row.samples), missing)
         asked = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
         asked = asked[: self._sizes[-1]]
-        widths = [self._width_of(batch.rows[index], batch.prompts[index]) for index in asked]
-        for row in batch.rows:
-            self._made.pop(row.slot, None)
         if not asked:
             return
         size = next(size for size in self._sizes if size >= len(asked))
-        width = next(width for width in self._widths if width * size >= sum(widths))
+        widths = [min(self._missing[batch.rows[index].slot], self._widest) for index in asked]
+        width = next((width for width in _WIDTHS if width * size >= sum(widths)), self._widest)
         self._describe([batch.rows[index] for index in asked], widths)
         most = max(batch.asked[index] for index in asked)
         for index in range(most):
             self._launch(size, width if index == 0 else 0, batch.lengths, batch.token_ids)
-        self._made |= {batch.rows[index].slot: most for index in asked}
+        self._missing |= {batch.rows[index].slot: 1 - most for index in asked}
         # The draws are in the table by now, behind the known tokens.
         where = slice(None)
         if len(asked) < len(batch.rows):
@@ -123,20 +127,18 @@ class DeviceModelDrafter:
         slots = self._buffers.slots[: len(asked)].long()
         columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
         batch.drafts[where, :most] = batch.token_ids[slots[:, None], columns.clamp(max=batch.token_ids.shape[1] - 1)]
-        batch.found[where] = most
+        if isinstance(where, Tensor):
+            batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
+        else:
+            batch.found.fill_(most)
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
         if self._use_graphs:
             self._buffers.words.fill_(-1)
             for size in reversed(self._sizes):  # in the memory of the largest the others find room
-                for width in (*reversed(self._widths), 0):
+                for width in (*reversed(_WIDTHS), 0):
                     self._launch(size, width, lengths, token_ids)
-
-    def _width_of(self, row: PlanRow, is_prompt: bool) -> int:
-        """How many of the last known tokens the first pass is to cover: the last always, and the guess that was made
-        last if it came true; of a prompt the one that was drawn."""
-        return _NARROW if is_prompt or row.num_drafts <= self._made.get(row.slot, -1) else self._widest
 
     def _compute_prompts(self, rows: list[PlanRow], token_ids: Tensor) -> None:
         """Write the KV of the rows' tokens."""
@@ -185,7 +187,7 @@ class DeviceModelDrafter:
             else:
                 self._next(size, lengths, token_ids)
 
-        if not self._use_graphs:
+        if not self._use_graphs or width > _WIDTHS[-1]:
             compute()
             return
         key = size, width
