@@ -204,6 +204,27 @@ def test_no_more_drafts_are_chosen_than_a_step_can_verify(most: int) -> None:
     assert chosen == [most // 4] * 4
 
 
+def test_a_draft_model_is_shown_the_prompts_that_it_will_repay() -> None:
+    """Four sure rows gain 0.6 of a step's time a token or so; the batch of 4,096 has no time for drafts."""
+    policy = taught()
+    rows = [policy.track() for _ in range(4)]
+    for row in rows:
+        for _ in range(40):
+            policy.observe_row(row, 4, 4, 4)
+    seconds = Machine(flat_tokens=16, per_pass=0.05).seconds(4, 4, 0)
+    assert policy.track(4, 10_000, 200).is_enrolled  # what a prompt costs is not known
+    policy.observe_prompts(10, 1.0)  # tells nothing
+    assert policy.track(4, 10_000, 200).is_enrolled
+    policy.observe_prompts(1000, 1000 * 0.01 * seconds)
+    for _ in range(100):
+        assert policy.track(4, 1000, 200).is_enrolled
+    for num_rows, num_prompt_tokens, num_more in ((4, 1000, 5), (4, 10_000_000, 200), (4096, 1000, 200)):
+        enrolled = [policy.track(num_rows, num_prompt_tokens, num_more) for _ in range(100)]
+        assert 0 <= sum(own.is_enrolled for own in enrolled) < 5  # the first may be a probe
+        assert all(policy.choose([own])[0] == 0 for own in enrolled if not own.is_enrolled)
+    assert SpeculationPolicy(4, adaptive=False).track(4096, 10_000_000, 1).is_enrolled
+
+
 def test_fixed_is_fixed() -> None:
     policy = SpeculationPolicy(3, adaptive=False)
     rows = [policy.track(), policy.track()]

@@ -6,127 +6,25 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from adapter_rig import SIZES, VOCAB, Rig, logprobs, model_of, random_weights, request_for, tokens
 from random_adapters import merged, write_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from octavo.attention.cpu import CpuAttention
-from octavo.attention.torch_operators import TorchAttention
-from octavo.config import LoRASizes, SchedulerConfig
-from octavo.distributed.executor import DeviceExecutor, InProcessExecutor
-from octavo.engine.adapters import AdapterDesk
-from octavo.engine.engine import Engine
-from octavo.kernels import triton
-from octavo.loading.weights import dummy_weights
-from octavo.models.base import CausalLM
-from octavo.models.registry import build_model
 from octavo.protocol.lora import LoRARequest
 from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
-from octavo.scheduler.scheduler import Scheduler
-from octavo.worker.adapters import AdapterBank
-from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
-from octavo.worker.model_runner import ModelRunner
-from octavo.worker.sampler.device_sampler import DeviceSampler
-from octavo.worker.sampler.sampler import Sampler
-from octavo.worker.slots import Slots
 
-CPU = torch.device("cpu")
-VOCAB = 61
-LIMITS = DeviceLimits(max_num_seqs=6, max_num_batched_tokens=32, max_model_len=64, block_size=16)
-SIZES = LoRASizes(max_loras=3, max_lora_rank=64, max_cpu_loras=6)
 NUM_ADAPTERS = 5
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-
-
-def model_of(weights: dict[str, Tensor]) -> CausalLM:
-    model = build_model(CONFIG, torch.float32, CPU)
-    model.load_weights(weights.items())
-    return model
-
-
-class Rig:
-    """An engine over the runner of a CPU, or over that of a GPU on the CPU."""
-
-    def __init__(self, model: CausalLM, kind: str, sizes: LoRASizes | None) -> None:
-        self.bank = None if sizes is None else AdapterBank(model, sizes, torch.float32, CPU)
-        num_blocks, (rows, tokens, length, block, _) = 32, LIMITS
-        executor: Any
-        if kind == "cpu":
-            attention = CpuAttention(2, num_blocks, block, 2, 8, torch.float32)
-            slots = Slots(rows, length, block, CPU)
-            runner = ModelRunner(model, attention, Sampler(rows, VOCAB, CPU), slots, self.bank)
-            executor = InProcessExecutor(runner, threaded=False)
-        else:
-            triton.load()
-            cache = torch.zeros(2, num_blocks, 2, 2, block, 8)
-            sampler, slots = DeviceSampler(rows, VOCAB, CPU), DeviceSlots(LIMITS, CPU)
-            executor = DeviceExecutor(
-                DeviceRunner(model, TorchAttention(cache, 4), sampler, slots, LIMITS, False, self.bank)
-            )
-        config = SchedulerConfig(
-            max_num_seqs=rows,
-            max_num_batched_tokens=tokens,
-            max_model_len=length,
-            block_size=block,
-            num_blocks=num_blocks,
-            max_loras=0 if sizes is None else sizes.max_loras,
-        )
-        desk = None
-        if self.bank is not None and sizes is not None:
-            desk = AdapterDesk(self.bank.load, self.bank.drop, sizes.max_cpu_loras)
-        self.engine = Engine(Scheduler(config), executor, 1 if kind == "cpu" else 2, adapters=desk)
-
-    def run(self, requests: list[Request]) -> dict[str, list[TokenOutput]]:
-        found: dict[str, list[TokenOutput]] = {request.request_id: [] for request in requests}
-        for request in requests:
-            self.engine.add(request)
-        while self.engine.has_work:
-            for output in self.engine.step():
-                assert output.error is None, output.error
-                found[output.request_id].append(output)
-            self.engine.audit()
-        return found
-
-
-def request_for(name: str, prompt: list[int], lora: LoRARequest | None, max_tokens: int = 4) -> Request:
-    sampling = SamplingParams(temperature=0, seed=0, max_tokens=max_tokens, logprobs=3, prompt_logprobs=1)
-    return Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, lora=lora)
-
-
-def logprobs(outputs: list[TokenOutput]) -> Tensor:
-    """Of the prompt's tokens and then the output's."""
-    rows = [row for output in outputs for row in (output.prompt_logprobs or [])]
-    rows += [row for output in outputs for row in (output.logprobs or [])]
-    return torch.tensor([row.logprobs[0] for row in rows])
-
-
-def tokens(outputs: list[TokenOutput]) -> list[int]:
-    return [token for output in outputs for token in output.new_token_ids]
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    made = dummy_weights(build_model(CONFIG, torch.float32, CPU), 0, CPU)
-    return {name: tensor if "norm" in name else tensor * 10 for name, tensor in made}
+    return random_weights()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-"""A CPU's rows that verify guesses bring the tokens that they would without, from the same distribution."""
+"""A CPU's rows that verify guesses bring the tokens that they would without."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from octavo.loading.weights import dummy_weights
 from octavo.models.base import CausalLM
 from octavo.models.registry import build_head, build_model
 from octavo.protocol.outputs import TokenOutput
-from octavo.protocol.plan import PlanRow
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
@@ -29,7 +27,6 @@ from octavo.worker.model_runner import ModelRunner
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
 from octavo.worker.speculation import Speculation
-from octavo.worker.verification import Pending, verify
 
 CPU = torch.device("cpu")
 VOCAB, BLOCK, MAX_LEN, NUM_DRAFTS = 31, 4, 96, 4
@@ -184,42 +181,3 @@ def test_a_model_that_guesses_for_itself_is_always_right(model: CausalLM) -> Non
     stats = rig.engine.stats()
     assert [len(output.new_token_ids) for output in outputs] == [1] + [1 + NUM_DRAFTS] * 8
     assert stats.num_accepted_tokens_total == stats.num_draft_tokens_total == 8 * NUM_DRAFTS
-
-
-@pytest.mark.parametrize(
-    ("guess", "wish"), [(0, {}), (3, {"temperature": 0.6, "top_p": 0.8}), (1, {"min_p": 0.2, "presence_penalty": 0.8})]
-)
-def test_verified_draws_are_distributed_as_plain_ones(wish: dict[str, Any], guess: int, request: Any) -> None:
-    """Pearson's chi-square test of pairs of tokens, the first of which was guessed. --examples 200: 200,000 of them."""
-    vocab = 6
-    number = max(4_000, 1_000 * int(request.config.getoption("--examples")))
-    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(5))
-    counts = [np.zeros(vocab * vocab) for _ in range(2)]
-    batch = 1000
-    for kind, num_drafts in enumerate((0, 1)):
-        for begin in range(0, number, batch):
-            sampler, slots = Sampler(batch, vocab, CPU), Slots(batch, 8, 4, CPU)
-            for slot in range(batch):
-                seed = begin + slot + kind * number  # no number is drawn twice
-                sampler.set_slot(slot, SamplingParams(seed=seed, max_tokens=4, **wish), (), [1], 1)
-            first: list[list[int]] = [[] for _ in range(batch)]
-            position = 1
-            while any(len(own) < 2 for own in first):
-                going = [slot for slot in range(batch) if len(first[slot]) < 2]
-                drafts = num_drafts if position == 1 else 0
-                pending = []
-                for at, slot in enumerate(going):
-                    slots.token_ids[slot, position : position + drafts] = guess
-                    row = PlanRow(slot, position - 1, 1 + drafts, [], True, None, drafts)
-                    pending.append(Pending(row, at * (1 + drafts)))
-                each = logits if drafts else logits[position - 1 : position]
-                for slot, result in zip(going, verify(each.repeat(len(going), 1), pending, sampler, slots)):
-                    first[slot] += result.token_ids
-                position += 1
-            pairs = np.array(first)[:, :2]
-            counts[kind] += np.bincount(pairs[:, 0] * vocab + pairs[:, 1], minlength=vocab * vocab)
-    plain, verified = counts
-    both = plain + verified > 0
-    statistic = ((plain - verified)[both] ** 2 / (plain + verified)[both]).sum()
-    degrees = both.sum() - 1
-    assert statistic < degrees * (1 - 2 / (9 * degrees) + 4.0 * np.sqrt(2 / (9 * degrees))) ** 3

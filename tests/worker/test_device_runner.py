@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Oracle
 
 from octavo.attention.backend import FusedAttentionBackend
 from octavo.attention.long_prefill import NoLongPrefill
@@ -20,12 +21,11 @@ from octavo.loading.weights import dummy_weights
 from octavo.models.base import CausalLM
 from octavo.models.registry import build_model
 from octavo.protocol.outputs import TokenOutput
-from octavo.protocol.plan import NewSequence
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
-from octavo.worker.device_speculation import DeviceDraftBatch, DeviceSpeculation
+from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.sampler.device_sampler import DeviceSampler
 
@@ -204,28 +204,6 @@ def test_a_step_out_of_memory_costs_its_largest_request(model: CausalLM, monkeyp
             assert "CUDA out of memory" in (own[-1].error or "")
 
 
-class Oracle:
-    """A drafter that knows what is to come, and is wrong now and then, or says nothing."""
-
-    def __init__(self, prompts: list[list[int]], outputs: list[list[int]]) -> None:
-        self._whole = [prompt + output for prompt, output in zip(prompts, outputs)]
-        self._rng = random.Random(0)
-
-    def enter(self, new: NewSequence, start: int) -> None:
-        pass
-
-    def propose(self, batch: DeviceDraftBatch) -> None:
-        for group, slot in enumerate(batch.slots.tolist()):
-            if slot < 0 or self._rng.random() < 0.1:
-                continue
-            known = batch.token_ids[slot, : batch.lengths[slot]].tolist()
-            (whole,) = (ids for ids in self._whole if ids[: len(known)] == known)
-            guesses = whole[len(known) :][: self._rng.randrange(1, NUM_DRAFTS + 1)]
-            wrong = [self._rng.randrange(VOCAB) if self._rng.random() < 0.25 else guess for guess in guesses]
-            batch.drafts[group, : len(wrong)] = torch.tensor(wrong, dtype=torch.int32)
-            batch.found[group] = len(wrong)
-
-
 @pytest.mark.parametrize(
     ("depth", "wish"),
     [
@@ -243,7 +221,7 @@ def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, An
     plain = Rig(model, depth=depth)
     plain.max_tokens = 7
     want = plain.run(asked, sampling)
-    oracle = Oracle(asked, tokens(want))
+    oracle = Oracle(asked, tokens(want), NUM_DRAFTS, VOCAB)
     guessing = Rig(model, depth=depth, speculation=DeviceSpeculation(oracle, NUM_DRAFTS, (4, 12), CPU))
     guessing.max_tokens = 7
     got = guessing.run(asked, sampling)
@@ -258,7 +236,7 @@ def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, An
 def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
     """Its KV lies beside the model's own, under the same blocks; so guesses are what comes, but for ends."""
     asked = prompts()[:3]
-    slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], []), NUM_DRAFTS, (4, 12), CPU))
+    slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], [], NUM_DRAFTS, VOCAB), NUM_DRAFTS, (4, 12), CPU))
     slots = slots_of.runner._slots
     cache = torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16)
     attention = TritonAttention(cache, 3, 4, 4 * 5, NoLongPrefill(), shares=True)

@@ -119,9 +119,10 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """One RowResult for each row of the plan, in its order.
 
-    seconds: what the step took on the device, where that is known.
+    seconds: what the step took on the device, where that is known; draft_seconds: that part of it which guesses took.
     """
 
     step_id: int
     rows: list[RowResult]
     seconds: float | None = None
+    draft_seconds: float | None = None

@@ -18,6 +18,7 @@ class Drafts:
     def __init__(self, config: SchedulerConfig) -> None:
         self._policy: SpeculationPolicy | None = None
         self._are_free = config.drafts_are_free
+        self._max_num_seqs = config.max_num_seqs
         self._stats = SpeculationStats(config.num_speculative_tokens)
         if config.num_speculative_tokens:
             self._policy = SpeculationPolicy(
@@ -38,29 +39,35 @@ class Drafts:
             num_drafts = min(num_drafts, sequence.constraint.num_free - num_unknown - 1)
         return max(0, num_drafts)
 
-    def ask(self, step: Step, kv: KVManager, num_running: int) -> list[int]:
+    def ask(self, step: Step, kv: KVManager, num_running: int, num_waiting: int) -> list[int]:
         """See StepPlan.drafts. Blocks are taken for the guesses, since the worker may write KV of them, as long as each
         running sequence could still grow by one."""
-        if self._policy is None:
+        policy = self._policy
+        if policy is None:
             return []
-        decoding = [
-            sequence for row, sequence in zip(step.rows, step.sequences) if row.samples and sequence is not None
-        ]
         records = []
-        for own in decoding:
-            if own.acceptance is None:
-                own.acceptance = self._policy.track()
-            records.append(own.acceptance)
-        chosen = self._policy.choose(records, step.num_prompt_tokens)
-        # A prompt that goes on will be asked for guesses as the others are.
-        will = int(any(chosen) or not chosen)
-        counts = dict(zip((own.slot for own in decoding), chosen))
+        for row, sequence in zip(step.rows, step.sequences):
+            if sequence is None:
+                continue
+            if sequence.acceptance is None:
+                num_rows = min(num_running + num_waiting, self._max_num_seqs)
+                num_more = sequence.max_num_tokens - sequence.num_prompt_tokens
+                sequence.acceptance = policy.track(num_rows, sequence.num_prompt_tokens, num_more)
+            if row.samples:
+                records.append(sequence.acceptance)
+        chosen = iter(policy.choose(records, step.num_prompt_tokens))
         drafts = []
         for row, sequence in zip(step.rows, step.sequences):
-            if not row.samples or sequence is None:
-                drafts.append(will)
+            if sequence is None or sequence.acceptance is None:
+                drafts.append(0)
                 continue
-            sequence.num_chosen = counts[row.slot]
+            enrolled = sequence.acceptance.is_enrolled
+            if not row.samples:
+                drafts.append(int(enrolled))
+                continue
+            sequence.num_chosen = next(chosen)
+            if enrolled and row.length > 1 + row.num_drafts:
+                sequence.num_chosen = max(1, sequence.num_chosen)  # else what guesses would not see the prompt's end
             sequence.num_drafts = self._reserve(row, sequence, kv, num_running)
             drafts.append(sequence.num_drafts)
         return drafts
@@ -79,7 +86,13 @@ class Drafts:
 
     def observe_step(self, plan: StepPlan, result: StepResult) -> None:
         """What a step took."""
-        if self._policy is None or result.seconds is None or not plan.decodes:
+        if self._policy is None:
+            return
+        if result.draft_seconds is not None and not plan.decodes:
+            prompts = zip(plan.rows, plan.drafts)
+            num_tokens = sum(row.length for row, count in prompts if count and row.length > 1 + row.num_drafts)
+            self._policy.observe_prompts(num_tokens, result.draft_seconds)
+        if result.seconds is None or not plan.decodes:
             return
         num_drafts = sum(row.num_drafts for row in plan.rows)
         num_passes = 0 if self._are_free else max(plan.drafts, default=0)

@@ -121,7 +121,7 @@ class Scheduler:
             step.sort_by_adapter()
         self._next_step_id += 1
         self._in_flight.append(step)
-        asked = self._drafts.ask(step, self._kv, len(self._running)) if self._config.num_speculative_tokens else []
+        asked = self._drafts.ask(step, self._kv, len(self._running), len(self._waiting))
         return StepPlan(step.step_id, step.new_sequences, step.rows, step.adapters, asked)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:

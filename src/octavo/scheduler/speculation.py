@@ -25,19 +25,23 @@ _FIRST_PLAIN, _PLAIN_EVERY = 25, 200  # steps after which a step without drafts 
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 4  # steps for which a choice is kept
+_TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
+_TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
+_PROMPT_GAIN = 0.2  # of one measurement in that estimate
 
 
 class Acceptance:
     """What is known of one sequence's drafts. Written by the policy alone; outlives preemption."""
 
-    __slots__ = ("is_ready", "level", "num_accepted", "num_tried", "sampled_at")
+    __slots__ = ("is_enrolled", "is_ready", "level", "num_accepted", "num_tried", "sampled_at")
 
-    def __init__(self, level: int, is_ready: bool) -> None:
+    def __init__(self, level: int, is_ready: bool, is_enrolled: bool) -> None:
         self.num_tried = 0.0  # drafts whose predecessors were accepted, fading
         self.num_accepted = 0.0  # those of them that were accepted
         self.sampled_at = -_UNBIASED_AGE  # step of the policy in which drafts of it were last seen verified
         self.level = level  # estimate of the acceptance, in 1 / LEVELS; or ABSENT
         self.is_ready = is_ready  # the proposer has drafts, or makes them when asked
+        self.is_enrolled = is_enrolled  # the proposer is shown its prompt
 
 
 def _is_other(hope: Choice, best: Choice) -> bool:
@@ -53,6 +57,9 @@ class SpeculationPolicy:
     Drafts are only used where they win by a margin at a pessimistic estimate of costs; what wins only at an optimistic
     one is tried now and then, and so are steps without drafts, and drafts for rows that have none. Each such probe is
     paid for, by its expected loss, out of less than 1 % of the time.
+
+    A draft model must see a sequence's prompt, which takes time before it has brought anything. So a new sequence is
+    enrolled where what its drafts are expected to save is more than that; else none are made for it.
 
     Results may come any number of steps late.
     """
@@ -87,16 +94,39 @@ class SpeculationPolicy:
         self._plain_at = 0  # the first step in which one without drafts is due, if there is none before
         self._plain_every = _FIRST_PLAIN
         self._plain_left = 0  # steps of a begun probe without drafts
+        self._prompt_cost: float | None = None  # seconds that the draft model takes for a prompt's token
+        self._saving = 0.0  # seconds that drafts save of a token, of _saving_rows rows in step _saving_at
+        self._saving_rows = self._saving_depth = 0
+        self._saving_at = -_KEPT
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
         self._finds = 0.1  # probability that a lookup finds something where it last found nothing
         self._ranked_by = self._finds  # that probability when drafts were ranked
         self._search.rank(self._finds, self._shared)
 
-    def track(self) -> Acceptance:
-        """The record of a new sequence."""
+    def track(self, num_rows: int = 1, num_prompt_tokens: int = 0, num_more: int = 1) -> Acceptance:
+        """The record of a new sequence. num_rows: sequences that will run beside it; num_prompt_tokens, num_more:
+        tokens of its own, and those that may come."""
         if self._proposes_free:
-            return Acceptance(ABSENT, False)
-        return Acceptance(round(self._shared * LEVELS), True)
+            return Acceptance(ABSENT, False, False)
+        if self._enrols(num_rows, num_prompt_tokens, num_more):
+            return Acceptance(round(self._shared * LEVELS), True, True)
+        return Acceptance(ABSENT, False, False)
+
+    def _enrols(self, num_rows: int, num_prompt_tokens: int, num_more: int) -> bool:
+        if not self._adaptive or self._prompt_cost is None or not self._cost.is_known:
+            return True
+        if self._now - self._saving_at >= _KEPT or abs(num_rows - self._saving_rows) * 16 > num_rows:
+            counts = [0] * (LEVELS + 2)
+            counts[round(self._shared * LEVELS)] = num_rows
+            best, _ = self._search.best(self._saving_depth, counts, num_rows)
+            plain = self._search.plain(num_rows)
+            self._saving = 1.0 / plain.rate - 1.0 / best.rate if best.cap else 0.0
+            self._saving_rows, self._saving_depth, self._saving_at = num_rows, best.cap, self._now
+        loss = num_prompt_tokens * self._prompt_cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
+        if loss > self._credit:
+            return False
+        self._credit -= max(loss, 0.0)
+        return True
 
     def num_to_propose(self, num_chosen: int) -> int:
         """How many drafts to ask the proposer for when num_chosen are wanted. What is free is always asked for: only
@@ -160,6 +190,13 @@ class SpeculationPolicy:
         if not num_drafts and not num_passes and num_tokens == num_rows:
             self._plain_at = self._now + self._plain_every
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
+
+    def observe_prompts(self, num_tokens: int, seconds: float) -> None:
+        """The draft model took so many seconds for so many tokens of prompts, and perhaps some drafts."""
+        if num_tokens >= _TELLING_PROMPT:
+            cost = seconds / num_tokens
+            known = cost if self._prompt_cost is None else self._prompt_cost
+            self._prompt_cost = known + _PROMPT_GAIN * (cost - known)
 
     def _renew(self, acceptances: Sequence[Acceptance]) -> None:
         """Bring levels and ranks up to date with what is known of all rows."""

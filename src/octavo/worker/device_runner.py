@@ -90,8 +90,10 @@ class StepInFlight:
             for slot, logprobs in self.prompt_logprobs.items():
                 by_slot[slot] = msgspec.structs.replace(by_slot[slot], prompt_logprobs=logprobs)
             results = [by_slot[row.slot] for row in self.plan.rows]
-        seconds = self._stage.done.seconds_since(self._stage.began) if self.timed else None
-        return StepResult(self.plan.step_id, results, seconds)
+        stage = self._stage
+        seconds = stage.done.seconds_since(stage.began) if self.timed else None
+        draft_seconds = None if self.verdict is None else stage.done.seconds_since(stage.sampled)
+        return StepResult(self.plan.step_id, results, seconds, draft_seconds)
 
 
 class DeviceRunner:
@@ -274,6 +276,7 @@ class DeviceRunner:
                 self._speculation.verify(buffers, shape)
             asked = self._asked(step.plan, plan_rows)
             self._activate(None)  # what guesses has no adapters, also where it shares layers with the model
+            stage.sampled.record()
             step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids, computed.features)
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)

@@ -67,10 +67,13 @@ class ModelRunner:
         pooled = self._pooler.pool(rows, hidden)
         if pooled is not None:
             results = with_embeddings(rows, results, pooled)
-        if self._speculation is not None:
-            self._activate([], [])  # what guesses has no adapters
-            results = self._speculation.propose(rows, results, plan.drafts, features)
-        return StepResult(plan.step_id, results, time.perf_counter() - began)
+        sampled_at = time.perf_counter()
+        if self._speculation is None:
+            return StepResult(plan.step_id, results, sampled_at - began)
+        self._activate([], [])  # what guesses has no adapters
+        results = self._speculation.propose(rows, results, plan.drafts, features)
+        ended = time.perf_counter()
+        return StepResult(plan.step_id, results, ended - began, ended - sampled_at)
 
     def _enter(self, plan: StepPlan) -> None:
         if self._adapters is not None:

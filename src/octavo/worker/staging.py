@@ -38,9 +38,9 @@ class Event:
 class Stage:
     """One step's host buffers: `words` go to the device, `out` comes back. Free again once `done` is reached.
 
-    began: where the step's own work starts."""
+    began: where the step's own work starts. sampled: where that of new guesses does."""
 
-    __slots__ = ("began", "done", "out", "out_tensor", "words", "words_tensor")
+    __slots__ = ("began", "done", "out", "out_tensor", "sampled", "words", "words_tensor")
 
     def __init__(self, num_words: int, max_rows: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
@@ -48,7 +48,7 @@ class Stage:
         self.out_tensor = torch.zeros(max_rows, 2, dtype=torch.int32, pin_memory=pinned)
         self.words: NDArray[np.int32] = self.words_tensor.numpy()
         self.out: NDArray[np.int32] = self.out_tensor.numpy()
-        self.began, self.done = Event(device), Event(device)
+        self.began, self.sampled, self.done = Event(device), Event(device), Event(device)
 
 
 class Staging:
