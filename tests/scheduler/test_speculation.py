@@ -215,6 +215,8 @@ def test_a_draft_model_is_shown_the_prompts_that_it_will_repay() -> None:
     assert policy.track(4, 10_000, 200).is_enrolled  # what a prompt costs is not known
     policy.observe_prompts(10, 1.0)  # tells nothing
     assert policy.track(4, 10_000, 200).is_enrolled
+    policy.observe_prompts(1000, 1e6)  # the first takes long: nothing was compiled yet
+    assert policy.track(4, 10_000, 200).is_enrolled
     policy.observe_prompts(1000, 1000 * 0.01 * seconds)
     for _ in range(100):
         assert policy.track(4, 1000, 200).is_enrolled

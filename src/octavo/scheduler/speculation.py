@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from heapq import nsmallest
 
@@ -27,7 +28,7 @@ _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 4  # steps for which a choice is kept
 _TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
 _TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
-_PROMPT_GAIN = 0.2  # of one measurement in that estimate
+_NUM_PROMPT_COSTS = 8  # of those measurements that are kept
 
 
 class Acceptance:
@@ -94,7 +95,9 @@ class SpeculationPolicy:
         self._plain_at = 0  # the first step in which one without drafts is due, if there is none before
         self._plain_every = _FIRST_PLAIN
         self._plain_left = 0  # steps of a begun probe without drafts
-        self._prompt_cost: float | None = None  # seconds that the draft model takes for a prompt's token
+        # Seconds that the draft model took for a prompt's token. Accidents make it long, none makes it short: the
+        # least counts.
+        self._prompt_costs: deque[float] = deque(maxlen=_NUM_PROMPT_COSTS)
         self._saving = 0.0  # seconds that drafts save of a token, of _saving_rows rows in step _saving_at
         self._saving_rows = self._saving_depth = 0
         self._saving_at = -_KEPT
@@ -113,7 +116,7 @@ class SpeculationPolicy:
         return Acceptance(ABSENT, False, False)
 
     def _enrols(self, num_rows: int, num_prompt_tokens: int, num_more: int) -> bool:
-        if not self._adaptive or self._prompt_cost is None or not self._cost.is_known:
+        if not self._adaptive or len(self._prompt_costs) < 2 or not self._cost.is_known:
             return True
         if self._now - self._saving_at >= _KEPT or abs(num_rows - self._saving_rows) * 16 > num_rows:
             counts = [0] * (LEVELS + 2)
@@ -122,7 +125,7 @@ class SpeculationPolicy:
             plain = self._search.plain(num_rows)
             self._saving = 1.0 / plain.rate - 1.0 / best.rate if best.cap else 0.0
             self._saving_rows, self._saving_depth, self._saving_at = num_rows, best.cap, self._now
-        loss = num_prompt_tokens * self._prompt_cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
+        loss = num_prompt_tokens * min(self._prompt_costs) - min(num_more, _TYPICAL_OUTPUT) * self._saving
         if loss > self._credit:
             return False
         self._credit -= max(loss, 0.0)
@@ -194,9 +197,7 @@ class SpeculationPolicy:
     def observe_prompts(self, num_tokens: int, seconds: float) -> None:
         """The draft model took so many seconds for so many tokens of prompts, and perhaps some drafts."""
         if num_tokens >= _TELLING_PROMPT:
-            cost = seconds / num_tokens
-            known = cost if self._prompt_cost is None else self._prompt_cost
-            self._prompt_cost = known + _PROMPT_GAIN * (cost - known)
+            self._prompt_costs.append(seconds / num_tokens)
 
     def _renew(self, acceptances: Sequence[Acceptance]) -> None:
         """Bring levels and ranks up to date with what is known of all rows."""
