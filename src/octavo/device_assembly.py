@@ -146,7 +146,8 @@ def _speculation(
         attention = _draft_attention(draft, sizes, blocks[0], dtype, device)
         rest = attention, slots.block_tables, sizes, most, blocks[1]
         if isinstance(model, CausalLM):
-            drafter = DeviceModelDrafter(model, *rest)
+            draws = draft.config.draft_sample_method == "probabilistic"
+            drafter = DeviceModelDrafter(model, *rest, slots.params if draws else None)
         else:
             recent = RecentFeatures(model, target, limits.max_num_seqs, reach_of(most), most)
             drafter = DeviceHeadDrafter(model, recent, *rest)

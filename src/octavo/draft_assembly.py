@@ -68,6 +68,8 @@ def find_draft(wanted: SpeculationConfig, config: EngineConfig) -> Draft:
         raise ValueError(f"speculative_config: synthetic_acceptance={wanted.synthetic_acceptance} needs a GPU")
     if wanted.quantization is not None and config.device == "cpu":
         raise ValueError(f"speculative_config: quantization={wanted.quantization} needs a GPU")
+    if wanted.draft_sample_method != "greedy" and config.device == "cpu":
+        raise ValueError(f"speculative_config: draft_sample_method={wanted.draft_sample_method} needs a GPU")
     if config.options.attention_backend == "torch" and config.device != "cpu":
         raise ValueError("attention_backend=torch has no speculation; allowed: auto, triton, flashinfer")
     if wanted.method in LOOKUPS:

@@ -71,6 +71,7 @@ def test_the_short_options(llm: LLM, folder: Path) -> None:
     [
         ({"model": "draft", "quantization": "fp8"}, "quantization=fp8 needs a GPU"),
         ({"model": "draft", "synthetic_acceptance": 0.5}, "synthetic_acceptance=0.5 needs a GPU"),
+        ({"model": "draft", "draft_sample_method": "probabilistic"}, "draft_sample_method=probabilistic needs a GPU"),
         ({"model": "other"}, "vocab_size=103 is not supported of a draft; allowed: 101"),
         ({"method": "eagle3", "model": "draft"}, "missing: fc.weight"),
         ({"model": "nowhere"}, "nowhere"),

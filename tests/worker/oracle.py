@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 
-from octavo.protocol.plan import NewSequence
+from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 
 
@@ -19,6 +20,9 @@ class Oracle:
         self._rng = random.Random(0)
 
     def enter(self, new: NewSequence, start: int) -> None:
+        pass
+
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
         pass
 
     def propose(self, batch: DeviceDraftBatch) -> None:

@@ -233,16 +233,62 @@ def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, An
         assert [entry.token_ids for entry in said] == [entry.token_ids for entry in expected]
 
 
-def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
-    """Its KV lies beside the model's own, under the same blocks; so guesses are what comes, but for ends."""
-    asked = prompts()[:3]
-    slots_of = Rig(model, speculation=DeviceSpeculation(Oracle([], [], NUM_DRAFTS, VOCAB), NUM_DRAFTS, (4, 12), CPU))
-    slots = slots_of.runner._slots
+def guessing_for_itself(model: CausalLM, draws: bool) -> Rig:
+    """Its KV lies beside the model's own, under the same blocks. draws: its guesses are drawn, with the requests'
+    parameters."""
+    rig = Rig(model, speculation=DeviceSpeculation(Oracle([], [], NUM_DRAFTS, VOCAB), NUM_DRAFTS, (4, 12), CPU))
+    slots = rig.runner._slots
     cache = torch.zeros(2, 20, 2, 1, LIMITS.block_size, 16)
     attention = TritonAttention(cache, 3, 4, 4 * 5, NoLongPrefill(), shares=True)
-    drafter = DeviceModelDrafter(model, attention, slots.block_tables, (LIMITS.block_size, 4), NUM_DRAFTS, False)
-    slots_of.runner._speculation._drafter = drafter
-    slots_of.max_tokens = 9
-    outputs = slots_of.run(asked, SamplingParams(temperature=0))
+    rest = attention, slots.block_tables, (LIMITS.block_size, 4), NUM_DRAFTS, False
+    rig.runner._speculation._drafter = DeviceModelDrafter(model, *rest, slots.params if draws else None)
+    rig.max_tokens = 9
+    return rig
+
+
+def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
+    """Guesses are what comes, but for ends."""
+    asked = prompts()[:3]
+    rig = guessing_for_itself(model, False)
+    outputs = rig.run(asked, SamplingParams(temperature=0))
     assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in asked]
-    assert slots_of.engine.stats().num_steps_total <= 6
+    assert rig.engine.stats().num_steps_total <= 6
+
+
+def test_guesses_that_are_drawn_take_the_random_numbers_of_the_models_own_draws(model: CausalLM) -> None:
+    """The likeliest token would seldom be drawn at this temperature."""
+    asked, sampling = prompts()[:3], SamplingParams(temperature=2.0)
+    plain = Rig(model)
+    plain.max_tokens = 9
+    expected = tokens(plain.run(asked, sampling))
+    num_steps = {}
+    for draws in (True, False):
+        rig = guessing_for_itself(model, draws)
+        assert tokens(rig.run(asked, sampling)) == expected
+        num_steps[draws] = rig.engine.stats().num_steps_total
+    assert num_steps[True] <= 6
+    assert num_steps[False] >= 8
+
+
+def test_steps_without_guesses_do_not_make_the_next_ones_wrong(model: CausalLM) -> None:
+    """The KV of the tokens that came meanwhile is made up for."""
+    asked = prompts()[:3]
+    rig = guessing_for_itself(model, False)
+    drafts = rig.engine._scheduler._drafts
+    ask, calls = drafts.ask, iter(range(100))
+
+    def seldom(*args: Any) -> list[int]:
+        counts = ask(*args)
+        if next(calls) not in (2, 3):
+            return counts
+        for sequence in rig.engine._scheduler._running:
+            sequence.num_drafts = sequence.num_chosen = 0
+        return [0] * len(counts)
+
+    drafts.ask = seldom
+    rig.max_tokens = 16
+    outputs = rig.run(asked, SamplingParams(temperature=0))
+    assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in asked]
+    stats = rig.engine.stats()
+    assert stats.num_steps_total < 16
+    assert stats.num_accepted_tokens_total >= 0.8 * stats.num_draft_tokens_total

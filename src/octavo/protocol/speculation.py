@@ -15,6 +15,7 @@ _ONLY_OF: dict[str, frozenset[str]] = {
     "model": frozenset(METHODS) - LOOKUPS,
     "revision": frozenset(METHODS) - LOOKUPS,
     "quantization": frozenset(("draft_model",)),
+    "draft_sample_method": frozenset(("draft_model",)),
     "prompt_lookup_min": LOOKUPS,
     "prompt_lookup_max": LOOKUPS,
     "suffix_cached_tokens": frozenset(("suffix",)),
@@ -38,6 +39,8 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     guesses a step, at most. adaptive: fewer where that is faster. prompt_lookup_min, prompt_lookup_max: tokens that
     must agree, and are compared at most. suffix_cached_tokens: tokens of past outputs that are kept. quantization: of
     draft_model, fp8: weights in FP8, quantized while they are loaded; guesses change, and outputs do not.
+    draft_sample_method: of draft_model on a GPU: greedy, what it holds likeliest; probabilistic, what it draws at the
+    request's temperature with the random number of the model's own draw.
     synthetic_acceptance: for measurements on a GPU: each guess is taken with this probability, whatever it is; outputs
     then mean nothing.
     """
@@ -51,6 +54,7 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     suffix_cached_tokens: int = 65536
     revision: str | None = None
     quantization: Literal["fp8"] | None = None
+    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
     synthetic_acceptance: float | None = None
 
 

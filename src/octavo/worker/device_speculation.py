@@ -48,6 +48,10 @@ class DeviceDrafter(Protocol):
 
     def propose(self, batch: DeviceDraftBatch) -> None: ...
 
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
+        """A step in which none are asked for; as in DeviceDraftBatch."""
+        ...
+
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """Record the CUDA graphs that it replays; the tables as in DeviceDraftBatch."""
         ...
@@ -146,7 +150,9 @@ class DeviceSpeculation:
         wanted = np.array(
             [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
         )
-        if any(asked):
+        if not any(asked):
+            self._drafter.skip(rows, prompts)
+        else:
             slots, counts = upload(np.ascontiguousarray(wanted.T), device)
             drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
             found = torch.zeros(num_rows, dtype=torch.int32, device=device)

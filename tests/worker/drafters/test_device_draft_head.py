@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from octavo.kernels import triton
 from octavo.loading.weights import dummy_weights
 from octavo.models.base import CausalLM, DraftHead
 from octavo.models.registry import build_head, build_model
-from octavo.protocol.plan import NewSequence
+from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
@@ -106,6 +107,9 @@ class Overheard:
 
     def enter(self, new: NewSequence, start: int) -> None:
         self._drafter.enter(new, start)
+
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
+        self._drafter.skip(rows, prompts)
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         self._heard.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
 from octavo.models.base import DraftHead
-from octavo.protocol.plan import NewSequence
+from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.drafters.device_passes import (
     Asked,
@@ -78,6 +78,9 @@ class DeviceHeadDrafter:
             return
         most = self._passes.run(batch, [self._asked(batch, index) for index in indices])
         put_guesses(batch, indices, self._guesses[: len(indices), :most])
+
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
+        """See DeviceDrafter."""
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
 from octavo.models.base import CausalLM
-from octavo.protocol.plan import NewSequence
+from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.drafters.device_passes import (
     Asked,
@@ -25,7 +27,7 @@ _WIDTHS = (2, 3)  # tokens of each sequence in the first pass, on average, that 
 
 
 class DeviceModelDrafter:
-    """Guesses what the smaller model holds likeliest, token after token.
+    """Guesses what the smaller model holds likeliest, or what it draws, token after token.
 
     The tokens of a prompt go through the smaller model beside the model's own step. After that, a pass over the last
     known tokens of each sequence brings its KV up to date, whatever was accepted, and gives the first guess; each
@@ -41,9 +43,12 @@ class DeviceModelDrafter:
         sizes: tuple[int, int],
         most: int,
         use_graphs: bool,
+        params: Tensor | None = None,
     ) -> None:
         """attention: over a cache with as many blocks as the model's own. block_tables: of all slots. sizes: tokens of
-        a KV block, and sequences that are served in a step, beyond which none is. most: guesses of a sequence."""
+        a KV block, and sequences that are served in a step, beyond which none is. most: guesses of a sequence. params:
+        of all slots' sampling, as `draw_tokens` takes them: guesses are drawn at the requests' temperatures, with the
+        random numbers that the model's own draws will take. None: the likeliest are taken."""
         self._model = model
         self._attention = attention
         self._widest = reach_of(most)
@@ -53,8 +58,8 @@ class DeviceModelDrafter:
         self._passes = DraftPasses(self._compute, attention, block_tables, passes, use_graphs)
         self._kernels = triton.get()
         device, most_sequences = block_tables.device, self._passes.max_sequences
-        # Parameters of slots whose draws are greedy: temperature 0.
-        self._greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)
+        greedy = torch.zeros(len(block_tables), NUM_PARAMS, dtype=torch.int32, device=device)  # temperature 0
+        self._params = greedy if params is None else params
         self._drawn = torch.zeros(most_sequences, 2, dtype=torch.int32, device=device)
 
     def enter(self, new: NewSequence, start: int) -> None:  # noqa: ARG002
@@ -66,11 +71,8 @@ class DeviceModelDrafter:
         prompts = [batch.rows[index] for index in prompts_of(batch)]
         if prompts:
             self._model(*self._passes.place_prompts(prompts, batch.token_ids), self._attention)
-        computed = {row.slot for row in prompts}
-        for row, is_prompt in zip(batch.rows, batch.prompts):
-            missing = 0 if row.slot in computed else self._missing[row.slot] + row.length
-            missing += is_prompt and row.samples  # its length is without the token that was drawn
-            self._missing[row.slot] = max(int(row.samples), missing)
+        self.skip(batch.rows, batch.prompts)
+        self._missing |= {row.slot: int(row.samples) for row in prompts}
         indices = asked_of(batch, self._passes.max_sequences)
         if not indices:
             return
@@ -85,12 +87,19 @@ class DeviceModelDrafter:
         columns = columns.clamp(max=batch.token_ids.shape[1] - 1)
         put_guesses(batch, indices, batch.token_ids[slots[:, None], columns])
 
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
+        """See DeviceDrafter."""
+        for row, is_prompt in zip(rows, prompts):
+            # The length of a prompt's row is without the token that was drawn.
+            missing = self._missing[row.slot] + row.length + (is_prompt and row.samples)
+            self._missing[row.slot] = max(int(row.samples), missing)
+
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter."""
         self._passes.record(lengths, token_ids)
 
     def _compute(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """See device_passes.Compute. Puts the likeliest tokens into the table, where the next pass reads."""
+        """See device_passes.Compute. Puts the guesses into the table, where the next pass reads."""
         if width:
             placed, last = self._passes.place_first(size, width, lengths, token_ids)
             hidden = self._model(placed.input_ids, placed.positions, self._attention)[last]
@@ -100,5 +109,5 @@ class DeviceModelDrafter:
             hidden = self._model(placed.input_ids, placed.positions, self._attention)
             slots, positions = placed.row_slots, placed.next_positions
         samples = self._passes.numbers[1 : size + 1]  # none is 0
-        drawing = slots, positions, self._greedy, samples, token_ids
+        drawing = slots, positions, self._params, samples, token_ids
         self._kernels.draw_tokens(self._model.compute_logits(hidden), *drawing, self._drawn[:size])

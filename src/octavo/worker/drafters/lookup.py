@@ -3,6 +3,7 @@ other requests' outputs (as SuffixDecoding, Oliaro et al. 2024)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from octavo.kernels import triton
 from octavo.kernels.reference import lookup as reference
 from octavo.kernels.reference.lookup import SEPARATOR
-from octavo.protocol.plan import NewSequence
+from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.drafters.drafter import DraftRow
 
@@ -154,9 +155,13 @@ class DeviceLookupDrafter:
 
     def propose(self, batch: DeviceDraftBatch) -> None:
         """See DeviceDrafter."""
-        for row in batch.rows:
-            self._owners.know(row.slot, row.start + row.length + row.samples)
+        self.skip(batch.rows, batch.prompts)
         self._lookup.find(batch.token_ids, batch.slots, batch.lengths, batch.wanted, batch.drafts, batch.found)
+
+    def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:  # noqa: ARG002
+        """See DeviceDrafter."""
+        for row in rows:
+            self._owners.know(row.slot, row.start + row.length + row.samples)
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """See DeviceDrafter: it has no graphs."""
