@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from octavo.protocol.outputs import TokenOutput
 from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
-from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
+from octavo.worker import device_runner
+from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots, HostClock
 from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.sampler.device_sampler import DeviceSampler
@@ -292,3 +294,12 @@ def test_steps_without_guesses_do_not_make_the_next_ones_wrong(model: CausalLM) 
     stats = rig.engine.stats()
     assert stats.num_steps_total < 16
     assert stats.num_accepted_tokens_total >= 0.8 * stats.num_draft_tokens_total
+
+
+def test_the_hosts_work_counts_while_the_device_has_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 1.5, 1.7, 2.0, 9.0, 9.1, 9.3, 9.4])
+    monkeypatch.setattr(device_runner.time, "monotonic", lambda: next(times))
+    stage: Any = SimpleNamespace(done=SimpleNamespace(wait=lambda: None))
+    clock = HostClock()
+    # Each waits from the first of two times to the second. The third was launched when nothing was left to do.
+    assert [clock.wait(stage, at) for at in (0.9, 1.2, 8.0, 9.0)] == [0.0, pytest.approx(0.2), 0.0, pytest.approx(0.2)]

@@ -119,7 +119,8 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """One RowResult for each row of the plan, in its order.
 
-    seconds: what the step took on the device, where that is known; draft_seconds: that part of it which guesses took.
+    seconds: what the step took, where that is known: on the device, or if that is longer, on the host, which works on
+    other steps meanwhile. draft_seconds: the device's for guesses.
     """
 
     step_id: int

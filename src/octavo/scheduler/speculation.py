@@ -19,7 +19,8 @@ _FIND_GAIN = 0.02  # of one row's result in the estimate of that
 _FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
 
-_BUDGET = 0.008  # part of all time that probing may cost
+_BUDGET = 0.006  # part of all time that probing may cost
+_PROMPT_BUDGET = 0.003  # part of all time that prompts may cost which nothing is expected of
 _FIRST_BUDGET, _MOST_BUDGET = 5.0, 8.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _FIRST_PLAIN, _PLAIN_EVERY = 25, 200  # steps after which a step without drafts is tried again: at first, later
@@ -89,6 +90,7 @@ class SpeculationPolicy:
         self._kept_until = 0
         self._depth = 0  # the most drafts a row in the latest choice that was no probe
         self._credit = 0.0  # seconds that probing may cost
+        self._prompt_credit = 0.0  # and prompts
         self._probe_at = 0  # the first step that may probe again
         self._hope_at = 0  # the first step that may try again what wins at optimistic costs: others come in between
         self._decided_at = 0  # the step of the latest choice that was not kept from before
@@ -126,9 +128,9 @@ class SpeculationPolicy:
             self._saving = 1.0 / plain.rate - 1.0 / best.rate if best.cap else 0.0
             self._saving_rows, self._saving_depth, self._saving_at = num_rows, best.cap, self._now
         loss = num_prompt_tokens * min(self._prompt_costs) - min(num_more, _TYPICAL_OUTPUT) * self._saving
-        if loss > self._credit:
+        if loss > self._prompt_credit:
             return False
-        self._credit -= max(loss, 0.0)
+        self._prompt_credit -= max(loss, 0.0)
         return True
 
     def num_to_propose(self, num_chosen: int) -> int:
@@ -190,6 +192,7 @@ class SpeculationPolicy:
         if not self._cost.is_known:
             self._credit = _FIRST_BUDGET * seconds
         self._credit = min(self._credit + _BUDGET * seconds, _MOST_BUDGET * seconds)
+        self._prompt_credit = min(self._prompt_credit + _PROMPT_BUDGET * seconds, _MOST_BUDGET * seconds)
         if not num_drafts and not num_passes and num_tokens == num_rows:
             self._plain_at = self._now + self._plain_every
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)

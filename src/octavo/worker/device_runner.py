@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import NamedTuple
 
 import msgspec
@@ -56,11 +57,29 @@ class DeviceSlots:
         self.params = torch.zeros(num_slots, NUM_PARAMS, dtype=torch.int32, device=device)
 
 
+class HostClock:
+    """How long the host works between two waits for the device: where that is longer than a step, the device idles."""
+
+    def __init__(self) -> None:
+        self._waited_until = 0.0  # seconds on the monotonic clock
+
+    def wait(self, stage: Stage, launched_at: float) -> float:
+        """Wait for a step, which was launched then. Returns the seconds of work before; 0 where the device had nothing
+        to do before the step, and the host perhaps neither."""
+        before = time.monotonic()
+        stage.done.wait()
+        busy = before - self._waited_until if launched_at <= self._waited_until else 0.0
+        self._waited_until = time.monotonic()
+        return busy
+
+
 class StepInFlight:
     """A launched step. `result` waits for it."""
 
-    def __init__(self, plan: StepPlan, stage: Stage, sampler: DeviceSampler) -> None:
+    def __init__(self, plan: StepPlan, stage: Stage, sampler: DeviceSampler, clock: HostClock) -> None:
         self.plan = plan
+        self._clock = clock
+        self._launched_at = time.monotonic()
         self._stage = stage
         self._sampler = sampler
         # What the runner fills in before it hands this out.
@@ -76,7 +95,7 @@ class StepInFlight:
 
     def result(self) -> StepResult:
         """The step's results, in the order of the plan's rows."""
-        self._stage.done.wait()
+        busy = self._clock.wait(self._stage, self._launched_at)
         host = self._stage.out if self.host is None else self.host.numpy()
         rows = self.rows if self.split is None else self.split.rows
         results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in rows], self.more)
@@ -92,6 +111,8 @@ class StepInFlight:
             results = [by_slot[row.slot] for row in self.plan.rows]
         stage = self._stage
         seconds = stage.done.seconds_since(stage.began) if self.timed else None
+        if seconds is not None:
+            seconds = max(seconds, busy)
         draft_seconds = None if self.verdict is None else stage.done.seconds_since(stage.sampled)
         return StepResult(self.plan.step_id, results, seconds, draft_seconds)
 
@@ -132,6 +153,7 @@ class DeviceRunner:
         self._staging = Staging(_NUM_STAGES, self._buffers.num_words, rows, device)
         self._diffs = DiffWriter(limits.max_num_seqs)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
+        self._clock = HostClock()
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         if self._stream is not None:
             # The cache and the buffers are filled in the stream that made them, which may take a while.
@@ -147,7 +169,7 @@ class DeviceRunner:
         """Start one step: bring the slots up to date, forward, sample, copy the samples out."""
         with torch.cuda.stream(self._stream):  # None, on a CPU, changes nothing
             stage = self._staging.take()
-            step = StepInFlight(plan, stage, self._sampler)
+            step = StepInFlight(plan, stage, self._sampler, self._clock)
             if self._adapters is not None:
                 self._adapters.bring_in(plan.adapters)
             rows = self._runnable(self._enter(plan, stage), step)
