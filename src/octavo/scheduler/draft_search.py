@@ -9,7 +9,7 @@ from octavo.scheduler.step_cost import StepCost
 LEVELS = 20  # acceptance is rounded to multiples of 1 / LEVELS
 ABSENT = LEVELS + 1  # the level of rows for which a lookup found nothing; by now it may have found something
 _CERTAIN = 0.98  # what the highest level stands for
-_MARGIN = 0.03  # drafts must promise so much more throughput than none
+_MARGIN = 0.08  # drafts must promise so much more throughput than none
 _LEAST_PROMISE = 0.01  # tokens: drafts that promise less are not worth what is not measured
 _STRIDE = 1.1  # growth of the number of drafts between two looks at what it costs
 
