@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from speculation_sim import Load, Machine, simulate
 
 from octavo.scheduler.speculation import SpeculationPolicy, SpeculationStats
+from octavo.scheduler.step_cost import StepCost
 
 MACHINES = {
     "gpu, cheap pass": Machine(per_pass=0.05),
@@ -255,3 +256,18 @@ def test_stats_count_rows_drafts_and_positions() -> None:
         stats.add(num_drafts, num_accepted)
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 7, 5)
     assert stats.num_accepted_tokens_per_pos == [2, 2, 1]
+
+
+def test_drafts_are_compared_with_measured_steps_that_had_none() -> None:
+    cost = StepCost()
+    for _ in range(20):
+        cost.observe(256, 256, 0, 0, 0.010)
+    cost.observe(256, 256, 0, 0, 10.0)  # an accident
+    assert cost.plain(256) == pytest.approx(0.010, rel=0.1)
+    for step in range(200):
+        cost.observe(256, 512, 1, 256, 0.020 + step * 0.00005)  # contexts grow
+    assert cost.plain(260) == pytest.approx(0.010, rel=0.1)
+    assert cost.plain(300) == cost.estimate(300, 300, 0, 0)[0]
+    for _ in range(100):
+        cost.observe(256, 512, 1, 256, 0.030)
+    assert cost.plain(256) == cost.estimate(256, 256, 0, 0)[0]  # it was too long ago

@@ -48,7 +48,7 @@ class DraftSearch:
 
     def plain(self, num_rows: int) -> Choice:
         """No drafts."""
-        seconds, _ = self._cost.estimate(num_rows, num_rows, 0, 0)
+        seconds = self._cost.plain(num_rows)
         return Choice(num_rows / seconds, 0, 2.0, num_rows, seconds)
 
     def best(self, depth: int, counts: list[int], num_rows: int) -> tuple[Choice, Choice]:

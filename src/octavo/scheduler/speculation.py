@@ -28,6 +28,7 @@ _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 4  # steps for which a choice is kept
 _TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
+_PROMPT_MARGIN = 2.0  # drafts must be expected to save so many times what the prompt costs
 _TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
 _NUM_PROMPT_COSTS = 8  # of those measurements that are kept
 
@@ -127,7 +128,8 @@ class SpeculationPolicy:
             plain = self._search.plain(num_rows)
             self._saving = 1.0 / plain.rate - 1.0 / best.rate if best.cap else 0.0
             self._saving_rows, self._saving_depth, self._saving_at = num_rows, best.cap, self._now
-        loss = num_prompt_tokens * min(self._prompt_costs) - min(num_more, _TYPICAL_OUTPUT) * self._saving
+        cost = num_prompt_tokens * min(self._prompt_costs)
+        loss = _PROMPT_MARGIN * cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
         if loss > self._prompt_credit:
             return False
         self._prompt_credit -= max(loss, 0.0)

@@ -17,6 +17,9 @@ _LEAST_SHORTFALL = 0.15  # part of an estimate that a measurement must lack to d
 _LEAST_SHARE = 0.05  # of a measured step's seconds, in its corners
 _TELLING = 0.3  # weight of a corner in a measurement from which on it counts as measured
 _FILL_EVERY = 8  # observations after which unmeasured corners follow their neighbours
+_PLAIN_GAIN = 0.3  # of one measurement in what steps without drafts take
+_PLAIN_LIFE = 256  # observations for which that is believed
+_PLAIN_CLIP = 1.25  # times that which one measurement may take and be believed
 _CLIP = 2.5  # standard deviations by which one measurement may differ and be believed: others are accidents
 
 
@@ -29,6 +32,9 @@ class StepCost:
     known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line through
     their measured neighbours, and are poorly known. Accidents make steps long, none makes them short: so what is far
     above the estimate counts little, and what is far below shows that the estimate was an accident.
+
+    What drafts are compared with, steps without any, is not left to the parameters where such steps were measured
+    lately: others, which are many where drafts pay, would pull its estimate along with whatever they cannot explain.
     """
 
     def __init__(self) -> None:
@@ -40,6 +46,8 @@ class StepCost:
         self._most_tokens = 0  # in a step measured so far
         self._noise = _FIRST_NOISE
         self._num_observed = 0
+        self._plain_rows = self._plain_at = 0  # of the last step without drafts: its rows, and its number
+        self._plain_seconds = 0.0  # of such steps
 
     @property
     def is_known(self) -> bool:
@@ -57,6 +65,10 @@ class StepCost:
             self._set_priors(num_rows, seconds)
         self._num_observed += 1
         self._most_tokens = max(self._most_tokens, num_tokens)
+        if num_tokens == num_rows and not num_passes:
+            known = self._plain_seconds if self._knows_plain(num_rows) else seconds
+            self._plain_seconds = known + _PLAIN_GAIN * (min(seconds, _PLAIN_CLIP * known) - known)
+            self._plain_rows, self._plain_at = num_rows, self._num_observed
         features = self._features(num_rows, num_tokens, num_passes, num_drafts)
         mean, variance, now = self._mean, self._variance, self._num_observed
         estimate = sum(weight * mean[index] for index, weight in features)
@@ -105,6 +117,14 @@ class StepCost:
             seconds += num_passes * mean[_PER_PASS] + by_rows * mean[_PER_PASS_ROW]
             spread += num_passes * num_passes * variance[_PER_PASS] + by_rows * by_rows * variance[_PER_PASS_ROW]
         return seconds, sqrt(spread)
+
+    def plain(self, num_rows: int) -> float:
+        """Seconds that a step of so many rows takes without drafts."""
+        return self._plain_seconds if self._knows_plain(num_rows) else self.estimate(num_rows, num_rows, 0, 0)[0]
+
+    def _knows_plain(self, num_rows: int) -> bool:
+        is_recent = self._num_observed - self._plain_at <= _PLAIN_LIFE
+        return is_recent and abs(num_rows - self._plain_rows) * 16 <= num_rows
 
     def _set_priors(self, num_rows: int, seconds: float) -> None:
         for index, mean, deviation in (
