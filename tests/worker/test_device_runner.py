@@ -235,6 +235,9 @@ def test_guesses_change_no_token(model: CausalLM, depth: int, wish: dict[str, An
         assert [entry.token_ids for entry in said] == [entry.token_ids for entry in expected]
 
 
+SHORT = [[5], [3, 1, 4, 1, 5, 9]]
+
+
 def guessing_for_itself(model: CausalLM, draws: bool) -> Rig:
     """Its KV lies beside the model's own, under the same blocks. draws: its guesses are drawn, with the requests'
     parameters."""
@@ -259,41 +262,41 @@ def test_a_model_that_guesses_for_itself_is_right(model: CausalLM) -> None:
 
 def test_guesses_that_are_drawn_take_the_random_numbers_of_the_models_own_draws(model: CausalLM) -> None:
     """The likeliest token would seldom be drawn at this temperature."""
-    asked, sampling = prompts()[:3], SamplingParams(temperature=2.0)
+    asked, sampling = SHORT, SamplingParams(temperature=2.0)
     plain = Rig(model)
-    plain.max_tokens = 9
+    plain.max_tokens = 7
     expected = tokens(plain.run(asked, sampling))
     num_steps = {}
     for draws in (True, False):
         rig = guessing_for_itself(model, draws)
+        rig.max_tokens = 7
         assert tokens(rig.run(asked, sampling)) == expected
         num_steps[draws] = rig.engine.stats().num_steps_total
-    assert num_steps[True] <= 6
-    assert num_steps[False] >= 8
+    assert num_steps[True] <= 4
+    assert num_steps[False] >= 7
 
 
 def test_steps_without_guesses_do_not_make_the_next_ones_wrong(model: CausalLM) -> None:
     """The KV of the tokens that came meanwhile is made up for."""
-    asked = prompts()[:3]
     rig = guessing_for_itself(model, False)
     drafts = rig.engine._scheduler._drafts
     ask, calls = drafts.ask, iter(range(100))
 
     def seldom(*args: Any) -> list[int]:
         counts = ask(*args)
-        if next(calls) not in (2, 3):
+        if next(calls) not in range(2, 7):
             return counts
         for sequence in rig.engine._scheduler._running:
             sequence.num_drafts = sequence.num_chosen = 0
         return [0] * len(counts)
 
     drafts.ask = seldom
-    rig.max_tokens = 16
-    outputs = rig.run(asked, SamplingParams(temperature=0))
-    assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in asked]
+    rig.max_tokens = 20
+    outputs = rig.run(SHORT, SamplingParams(temperature=0))
+    assert [own[:NUM_TOKENS] for own in tokens(outputs)] == [exact(model, prompt) for prompt in SHORT]
     stats = rig.engine.stats()
     assert stats.num_steps_total < 16
-    assert stats.num_accepted_tokens_total >= 0.8 * stats.num_draft_tokens_total
+    assert stats.num_accepted_tokens_total == stats.num_draft_tokens_total
 
 
 def test_the_hosts_work_counts_while_the_device_has_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
 from octavo.worker.verification import Pending, verify
 
-VOCAB, BATCH, LENGTH = 6, 1000, 2
+VOCAB, BATCH, LENGTH = 6, 600, 2
 PROMPT, GUESSES = [1], [0, 3]
 # Of the tokens after the prompt. top_p, top_k and min_p each keep other tokens, alone and two together.
 LOGITS = torch.tensor(
