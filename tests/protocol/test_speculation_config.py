@@ -56,6 +56,12 @@ def test_the_short_options_stand_for_it():
         ('{"model": "x", "prompt_lookup_max": 3}', "prompt_lookup_max=3 has no use in draft_model"),
         ('{"method": "eagle3", "model": "x", "quantization": "fp8"}', "quantization='fp8' has no use in eagle3"),
         ('{"method": "draft_model"}', "method=draft_model needs a model"),
+        ('{"model": "x", "quantization": "int3"}', "quantization='int3' is not supported; allowed: fp8"),
+        (
+            '{"model": "x", "draft_sample_method": "lucky"}',
+            "draft_sample_method='lucky' is not supported; allowed: greedy, probabilistic",
+        ),
+        ('{"method": "suffix", "draft_sample_method": "greedy"}', "draft_sample_method='greedy' has no use in suffix"),
         ('{"model": "x", "synthetic_acceptance": 1.5}', "synthetic_acceptance=1.5 is out of range; allowed: 0..1"),
     ],
 )

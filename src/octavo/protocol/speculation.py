@@ -8,6 +8,8 @@ import msgspec
 
 SpeculationMethod = Literal["ngram", "suffix", "draft_model", "eagle", "eagle3"]
 METHODS: tuple[SpeculationMethod, ...] = get_args(SpeculationMethod)
+DraftQuantization = Literal["fp8"]
+DraftSampleMethod = Literal["greedy", "probabilistic"]
 LOOKUPS = frozenset(("ngram", "suffix"))  # which guess from text that is there, without a model
 
 # Fields that mean something to these methods alone.
@@ -20,6 +22,8 @@ _ONLY_OF: dict[str, frozenset[str]] = {
     "prompt_lookup_max": LOOKUPS,
     "suffix_cached_tokens": frozenset(("suffix",)),
 }
+
+_CHOICES = {"quantization": get_args(DraftQuantization), "draft_sample_method": get_args(DraftSampleMethod)}
 
 _RANGES = {
     "num_speculative_tokens": (1, 32),
@@ -53,8 +57,8 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     prompt_lookup_max: int = 5
     suffix_cached_tokens: int = 65536
     revision: str | None = None
-    quantization: Literal["fp8"] | None = None
-    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
+    quantization: DraftQuantization | None = None
+    draft_sample_method: DraftSampleMethod = "greedy"
     synthetic_acceptance: float | None = None
 
 
@@ -99,6 +103,10 @@ def _checked(values: dict[str, object]) -> SpeculationConfig:
     if values.get("method") not in METHODS:
         said = f"method={values['method']!r} is not known" if "method" in values else "has no method and no model"
         raise ValueError(f"speculative_config: {said}; allowed: {', '.join(METHODS)}")
+    for name, allowed in _CHOICES.items():
+        given = values.get(name)
+        if given is not None and given not in allowed:
+            raise ValueError(f"speculative_config: {name}={given!r} is not supported; allowed: {', '.join(allowed)}")
     try:
         config = msgspec.convert(values, SpeculationConfig)
     except msgspec.ValidationError as error:
