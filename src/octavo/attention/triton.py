@@ -61,8 +61,11 @@ class TritonAttention(FusedAttentionBackend):
         starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
         lengths = np.fromiter((row.length for row in rows), np.int32, len(rows))
         single = np.flatnonzero(lengths == 1)
-        slots = np.fromiter((rows[index].slot for index in single), np.int32, len(single))
-        decode = self.plan_decodes(slots, starts[single], single)
+        if self._queries == 1:
+            decode = self._planner.plan(starts[single] + 1, single)
+        else:
+            slots = np.fromiter((rows[index].slot for index in single), np.int32, len(single))
+            decode = self.plan_decodes(slots, starts[single], single)
         self._taken = {}
         if len(single) == len(rows):
             return decode, _NO_PREFILL

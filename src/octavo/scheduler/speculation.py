@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from heapq import nsmallest
 
 from octavo.scheduler.draft_search import ABSENT, LEVELS, Choice, DraftSearch
-from octavo.scheduler.step_cost import StepCost
+from octavo.scheduler.step_cost import StepCost, is_alike
 
 _MEMORY = 0.96  # weight that a row's earlier drafts keep with each further one
 _FADING = 0.99  # weight that they keep with each step in which the row verifies none
@@ -121,7 +121,7 @@ class SpeculationPolicy:
     def _enrols(self, num_rows: int, num_prompt_tokens: int, num_more: int) -> bool:
         if not self._adaptive or len(self._prompt_costs) < 2 or not self._cost.is_known:
             return True
-        if self._now - self._saving_at >= _KEPT or abs(num_rows - self._saving_rows) * 16 > num_rows:
+        if self._now - self._saving_at >= _KEPT or not is_alike(num_rows, self._saving_rows):
             counts = [0] * (LEVELS + 2)
             counts[round(self._shared * LEVELS)] = num_rows
             best, _ = self._search.best(self._saving_depth, counts, num_rows)
@@ -228,8 +228,8 @@ class SpeculationPolicy:
     def _choice(self, levels: list[int], num_other_tokens: int) -> tuple[Choice, list[int]]:
         """What is best as far as known, and drafts by level: of that, or of a probe."""
         num_rows = len(levels)
-        is_like_before = abs(num_rows - self._kept_rows) * 16 <= num_rows
-        if self._kept is not None and self._now < self._kept_until and is_like_before and not num_other_tokens:
+        is_valid = self._now < self._kept_until and is_alike(num_rows, self._kept_rows)
+        if self._kept is not None and is_valid and not num_other_tokens:
             return self._kept, self._kept_by_level
         counts = [0] * (LEVELS + 2)
         for level in levels:

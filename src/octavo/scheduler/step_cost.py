@@ -23,6 +23,11 @@ _PLAIN_CLIP = 1.25  # times that which one measurement may take and be believed
 _CLIP = 2.5  # standard deviations by which one measurement may differ and be believed: others are accidents
 
 
+def is_alike(num_rows: int, before: int) -> bool:
+    """Whether what was found for steps of so many rows before goes for num_rows too."""
+    return abs(num_rows - before) * 16 <= num_rows
+
+
 class StepCost:
     """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * (c + rows * d).
 
@@ -124,7 +129,7 @@ class StepCost:
 
     def _knows_plain(self, num_rows: int) -> bool:
         is_recent = self._num_observed - self._plain_at <= _PLAIN_LIFE
-        return is_recent and abs(num_rows - self._plain_rows) * 16 <= num_rows
+        return is_recent and is_alike(num_rows, self._plain_rows)
 
     def _set_priors(self, num_rows: int, seconds: float) -> None:
         for index, mean, deviation in (

@@ -147,12 +147,12 @@ class DeviceSpeculation:
         verdict = self._verdict[:num_rows]
         verdict[:, 0].copy_(self._counts[:num_rows])
         verdict[:, 1].zero_()
-        wanted = np.array(
-            [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
-        )
         if not any(asked):
             self._drafter.skip(rows, prompts)
         else:
+            wanted = np.array(
+                [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
+            )
             slots, counts = upload(np.ascontiguousarray(wanted.T), device)
             drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
             found = torch.zeros(num_rows, dtype=torch.int32, device=device)
