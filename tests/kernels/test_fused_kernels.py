@@ -207,8 +207,9 @@ class FakeKernel:
         self.launched: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def run(*arguments: Any, num_warps: int | None = None) -> FakeKernel:
-            (self.launched if num_warps is None else self.looked_up).append((grid, arguments[-2:]))
+        def run(*arguments: Any, num_warps: int | None = None, OVERLAP: bool | None = None) -> FakeKernel:
+            assert (num_warps is None) == (OVERLAP is None)
+            (self.launched if num_warps is None else self.looked_up).append((grid, arguments[1:3]))
             return self
 
         return run

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch
 
 
 @triton.jit
@@ -19,24 +19,28 @@ def _silu_times(gate, up):
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One program for BLOCK elements of a token; the programs of a token are neighbours."""
     chunks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     offsets = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
+    _after_previous(OVERLAP)
     gate = tl.load(gate_up_ptr + row * (2 * SIZE) + offsets, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * (2 * SIZE) + SIZE + offsets, mask=mask, other=0.0)
     tl.store(out_ptr + row * SIZE + offsets, _silu_times(gate, up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _silu_and_mul_fp8_kernel(gate_up_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_fp8_kernel(
+    gate_up_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """One program a token: the scale needs all of its row, which stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
+    _after_previous(OVERLAP)
     gate = tl.load(gate_up_ptr + row * (2 * SIZE) + offsets, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * (2 * SIZE) + SIZE + offsets, mask=mask, other=0.0)
     rounded = _silu_times(gate, up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _AMAX_MIN, _FP8_MAX
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch, _overlap
 from octavo.kernels.triton.skinny_gemm import (
     _MAX_TILES,
     _NUM_SMS,
@@ -32,13 +32,16 @@ _ROWS = 8  # tokens that share a group of programs' columns in the second-level 
 
 
 @triton.jit
-def _quantize_fp8_groups_kernel(x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+def _quantize_fp8_groups_kernel(
+    x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, GROUPS: tl.constexpr, OVERLAP: tl.constexpr
+):
     """Program (token, eight groups of 128)."""
     programs: tl.constexpr = (GROUPS + 7) // 8
     token = (tl.program_id(0) // programs).to(tl.int64)
     group = (tl.program_id(0) % programs) * 8 + tl.arange(0, 8)
     offsets = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     mask = offsets < SIZE
+    _after_previous(OVERLAP)
     x = tl.load(x_ptr + token * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(tl.abs(x), axis=1), _AMAX_MIN)
     fp8_max = tl.full((8,), _FP8_MAX, tl.float32)
@@ -113,6 +116,7 @@ def _skinny_block_fp8_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FAST: tl.constexpr,  # as in _to_operand
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, split): out[:, BLOCK_N columns] over this split's share of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -123,6 +127,7 @@ def _skinny_block_fp8_kernel(
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     scales = scale_ptr + tile * BLOCK_N // _GROUP * groups
+    _after_previous(OVERLAP, FILLS=True)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for group in tl.range(first, last, num_stages=STAGES):
         at = group * _GROUP + k[None, :]
@@ -251,5 +256,6 @@ def skinny_linear_block_fp8(
         FAST=x.is_cuda and x.dtype == torch.bfloat16,
         num_warps=4,
         num_stages=5,
+        **_overlap(x),
     )
     return out

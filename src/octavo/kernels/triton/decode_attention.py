@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.decode_merge import _combine
+from octavo.kernels.triton.launch import _after_previous, _overlap
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
@@ -150,6 +151,7 @@ def paged_decode(
         query.stride(1),
         block_tables.stride(0),
         **_constants(num_heads, query.dtype, cache.shape, cache.dtype, sliding_window, config, queries, query.is_cuda),
+        **_overlap(query),
     )
 
 
@@ -235,10 +237,12 @@ def _decode_kernel(
     VALUE_PAIRS: tl.constexpr,
     IN_PTX: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One item and one KV head. KV heads run fastest: programs of an item read neighbouring memory together."""
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
+    _after_previous(OVERLAP)
     # Loads stand before the branches that do not need them: each wait of this chain costs every short row.
     fields = items + item * 6
     row = tl.load(fields)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch
 
 _FP8_MAX = tl.constexpr(448.0)  # the largest finite float8_e4m3fn
 _AMAX_MIN = tl.constexpr(1e-12)  # a row of zeros gets a tiny scale, not none
@@ -28,11 +28,12 @@ def _store_fp8_row(values, offsets, mask, row_ptr, scale_ptr):
 
 
 @triton.jit
-def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One program a token; BLOCK >= SIZE elements, all in registers."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
+    _after_previous(OVERLAP)
     x = tl.load(x_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     _store_fp8_row(x, offsets, mask, out_ptr + row * SIZE, scale_ptr + row)
 

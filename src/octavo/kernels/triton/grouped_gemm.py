@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _after_previous, _overlap
 from octavo.kernels.triton.skinny_gemm import (
     _MAX_TILES,
     _NUM_SMS,
@@ -292,6 +293,7 @@ def _grouped_kernel(
     SCALE_FIRST: tl.constexpr,
     UNROLL: tl.constexpr,
     FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, split, tokens): out[BLOCK_M tokens, BLOCK_N columns] over this split's share of the chunks."""
     tile, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -305,6 +307,7 @@ def _grouped_kernel(
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
     words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
+    _after_previous(OVERLAP, FILLS=True)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):
@@ -395,6 +398,7 @@ def grouped_linear(
         "FAST": x.is_cuda,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
+        **_overlap(x),
     }
     _grouped_kernel[(tiles, split_k, parts)](
         *pointers,

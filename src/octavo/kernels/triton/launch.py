@@ -1,13 +1,46 @@
-"""Launches that cost the host little: Triton's own lookup of the compiled kernel takes longer than many kernels run."""
+"""How kernels are launched: at little cost to the host, and on the device before the kernel ahead has ended."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+_FEW_PROGRAMS = tl.constexpr(16)
 # (kernel, device, dtypes, constants, warps) -> the compiled kernel. Written by `_launch` only.
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+
+@cache
+def _can_overlap(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _overlap(tensor: Tensor) -> dict[str, bool]:
+    """What a kernel that has a constant OVERLAP is launched with, by the device of its tensors: whether it may start
+    while the one before it on the stream still runs (programmatic dependent launch, compute capability 9.0 on)."""
+    if tensor.is_cuda and _can_overlap(tensor.get_device()):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+@triton.jit
+def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False):
+    """Wait for all kernels before this one on the stream, then let the next one start.
+
+    Every program of a kernel with OVERLAP calls this, and before it reads at most weights and writes nothing. The next
+    one is let in after the wait, never before: a third kernel would else run beside the first without knowing. FILLS:
+    a kernel that keeps the device full, so that the next one's programs come in as its own leave. Of the others only
+    the smallest let the next one in: programs that wait beside many would be dealt out unevenly.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        if FILLS or tl.num_programs(0) * tl.num_programs(1) <= _FEW_PROGRAMS:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 def _launch(
@@ -18,7 +51,8 @@ def _launch(
     constants: tuple[Any, ...],
     num_warps: int,
 ) -> None:
-    """kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps), by way of what was compiled before.
+    """kernel[(programs,)](*tensors, *numbers, *constants, OVERLAP, num_warps=num_warps), by way of what was compiled
+    before.
 
     The kernel's parameters come in this order. numbers: floats alone, since Triton compiles anew for some integers;
     constants: all constexpr. Tensors that do not start at a multiple of 16 bytes, which Triton compiles for as well,
@@ -28,15 +62,17 @@ def _launch(
     for tensor in tensors:
         addresses |= tensor.data_ptr()
     if addresses % 16:
-        kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps)
+        kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps, **_overlap(tensors[0]))
         return
     dtypes = tuple([tensor.dtype for tensor in tensors])
     key = id(kernel), tensors[0].get_device(), dtypes, constants, num_warps  # kernels live as long as their module
-    compiled = _compiled.get(key)
-    if compiled is not None:
+    found = _compiled.get(key)
+    if found is not None:
         if programs:
-            compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
+            compiled, overlaps = found
+            compiled[(programs, 1, 1)](*tensors, *numbers, *constants, overlaps)
         return
-    compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps)
+    options = _overlap(tensors[0])
+    compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps, **options)
     if compiled is not None:
-        _compiled[key] = compiled
+        _compiled[key] = compiled, options["OVERLAP"]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program a token; the row stays in registers. Without a delta residual is only read; scale_ptr is read by
     FP8 alone. The sum is rounded to its dtype before the norm, which is float32 inside and rounded once."""
@@ -31,6 +32,7 @@ def _rms_norm_kernel(
     mask = offsets < SIZE
     dtype = residual_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    _after_previous(OVERLAP)
     x = tl.load(residual_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         total = (x + tl.load(delta_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype)

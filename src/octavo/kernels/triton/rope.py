@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def _qk_norm_rope_write_kv_kernel(
     HAS_NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program for HEADS heads of a token, whatever they are: queries are rotated in place, keys rotated on their
     way to the cache, values copied there. HALF: HEAD_DIM / 2 padded to a power of two.
@@ -48,6 +49,7 @@ def _qk_norm_rope_write_kv_kernel(
     in_half = half < half_dim
     mask = (head < num_all)[:, None] & in_half[None, :]
 
+    _after_previous(OVERLAP)
     source = qkv_ptr + token * (num_all * HEAD_DIM) + head[:, None] * HEAD_DIM + half[None, :]
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + half_dim, mask=mask, other=0.0).to(tl.float32)
@@ -97,8 +99,10 @@ def _rotation_kernel(
     amplitude,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program a token; BLOCK >= HEAD_DIM."""
+    _after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < HEAD_DIM

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _after_previous, _overlap
+
 SKINNY_MAX_M = 16  # up to here the callers prefer these kernels
 _LIMIT_M = 64  # up to here they work
 _NUM_SMS = 132  # of an H100 or H200; only the heuristic for unmeasured shapes reads it
@@ -224,6 +226,7 @@ def _dot_kernel(
     HAS_SCALE: tl.constexpr,
     SWAP: tl.constexpr,
     FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, split): out[:, BLOCK_N columns] over this split's share of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -233,6 +236,7 @@ def _dot_kernel(
     m, n, k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    _after_previous(OVERLAP, FILLS=True)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * BLOCK_K + k[None, :]
@@ -276,6 +280,7 @@ def _fma_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, split): a float32 sum for every element of the tile of W, added up along K at the end."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -284,6 +289,7 @@ def _fma_kernel(
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
     n, k = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    _after_previous(OVERLAP, FILLS=True)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sums1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
@@ -398,6 +404,7 @@ def _product(
         "HAS_SCALE": scale is not None,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
+        **_overlap(x),
     }
     pointers = (x, weight, bias, scale, out, partial, counters)
     if plan.kind == "fma":

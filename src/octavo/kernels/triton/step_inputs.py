@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _launch
+from octavo.kernels.triton.launch import _after_previous, _launch
 
 _WORDS = 1024  # words that a program of apply_diff copies
 _TOKENS = 128  # tokens that a program of build_inputs serves
@@ -128,8 +128,9 @@ def _build_inputs_kernel(
 
 
 @triton.jit
-def _gather_last_kernel(hidden_ptr, cu_q_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_last_kernel(hidden_ptr, cu_q_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One program for BLOCK elements of a row."""
+    _after_previous(OVERLAP)
     chunks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // chunks
     offsets = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
