@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.reference import grouped_gemm as reference
+from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.grouped_gemm import (
     _LOOKED_UP,
     GroupedPlan,
@@ -72,6 +73,17 @@ def test_every_layout(case: tuple[int, int, int], kind: str) -> None:
         got = grouped_linear(x, *made, bias, plan=plan)
         # Rounding of scaled numbers is by half a unit each; a group's product is exact up to the sum.
         assert_close(got, reference.grouped_linear(x, *made, bias), 4.0 if plan.scale_first else 1.0)
+
+
+@pytest.mark.parametrize("plan", [None, *PLANS])
+@pytest.mark.parametrize("kind", ["plain", "zeros", "minimums", "table"])
+def test_gated_is_the_activation_of_the_product(kind: str, plan: GroupedPlan | None) -> None:
+    made = weight(4, 64, 128, kind, n=84)  # 42 gates: no whole number of tiles
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    got = grouped_linear(x, *made, plan=plan, gated=True)
+    assert torch.equal(got, silu_and_mul(grouped_linear(x, *made, plan=plan)))
+    # A gate and what it is for are rounded each, and their product.
+    assert_close(got, reference.grouped_linear(x, *made, gated=True), 4.0)
 
 
 @pytest.mark.parametrize("m", [1, 16, 33, 70])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from octavo.kernels.reference import gemm as reference
 from octavo.kernels.triton import skinny_gemm
+from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.skinny_gemm import GemmPlan, skinny_linear, skinny_linear_fp8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +68,22 @@ def test_default_plans(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     assert_close(skinny_linear(x, weight), reference.skinny_linear(x, weight))
 
 
+@pytest.mark.parametrize("plan", [*PLANS, GemmPlan("fma", 8, 32, 3)])
+def test_gated_is_the_activation_of_the_product(plan: GemmPlan) -> None:
+    x, weight, bias = operands(2, 84, 96)  # 42 gates: no whole number of tiles
+    got = skinny_linear(x, weight, bias, plan=plan, gated=True)
+    assert torch.equal(got, silu_and_mul(skinny_linear(x, weight, bias, plan=plan)))
+    assert_close(got, reference.skinny_linear(x, weight, bias, gated=True))
+
+
+def test_gated_fp8() -> None:
+    x, weight, bias = operands(5, 132, 96)
+    packed, scale = quantized(weight)
+    got = skinny_linear_fp8(x, packed, scale, bias, gated=True)
+    assert torch.equal(got, silu_and_mul(skinny_linear_fp8(x, packed, scale, bias)))
+    assert_close(got, reference.skinny_linear_fp8(x, packed, scale, bias, gated=True))
+
+
 def test_rows_may_lie_apart() -> None:
     x, weight, _ = operands(6, 64, 64)
     assert_close(skinny_linear(x[::2], weight), reference.skinny_linear(x[::2], weight))
@@ -110,6 +127,10 @@ def test_what_does_not_fit_is_refused() -> None:
         skinny_linear(x.new_empty(65, 32), weight)
     with pytest.raises(ValueError, match="contiguous"):
         skinny_linear(x, weight, out=x.new_empty(2, 64)[:, ::2])
+    with pytest.raises(ValueError, match="even number"):
+        skinny_linear(x, weight[:31], gated=True)
+    with pytest.raises(ValueError, match=r"contiguous \[2, 16\]"):
+        skinny_linear(x, weight, out=x.new_empty(2, 32), gated=True)
     with pytest.raises(ValueError, match=r"expected torch.float8_e4m3fn"):
         skinny_linear_fp8(x, weight, torch.ones(32))
     with pytest.raises(ValueError, match="one or two tokens"):

@@ -95,8 +95,8 @@ class OnGpu(Tensor):
 def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
 
-    def skinny(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None) -> Tensor:
-        called.append("skinny")
+    def skinny(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor | None, *, gated: bool = False) -> Tensor:
+        called.append("gated" if gated else "skinny")
         return x.new_empty(len(x), len(weight))
 
     def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +115,12 @@ def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     assert called == ["skinny"]
     FP8.apply(layer.layers[0], weight(5, 16).as_subclass(OnGpu))
     assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32))]
+    del called[:]
+    assert layer.gated(weight(5, 16).as_subclass(OnGpu)) is None
+    assert layer.gated(weight(4, 16).as_subclass(OnGpu)) is not None
+    assert called == ["gated"]
+    layer.adapters = SimpleNamespace(are_active=True)
+    assert layer.gated(weight(4, 16).as_subclass(OnGpu)) is None  # they add to the product itself
 
 
 def test_what_makes_the_activations_quantises_them(monkeypatch: pytest.MonkeyPatch) -> None:

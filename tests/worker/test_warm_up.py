@@ -133,7 +133,8 @@ def test_a_packed_layer_finds_its_kernels_compiled(name: str, monkeypatch: pytes
     triton.load()
     monkeypatch.setattr("octavo.quantization.grouped.keeps_codes", lambda _: True)
     monkeypatch.setattr("octavo.quantization.four_bit.keeps_codes", lambda _: True)
-    made = Linear(4096, {"gate_proj": 768, "up_proj": 512}, False, DTYPE, CPU)
+    monkeypatch.setattr("octavo.quantization.grouped.is_skinny", lambda x: len(x) <= 16)
+    made = Linear(4096, {"gate_proj": 640, "up_proj": 640}, False, DTYPE, CPU)
     made.create_weights("model.layers.0.mlp.gate_up_proj", method_of(None, PACKED[name]))
     generator = torch.Generator().manual_seed(0)
     for slot in made.weight_slots("").values():
@@ -141,11 +142,13 @@ def test_a_packed_layer_finds_its_kernels_compiled(name: str, monkeypatch: pytes
     (layer,) = made.layers
     assert layer.held is not None
     with launches(run_kernels=False) as compiled:
-        for job in layer.scheme.launches(LinearShape(1280, 4096, DTYPE, CPU)).values():
+        for job in layer.scheme.launches(LinearShape(1280, 4096, DTYPE, CPU, is_gated=True)).values():
             job()
     with launches(run_kernels=False) as launched:
         for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 100, 129, 200, 257, 300, 512, 513):
-            made(torch.zeros(num_tokens, 4096, dtype=DTYPE))
+            x = torch.zeros(num_tokens, 4096, dtype=DTYPE)
+            made(x)
+            assert (made.gated(x) is None) == (num_tokens > 16)
     assert {found[0] for found in launched} == {"_grouped_kernel", "_dequantize_kernel"}
     assert launched <= compiled, "\n".join(map(str, [*(launched - compiled), *compiled]))
 
@@ -160,8 +163,14 @@ def test_every_layer_of_a_model_is_compiled_for(family: str) -> None:
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=96, block_size=BLOCK, options=options)
     products = _Shapes(engine_config, model_facts(values), method, DTYPE, CPU).products()
-    layers = [layer for module in model.modules() if isinstance(module, Linear) for layer in module.layers]
+    layers = [
+        (layer, name.endswith("gate_up_proj") and len(module.layers) == 1)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+        for layer in module.layers
+    ]
     assert set(products) == {
-        (layer.scheme, LinearShape(layer.out_features, layer.in_features, DTYPE, CPU)) for layer in layers
+        (layer.scheme, LinearShape(layer.out_features, layer.in_features, DTYPE, CPU, is_gated))
+        for layer, is_gated in layers
     }
     assert len({scheme for scheme, _ in products}) == 4

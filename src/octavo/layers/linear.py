@@ -64,6 +64,15 @@ class Linear(nn.Module):
         assert isinstance(x, Tensor)
         return self.adapters.add(self._product, x)
 
+    def gated(self, x: Tensor | Fp8Tokens) -> Tensor | None:
+        """silu(gate) * up, [T, out_features / 2], of parts that are gates and as many ups, where one kernel makes it of
+        such tokens; else None. The same numbers as `forward` and `silu_and_mul`."""
+        if len(self.layers) > 1 or (self.adapters is not None and self.adapters.are_active):
+            return None
+        (layer,) = self.layers
+        product: Tensor | None = layer.scheme.apply_gated(layer, x)
+        return product
+
     def _product(self, x: Tensor | Fp8Tokens) -> Tensor:
         products = [layer.scheme.apply(layer, x) for layer in self.layers]
         return products[0] if len(products) == 1 else torch.cat(products, -1)

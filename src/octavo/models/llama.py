@@ -59,8 +59,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, {"down_proj": hidden}, bias, *place)
 
     def forward(self, x: Tensor | Fp8Tokens) -> Tensor:
-        gate_up = self.gate_up_proj(x)
-        return self.down_proj(silu_and_mul(gate_up, self.down_proj.takes_fp8(gate_up)))
+        gated: Tensor | Fp8Tokens | None = self.gate_up_proj.gated(x)
+        if gated is None:
+            gate_up = self.gate_up_proj(x)
+            gated = silu_and_mul(gate_up, self.down_proj.takes_fp8(gate_up))
+        return self.down_proj(gated)
 
 
 class DecoderLayer(nn.Module):

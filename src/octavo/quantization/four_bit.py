@@ -18,6 +18,7 @@ from octavo.quantization.grouped import (
     Codes,
     GroupedWeight,
     apply_held,
+    apply_held_gated,
     chunk_size,
     held_bytes,
     joined,
@@ -133,6 +134,9 @@ class FourBitScheme:
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
         return apply_held(layer, x)
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        return apply_held_gated(layer, x)
 
 
 @dataclass(frozen=True)

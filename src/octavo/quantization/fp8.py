@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.launches import skinny_launches
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
-from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.unquantized import UNQUANTIZED, is_skinny
 from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, normal_fp8, pieces
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
@@ -96,9 +96,9 @@ class Fp8Scheme:
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
         kernels = device_kernels.get()
 
-        def multiply(x: Tensor, weight: Tensor, plan: Any) -> None:
+        def multiply(x: Tensor, weight: Tensor, plan: Any, gated: bool) -> None:
             scale = torch.zeros(len(weight), device=weight.device)
-            kernels.skinny_linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, plan=plan)
+            kernels.skinny_linear_fp8(x, weight.to(torch.float8_e4m3fn), scale, plan=plan, gated=gated)
 
         found = skinny_launches(shape, 1, multiply)
         if self.quantizes_tokens and shape.dtype == torch.bfloat16:
@@ -133,14 +133,22 @@ class Fp8Scheme:
                 out_dtype=torch.bfloat16,
                 use_fast_accum=True,
             )
-        few = x.is_cuda and kernels is not None and 0 < len(x) <= kernels.SKINNY_MAX_M
-        if few and x.dtype in (torch.bfloat16, torch.float16):
+        if is_skinny(x):
             product: Tensor = kernels.skinny_linear_fp8(x, weight, scale, bias)
             return product
         if not self.quantizes_tokens:
             return F.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
         wide = F.linear(x.float(), weight.float() * scale[:, None], None if bias is None else bias.float())
         return wide.to(x.dtype)
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        if layer.weight is None or layer.weight_scale is None:
+            return UNQUANTIZED.apply_gated(layer, x)
+        if not is_skinny(x):
+            return None
+        kernels = device_kernels.get()
+        product: Tensor = kernels.skinny_linear_fp8(x, layer.weight, layer.weight_scale, layer.bias, gated=True)
+        return product
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ class Fp8BlockScheme:
                 return many
         return F.linear(x, dequantize_blocks(weight, scale, x.dtype), bias)
 
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        return UNQUANTIZED.apply_gated(layer, x) if layer.weight_scale is None else None
+
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: floating-point [N, K]. Returns (float8_e4m3fn [N, K], float32 scale [ceil(N / 128), ceil(K / 128)]), as

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from octavo.kernels import triton as device_kernels
 from octavo.quantization.scheme import Fp8Tokens, LinearLayer, LinearShape, TensorSpec
-from octavo.quantization.unquantized import UNQUANTIZED
+from octavo.quantization.unquantized import UNQUANTIZED, is_skinny
 
 _CHUNKS = (128, 64, 32, 16)  # columns of a chunk
 # Tokens from which llama3-8b's products by dequantized weights were faster on an H200, where these lie there.
@@ -147,13 +147,29 @@ def apply_held(layer: LinearLayer, x: Tensor) -> Tensor:
     return torch.cat([_product(x, weight, part) for weight, part in zip(weights, biases)], -1)
 
 
+def apply_held_gated(layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+    """See LinearScheme.apply_gated."""
+    weights: Sequence[GroupedWeight] | None = layer.held
+    if weights is None:
+        return UNQUANTIZED.apply_gated(layer, x)
+    if len(weights) > 1 or not is_skinny(x):
+        return None
+    assert isinstance(x, Tensor)
+    return _few(x, weights[0], layer.bias, gated=True)
+
+
+def _few(x: Tensor, weight: GroupedWeight, bias: Tensor | None, gated: bool = False) -> Tensor:
+    ordered = x if weight.order is None else x[:, weight.order]
+    product: Tensor = device_kernels.get().grouped_linear(ordered, *weight[:5], bias, gated=gated)
+    return product
+
+
 def _product(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
-    if weight.order is not None:
-        x = x[:, weight.order]
     kernels = device_kernels.get()
     if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
-        few: Tensor = kernels.grouped_linear(x, *weight[:5], bias)
-        return few
+        return _few(x, weight, bias)
+    if weight.order is not None:
+        x = x[:, weight.order]
     return F.linear(x, kernels.dequantize_grouped(*weight[:5], x.dtype), bias)
 
 
@@ -161,14 +177,18 @@ def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callab
     """As LinearScheme has them, for a layer that holds such a weight."""
     kernels = device_kernels.get()
 
-    def run(num_tokens: int) -> None:
-        _product(torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device), weight, None)
+    def run(num_tokens: int, gated: bool = False) -> None:
+        x = torch.zeros(num_tokens, shape.in_features, dtype=shape.dtype, device=shape.device)
+        _few(x, weight, None, gated=True) if gated else _product(x, weight, None)
 
     if shape.dtype.itemsize != 2:
         return {}
     counts = (8, 16, 32, 64, 128, 256, 512, kernels.GROUPED_MAX_M + 1)
     kind = weight.packed.shape, weight.scale.shape, weight.scale.dtype, weight.minimum is None, weight.table is None
-    return {("grouped", *shape, kind, num_tokens): partial(run, num_tokens) for num_tokens in counts}
+    found = {("grouped", *shape, kind, num_tokens): partial(run, num_tokens) for num_tokens in counts}
+    if shape.is_gated:
+        found |= {("gated", *shape, kind, num_tokens): partial(run, num_tokens, gated=True) for num_tokens in (8, 16)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,9 @@ class GroupedScheme:
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         assert isinstance(x, Tensor)
         return apply_held(layer, x)
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        return apply_held_gated(layer, x)
 
     def _group_size(self, in_features: int) -> int:
         return in_features if self.format.group_size == -1 else self.format.group_size

@@ -142,6 +142,9 @@ class Int8Scheme:
             out[tokens] = wide if layer.bias is None else wide + layer.bias.float()
         return out
 
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:  # noqa: ARG002
+        return None
+
 
 def quantize_tokens(x: Tensor, static: StaticInput | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x: floating-point [T, K]. Returns int8 [T, K], scale and zero float32 [T, 1] or [1]: x ~ (values - zero) * scale.

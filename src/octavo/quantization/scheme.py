@@ -64,12 +64,13 @@ def _fits(shape: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
 
 
 class LinearShape(NamedTuple):
-    """dtype: of the activations."""
+    """dtype: of the activations. is_gated: whether `apply_gated` is what the layer is for."""
 
     out_features: int
     in_features: int
     dtype: torch.dtype
     device: torch.device
+    is_gated: bool = False
 
 
 class LinearLayer(nn.Module):
@@ -139,8 +140,8 @@ class LinearScheme(Protocol):
         ...
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
-        """The kernels that `apply` launches on a GPU for a layer of this shape, by what they are compiled for: each
-        call compiles one. What a library brings compiled is left out."""
+        """The kernels that `apply` and `apply_gated` launch on a GPU for a layer of this shape, by what they are
+        compiled for: each call compiles one. What a library brings compiled is left out."""
         ...
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
@@ -151,6 +152,11 @@ class LinearScheme(Protocol):
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         """x: [T, in_features] in the layer's dtype, or Fp8Tokens if `takes_fp8`. Returns a new tensor
         [T, out_features] of the layer's dtype."""
+        ...
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        """silu(gate) * up of what `apply` makes, gates in its first half: [T, out_features / 2], where one kernel makes
+        that of such tokens; else None."""
         ...
 
 

@@ -27,6 +27,14 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported()
 
 
+def is_skinny(x: Tensor | Fp8Tokens) -> bool:
+    """Whether the kernels for few tokens take these."""
+    kernels = device_kernels.get()
+    if kernels is None or isinstance(x, Fp8Tokens) or not x.is_cuda:
+        return False
+    return 0 < len(x) <= kernels.SKINNY_MAX_M and x.dtype in _SKINNY_DTYPES
+
+
 class UnquantizedScheme:
     """Holds `weight` as a parameter; once packed, `packed_weight` and `packed_bias` in its place.
 
@@ -60,7 +68,9 @@ class UnquantizedScheme:
 
     def launches(self, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:
         kernels = device_kernels.get()
-        return skinny_launches(shape, 2, lambda x, weight, plan: kernels.skinny_linear(x, weight, plan=plan))
+        return skinny_launches(
+            shape, 2, lambda x, weight, plan, gated: kernels.skinny_linear(x, weight, plan=plan, gated=gated)
+        )
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:  # noqa: ARG002
         return False
@@ -70,12 +80,17 @@ class UnquantizedScheme:
         packed = layer.packed_weight
         if packed is None:
             assert layer.weight is not None
-            kernels = device_kernels.get() if x.is_cuda else None
-            if kernels is not None and 0 < len(x) <= kernels.SKINNY_MAX_M and x.dtype in _SKINNY_DTYPES:
-                few: Tensor = kernels.skinny_linear(x, layer.weight, layer.bias)
+            if is_skinny(x):
+                few: Tensor = device_kernels.get().skinny_linear(x, layer.weight, layer.bias)
                 return few
             return F.linear(x, layer.weight, layer.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, layer.packed_bias, "none", [], "")
+        return product
+
+    def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
+        if layer.weight is None or not is_skinny(x):
+            return None
+        product: Tensor = device_kernels.get().skinny_linear(x, layer.weight, layer.bias, gated=True)
         return product
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -209,7 +209,7 @@ class _Shapes:
         ]
         matrices.append((hidden, {"lm_head": facts.vocab_size}))
         return dict.fromkeys(
-            (scheme, LinearShape(sum(sizes.values()), in_features, self.dtype, self.device))
+            (scheme, LinearShape(sum(sizes.values()), in_features, self.dtype, self.device, _is_gated(sizes)))
             for in_features, parts in matrices
             for scheme, sizes in layers_of(parts, self.method)
         )
@@ -221,6 +221,11 @@ class _Shapes:
         """Whether what comes before a projection quantises its tokens."""
         scheme = self.scheme_of(name)
         return isinstance(scheme, Fp8Scheme) and scheme.quantizes_tokens
+
+
+def _is_gated(parts: Collection[str]) -> bool:
+    """Whether one layer holds the gates and what they are for."""
+    return {part.rpartition(".")[2] for part in parts} == {"gate_proj", "up_proj"}
 
 
 def kernel_jobs(

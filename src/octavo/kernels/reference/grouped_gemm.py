@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.reference.gemm import skinny_linear
+
 
 def dequantize_grouped(
     packed: Tensor,
@@ -45,7 +47,9 @@ def grouped_linear(
     group_size: int,
     table: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    gated: bool = False,
 ) -> Tensor:
-    """x Wᵀ + bias in float64, rounded once to x's dtype. x: [M, K]; bias: [N]."""
-    product = x.double() @ dequantize_grouped(packed, scale, minimum, group_size, table, torch.float64).T
-    return (product if bias is None else product + bias.double()).to(x.dtype)
+    """`skinny_linear` by the weight that `dequantize_grouped` makes in float64."""
+    weight = dequantize_grouped(packed, scale, minimum, group_size, table, torch.float64)
+    return skinny_linear(x, weight, bias, gated=gated)

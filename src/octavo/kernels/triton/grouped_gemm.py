@@ -23,6 +23,7 @@ from octavo.kernels.triton.skinny_gemm import (
     _WORKSPACE_FLOATS,
     _finish,
     _reduce,
+    _weight_rows,
     _workspace,
 )
 
@@ -293,17 +294,20 @@ def _grouped_kernel(
     SCALE_FIRST: tl.constexpr,
     UNROLL: tl.constexpr,
     FAST: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (tile, split, tokens): out[BLOCK_M tokens, BLOCK_N columns] over this split's share of the chunks."""
+    """Program (tile, split, tokens): BLOCK_M tokens by BLOCK_N rows of the weight, as _weight_rows has them, over this
+    split's share of the chunks."""
     tile, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     CHUNK: tl.constexpr = WIDTH * 8 // BITS
     steps = num_chunks // UNROLL
     share = tl.cdiv(steps, SPLIT_K)
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
-    m, n = part * BLOCK_M + tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    byte, in_rows, in_columns = tl.arange(0, WIDTH), m < M, n < N
+    m, byte = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
+    n, in_columns = _weight_rows(tile, N, BLOCK_N, GATED)
+    in_rows = m < M
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
     words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
@@ -342,7 +346,7 @@ def _grouped_kernel(
         tile_of_all = part * tl.num_programs(0) + tile
         complete, acc = _reduce(acc, tile_of_all, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
     if complete:
-        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, False)
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, False, GATED)
 
 
 def grouped_linear(
@@ -354,12 +358,13 @@ def grouped_linear(
     table: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    gated: bool = False,
     plan: GroupedPlan | None = None,
 ) -> Tensor:
     """x Wᵀ + bias, accumulated in float32 and rounded once. Returns a new tensor [M, N] in x's dtype.
 
     x: bfloat16 or float16 [M, K], rows contiguous; packed, scale, minimum, group_size, table: as in
-    octavo.quantization.grouped.GroupedWeight; bias: [N]. plan: instead of the rule's.
+    octavo.quantization.grouped.GroupedWeight; bias: [N]. gated: as for `skinny_linear`. plan: instead of the rule's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
     """
@@ -373,7 +378,9 @@ def grouped_linear(
         raise ValueError(f"x is {x.dtype}; expected torch.bfloat16 or torch.float16")
     if packed.numel() >= 1 << 31:
         raise ValueError(f"the packed weight has {packed.numel()} bytes; allowed: less than 2 GiB")
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if gated and n % 2:
+        raise ValueError(f"the packed weight has {n} rows; gated needs an even number")
+    out = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     plan = GroupedPlan.of(m, n, num_chunks) if plan is None else plan
     tiles, parts = triton.cdiv(n, plan.block_n), triton.cdiv(m, plan.block_m)
     unroll = 1 if num_chunks % plan.unroll else plan.unroll
@@ -396,6 +403,7 @@ def grouped_linear(
         "SPLIT_K": split_k,
         "STAGES": plan.num_stages,
         "FAST": x.is_cuda,
+        "GATED": gated,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
         **_overlap(x),

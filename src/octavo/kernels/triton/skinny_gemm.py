@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.activation import _silu_times
 from octavo.kernels.triton.launch import _after_previous, _overlap
 
 SKINNY_MAX_M = 16  # up to here the callers prefer these kernels
@@ -174,13 +175,54 @@ def _to_operand(w, DTYPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """Scale, add the bias, round once, store. acc: float32, of the shape that row and columns broadcast to."""
+def _weight_rows(tile, N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """The rows of the weight that a tile multiplies, int32 [BLOCK_N], and whether they are there. GATED: of the first
+    half of N as many as of the second, which makes gates and what they are for."""
+    place = tl.arange(0, BLOCK_N)
+    if GATED:
+        column = tile * (BLOCK_N // 2) + place % (BLOCK_N // 2)
+        rows, there = column + place // (BLOCK_N // 2) * (N // 2), column < N // 2
+    else:
+        rows = tile * BLOCK_N + place
+        there = rows < N
+    return rows, there
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half [M, N / 2] of a tile [M, N]."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    acc,
+    row,
+    columns,
+    N,
+    bias_ptr,
+    scale_ptr,
+    out_ptr,
+    mask,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    GATED: tl.constexpr = False,
+):
+    """Scale, add the bias, round once, store. acc: float32, of the shape that row and columns broadcast to; columns:
+    the weight's rows. GATED: what is stored is silu(gate) * up of what was rounded, rounded again."""
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + columns, mask=columns < N, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row.to(tl.int64) * N + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    made = acc.to(out_ptr.dtype.element_ty)
+    if GATED:
+        gate, up = _halves(made)
+        made = _silu_times(gate, up).to(out_ptr.dtype.element_ty)
+        offsets, _ = _halves(row.to(tl.int64) * (N // 2) + columns)
+        mask, _ = _halves(tl.broadcast_to(mask, acc.shape))
+    else:
+        offsets = row.to(tl.int64) * N + columns
+    tl.store(out_ptr + offsets, made, mask=mask)
 
 
 @triton.jit
@@ -226,14 +268,17 @@ def _dot_kernel(
     HAS_SCALE: tl.constexpr,
     SWAP: tl.constexpr,
     FAST: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (tile, split): out[:, BLOCK_N columns] over this split's share of K."""
+    """Program (tile, split): a tile of BLOCK_N rows of the weight, as _weight_rows has them, over this split's share of
+    K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     steps = tl.cdiv(K, BLOCK_K)
     share = tl.cdiv(steps, SPLIT_K)
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
-    m, n, k = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    n, there = _weight_rows(tile, N, BLOCK_N, GATED)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     _after_previous(OVERLAP, FILLS=True)
@@ -251,13 +296,13 @@ def _dot_kernel(
     if SWAP:
         acc = tl.trans(acc)
     row, columns = m[:, None], n[None, :]
-    mask = (row < M) & (columns < N)
+    mask = (row < M) & there[None, :]
     if SPLIT_K == 1:
-        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE, GATED)
     else:
         complete, acc = _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
         if complete:
-            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE, GATED)
 
 
 @triton.jit
@@ -280,6 +325,7 @@ def _fma_kernel(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program (tile, split): a float32 sum for every element of the tile of W, added up along K at the end."""
@@ -287,7 +333,8 @@ def _fma_kernel(
     steps = tl.cdiv(K, BLOCK_K)
     share = tl.cdiv(steps, SPLIT_K)
     first, last = split * share, tl.minimum(steps, (split + 1) * share)
-    n, k = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n, there = _weight_rows(tile, N, BLOCK_N, GATED)
+    k = tl.arange(0, BLOCK_K)
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     _after_previous(OVERLAP, FILLS=True)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -305,16 +352,16 @@ def _fma_kernel(
             sums += w * tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
             if M == 2:
                 sums1 += w * tl.load(x_ptr + stride_x + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
-    row, columns, mask = tl.arange(0, M)[:, None], n[None, :], n[None, :] < N
+    row, columns, mask = tl.arange(0, M)[:, None], n[None, :], there[None, :]
     acc = tl.sum(sums, 1)[None, :]
     if M == 2:
         acc = tl.where(row == 0, acc, tl.sum(sums1, 1)[None, :])
     if SPLIT_K == 1:
-        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+        _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE, GATED)
     else:
         complete, acc = _reduce(acc, tile, split, M, row, columns, N, partial_ptr, counter_ptr, mask, SPLIT_K)
         if complete:
-            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE)
+            _finish(acc, row, columns, N, bias_ptr, scale_ptr, out_ptr, mask, HAS_BIAS, HAS_SCALE, GATED)
 
 
 # Device index (-1: CPU) -> partial sums float32 [_WORKSPACE_FLOATS], counters int32 [_MAX_TILES]. Written by _workspace
@@ -338,18 +385,20 @@ def skinny_linear(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     *,
+    gated: bool = False,
     plan: GemmPlan | None = None,
 ) -> Tensor:
     """x weightᵀ + bias, accumulated in float32 and rounded once. Returns [M, N] in x's dtype: `out` if given.
 
     x: bfloat16 or float16 [M, K], M in 1..64, rows contiguous; weight: [N, K] of x's dtype, contiguous; bias: [N];
-    out: [M, N], contiguous. plan: instead of the table's.
+    out: [M, N], contiguous. gated: silu(gate) * up instead, of the first and the second half of the product's columns,
+    as `silu_and_mul` would make it of them: [M, N / 2]. plan: instead of the table's.
     One product at a time on a device: where K is split they share a workspace.
     Raises ValueError for shapes or dtypes that do not fit together.
     """
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}; they must be the same")
-    return _product(x, weight, None, bias, out, plan)
+    return _product(x, weight, None, bias, out, gated, plan)
 
 
 def skinny_linear_fp8(
@@ -359,6 +408,7 @@ def skinny_linear_fp8(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     *,
+    gated: bool = False,
     plan: GemmPlan | None = None,
 ) -> Tensor:
     """x (weight · weight_scale)ᵀ + bias with the activations in full: W8A16. The rest as for `skinny_linear`.
@@ -367,7 +417,7 @@ def skinny_linear_fp8(
     """
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"weight is {weight.dtype}; expected torch.float8_e4m3fn")
-    return _product(x, weight, weight_scale, bias, out, plan)
+    return _product(x, weight, weight_scale, bias, out, gated, plan)
 
 
 def _product(
@@ -376,6 +426,7 @@ def _product(
     scale: Tensor | None,
     bias: Tensor | None,
     out: Tensor | None,
+    gated: bool,
     plan: GemmPlan | None,
 ) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
@@ -383,10 +434,13 @@ def _product(
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} do not fit; M must be 1..{_LIMIT_M}")
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}; expected torch.bfloat16 or torch.float16")
+    num_columns = n // 2 if gated else n
     if out is None:
-        out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    elif out.shape != (m, n) or not out.is_contiguous():
-        raise ValueError(f"out is {list(out.shape)}; expected a contiguous [{m}, {n}]")
+        out = torch.empty(m, num_columns, dtype=x.dtype, device=x.device)
+    elif out.shape != (m, num_columns) or not out.is_contiguous():
+        raise ValueError(f"out is {list(out.shape)}; expected a contiguous [{m}, {num_columns}]")
+    if gated and n % 2:
+        raise ValueError(f"weight has {n} rows; gated needs an even number")
     if plan is None:
         plan = GemmPlan.of(m, n, k, weight.element_size())
     tiles, steps = triton.cdiv(n, plan.block_n), triton.cdiv(k, plan.block_k)
@@ -402,6 +456,7 @@ def _product(
         "EVEN_K": k % plan.block_k == 0,
         "HAS_BIAS": bias is not None,
         "HAS_SCALE": scale is not None,
+        "GATED": gated,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
         **_overlap(x),
