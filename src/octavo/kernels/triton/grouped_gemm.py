@@ -311,7 +311,7 @@ def _grouped_kernel(
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + byte[None, :]
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
     words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
-    _after_previous(OVERLAP, FILLS=True)
+    _after_previous(OVERLAP, FILLS=not GATED)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):

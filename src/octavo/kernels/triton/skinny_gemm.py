@@ -281,7 +281,7 @@ def _dot_kernel(
     n, there = _weight_rows(tile, N, BLOCK_N, GATED)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    _after_previous(OVERLAP, FILLS=True)
+    _after_previous(OVERLAP, FILLS=not GATED)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * BLOCK_K + k[None, :]
@@ -336,7 +336,7 @@ def _fma_kernel(
     n, there = _weight_rows(tile, N, BLOCK_N, GATED)
     k = tl.arange(0, BLOCK_K)
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    _after_previous(OVERLAP, FILLS=True)
+    _after_previous(OVERLAP, FILLS=not GATED)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sums1 = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
