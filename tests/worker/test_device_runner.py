@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,10 +298,25 @@ def test_steps_without_guesses_do_not_make_the_next_ones_wrong(model: CausalLM) 
     assert stats.num_accepted_tokens_total == stats.num_draft_tokens_total
 
 
-def test_the_hosts_work_counts_while_the_device_has_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 1.5, 1.7, 2.0, 9.0, 9.1, 9.3, 9.4])
-    monkeypatch.setattr(device_runner.time, "monotonic", lambda: next(times))
-    stage: Any = SimpleNamespace(done=SimpleNamespace(wait=lambda: None))
+def test_the_hosts_work_counts_for_the_step_that_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(device_runner.time, "monotonic", lambda: now)
     clock = HostClock()
-    # Each waits from the first of two times to the second. The third was launched when nothing was left to do.
-    assert [clock.wait(stage, at) for at in (0.9, 1.2, 8.0, 9.0)] == [0.0, pytest.approx(0.2), 0.0, pytest.approx(0.2)]
+
+    def launch(after: float) -> float:
+        nonlocal now
+        now += after
+        return clock.launched()[1]
+
+    def end(number: int, after: float) -> None:
+        nonlocal now
+        now += after
+        clock.ended(number)
+
+    assert launch(after=5.0) == 0.0  # the device had nothing to do
+    assert launch(after=0.2) == pytest.approx(0.2)
+    end(1, after=1.0)  # that is waiting
+    assert launch(after=0.4) == pytest.approx(0.4)
+    end(2, after=1.0)
+    end(3, after=1.0)  # nothing is left
+    assert launch(after=7.0) == 0.0

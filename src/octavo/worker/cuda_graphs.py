@@ -133,6 +133,10 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
+    @property
+    def num_recorded(self) -> int:
+        return len(self._graphs)
+
     def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> StepGraph | None:
         """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
         memory ran out."""
@@ -157,7 +161,7 @@ class StepGraphs:
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline and self.record_next():
             pass
-        return len(self._graphs)
+        return self.num_recorded
 
     def _order(self) -> list[_Key]:
         """All keys, the first one last; those with adapters and those without in turn."""

@@ -58,19 +58,27 @@ class DeviceSlots:
 
 
 class HostClock:
-    """How long the host works between two waits for the device: where that is longer than a step, the device idles."""
+    """How long the host works for a step that it launches: where that is longer than the step before takes, the device
+    idles. A launch's own work is meant, and that on results since the one before."""
 
     def __init__(self) -> None:
-        self._waited_until = 0.0  # seconds on the monotonic clock
+        self._since = 0.0  # the latest launch, or end of a wait, in seconds on the monotonic clock
+        self._num_launched = 0
+        self._has_steps = False  # the device, that are not known to be done
 
-    def wait(self, stage: Stage, launched_at: float) -> float:
-        """Wait for a step, which was launched then. Returns the seconds of work before; 0 where the device had nothing
-        to do before the step, and the host perhaps neither."""
-        before = time.monotonic()
-        stage.done.wait()
-        busy = before - self._waited_until if launched_at <= self._waited_until else 0.0
-        self._waited_until = time.monotonic()
-        return busy
+    def launched(self) -> tuple[int, float]:
+        """A step was. Returns its number, and the seconds of work for it; 0 where the device had no other step, and the
+        host perhaps no work either."""
+        now = time.monotonic()
+        seconds = now - self._since if self._has_steps else 0.0
+        self._num_launched += 1
+        self._since, self._has_steps = now, True
+        return self._num_launched, seconds
+
+    def ended(self, number: int) -> None:
+        """The host has waited for the step of that number."""
+        self._since = time.monotonic()
+        self._has_steps = number < self._num_launched
 
 
 class StepInFlight:
@@ -79,7 +87,7 @@ class StepInFlight:
     def __init__(self, plan: StepPlan, stage: Stage, sampler: DeviceSampler, clock: HostClock) -> None:
         self.plan = plan
         self._clock = clock
-        self._launched_at = time.monotonic()
+        self._number, self._host_seconds = 0, 0.0  # see HostClock
         self._stage = stage
         self._sampler = sampler
         # What the runner fills in before it hands this out.
@@ -91,11 +99,18 @@ class StepInFlight:
         self.pooled: Pooled | None = None  # on the host
         self.more: More | None = None
         self.host: Tensor | None = None  # what is copied out, where it is more than the stage has room for
-        self.timed = False  # the stage's `began` was recorded
+        self.timed = False  # the stage's `began` was recorded, and nothing was done once and for all
+
+    def launched(self) -> StepInFlight:
+        """All of it has been handed to the device. Returns itself."""
+        self._stage.done.record()
+        self._number, self._host_seconds = self._clock.launched()
+        return self
 
     def result(self) -> StepResult:
         """The step's results, in the order of the plan's rows."""
-        busy = self._clock.wait(self._stage, self._launched_at)
+        self._stage.done.wait()
+        self._clock.ended(self._number)
         host = self._stage.out if self.host is None else self.host.numpy()
         rows = self.rows if self.split is None else self.split.rows
         results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in rows], self.more)
@@ -112,7 +127,7 @@ class StepInFlight:
         stage = self._stage
         seconds = stage.done.seconds_since(stage.began) if self.timed else None
         if seconds is not None:
-            seconds = max(seconds, busy)
+            seconds = max(seconds, self._host_seconds)
         draft_seconds = None if self.verdict is None else stage.done.seconds_since(stage.sampled)
         return StepResult(self.plan.step_id, results, seconds, draft_seconds)
 
@@ -187,8 +202,7 @@ class DeviceRunner:
                 step.host.copy_(packed, non_blocking=True)
             else:
                 stage.out_tensor[: len(out)].copy_(out, non_blocking=True)
-            stage.done.record()
-            return step
+            return step.launched()
 
     @torch.inference_mode()
     def warm_up(self) -> bool:
@@ -220,6 +234,10 @@ class DeviceRunner:
             adapters = self._adapters is not None
             self._compute(StepShape(num_tokens, num_rows, items[0], num_prefill_items, decodes, adapters))
             torch.cuda.synchronize()
+
+    @property
+    def _num_graphs(self) -> int:
+        return 0 if self.graphs is None else self.graphs.num_recorded
 
     def _enter(self, plan: StepPlan, stage: Stage) -> list[PlanRow]:
         """Write the plan's diff, and bring the slots on the device up to it, unless it is empty. Returns the rows."""
@@ -271,7 +289,7 @@ class DeviceRunner:
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
         adapters = any(slot != NO_ADAPTER for slot in slots)
         replaces = self._adapters is not None and self._adapters.set_replaces(slots)
-        graph = None
+        graph, num_graphs = None, self._num_graphs
         if self.graphs is not None and not replaces:
             graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
@@ -289,7 +307,7 @@ class DeviceRunner:
         buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
         fixed = buffers.num_fixed
         stage.began.record()
-        step.timed = True
+        step.timed = num_graphs == self._num_graphs
         buffers.packed[:fixed].copy_(stage.words_tensor[:fixed], non_blocking=True)
         computed = self._compute(shape, rows) if graph is None else graph.replay()
         drew_more = self._draw_more(rows, computed, step)

@@ -20,6 +20,7 @@ from octavo.worker.staging import upload
 
 Ints = NDArray[np.int32]
 
+_WIDEST_SIZE = 16  # sequences up to which the widest first pass is recorded too: of more, the device's part is longer
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # sequences that passes are padded to
 
 
@@ -91,7 +92,7 @@ class DraftPasses:
     """The first pass goes over the last known tokens of each sequence, and each further one over one token of each.
 
     The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. Each pass
-    is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless those are many.
+    is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless both are many.
     """
 
     def __init__(
@@ -136,7 +137,8 @@ class DraftPasses:
         if self._use_graphs:
             self._buffers.words.fill_(-1)
             for size in reversed(self._sizes):  # in the memory of the largest the others find room
-                for width in (*reversed(self._widths), 0):
+                widest = (self._widest,) if size <= _WIDEST_SIZE else ()
+                for width in (*widest, *reversed(self._widths), 0):
                     self.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
                     self._launch(size, width, lengths, token_ids)
 
@@ -225,7 +227,7 @@ class DraftPasses:
             self._graphs[key].replay()
             return
         compute()  # which also compiles, and sets up libraries
-        if self._use_graphs and (not width or width in self._widths):
+        if self._use_graphs and (width in (0, *self._widths) or size <= _WIDEST_SIZE):
             self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
 
 
