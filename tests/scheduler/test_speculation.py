@@ -182,11 +182,11 @@ def test_a_lookup_is_asked_always_and_used_where_it_found() -> None:
     assert policy.num_to_propose(0) == 4
     assert taught().num_to_propose(2) == 2
     rows = [policy.track() for _ in range(4)]
+    for _ in range(10):
+        policy.observe_row(rows[0], 4, 4, 4)
     for _ in range(300):  # lookups that find nothing
         for row in rows[1:]:
             policy.observe_row(row, 0, 0, 0)
-    for _ in range(10):
-        policy.observe_row(rows[0], 4, 4, 4)
     for _ in range(40):
         chosen = policy.choose(rows)
     assert chosen == [4, 0, 0, 0]
@@ -214,11 +214,11 @@ def test_a_draft_model_is_shown_the_prompts_that_it_will_repay() -> None:
             policy.observe_row(row, 4, 4, 4)
     seconds = Machine(flat_tokens=16, per_pass=0.05).seconds(4, 4, 0)
     assert policy.track(4, 10_000, 200).is_enrolled  # what a prompt costs is not known
-    policy.observe_prompts(10, 1.0)  # tells nothing
+    policy.observe_prompts(10, 0.0, 10, 1.0)  # tells nothing
     assert policy.track(4, 10_000, 200).is_enrolled
-    policy.observe_prompts(1000, 1e6)  # the first takes long: nothing was compiled yet
+    policy.observe_prompts(1000, 0.0, 1000, 1e6)  # the first takes long: nothing was compiled yet
     assert policy.track(4, 10_000, 200).is_enrolled
-    policy.observe_prompts(1000, 1000 * 0.01 * seconds)
+    policy.observe_prompts(1000, 0.0, 1000, 1000 * 0.01 * seconds)
     for _ in range(100):
         assert policy.track(4, 1000, 200).is_enrolled
     for num_rows, num_prompt_tokens, num_more in ((4, 1000, 5), (4, 10_000_000, 200), (4096, 1000, 200)):

@@ -9,7 +9,7 @@ from octavo.scheduler.step_cost import StepCost
 LEVELS = 20  # acceptance is rounded to multiples of 1 / LEVELS
 ABSENT = LEVELS + 1  # the level of rows for which a lookup found nothing; by now it may have found something
 _CERTAIN = 0.98  # what the highest level stands for
-_MARGIN = 0.08  # drafts must promise so much more throughput than none
+MARGIN = 0.08  # drafts must promise so much more throughput than none
 _LEAST_PROMISE = 0.01  # tokens: drafts that promise less are not worth what is not measured
 _STRIDE = 1.1  # growth of the number of drafts between two looks at what it costs
 
@@ -57,7 +57,7 @@ class DraftSearch:
         depth: the most drafts a row in the choice before, from which this one moves by little. counts: rows a level.
         """
         plain = self.plain(num_rows)
-        best = plain._replace(rate=plain.rate * (1.0 + _MARGIN))
+        best = plain._replace(rate=plain.rate * (1.0 + MARGIN))
         _, deviation = self._cost.estimate(num_rows, num_rows, 0, 0)
         hope = plain._replace(rate=num_rows / max(plain.seconds - deviation, 0.1 * plain.seconds))
         drafts = [draft for draft in self._drafts if counts[draft[1]]]
@@ -105,6 +105,17 @@ class DraftSearch:
             Choice(best_rate, *best_at) if best_at else best,
             Choice(hope_rate, *hope_at) if hope_at else hope,
         )
+
+    def expected(self, num_rows: int, acceptance: float) -> Choice:
+        """The choice with most tokens per second at expected costs, where all rows have the same acceptance."""
+        best, gain = self.plain(num_rows), float(num_rows)
+        for k in range(1, min(self._max_drafts, self._max_total // num_rows) + 1):
+            gain += num_rows * min(acceptance, _CERTAIN) ** k
+            passes = 0 if self._proposes_free else k
+            seconds, _ = self._cost.estimate(num_rows, (1 + k) * num_rows, passes, k * num_rows)
+            if gain > best.rate * seconds:
+                best = Choice(gain / seconds, k, 0.0, gain, seconds)
+        return best
 
     def beside(self, best: Choice, counts: list[int], num_rows: int, num_other_tokens: int) -> Choice:
         """Of the best choice for a step by itself, what pays beside other tokens: there a draft may cost more."""

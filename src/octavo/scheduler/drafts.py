@@ -88,11 +88,13 @@ class Drafts:
         """What a step took."""
         if self._policy is None:
             return
-        if result.draft_seconds is not None and not plan.decodes:
+        if result.seconds is None:
+            return
+        if not plan.decodes:
             prompts = zip(plan.rows, plan.drafts)
             num_tokens = sum(row.length for row, count in prompts if count and row.length > 1 + row.num_drafts)
-            self._policy.observe_prompts(num_tokens, result.draft_seconds)
-        if result.seconds is None or not plan.decodes:
+            draft_seconds = result.draft_seconds or 0.0
+            self._policy.observe_prompts(plan.num_tokens, result.seconds - draft_seconds, num_tokens, draft_seconds)
             return
         num_drafts = sum(row.num_drafts for row in plan.rows)
         num_passes = 0 if self._are_free else max(plan.drafts, default=0)

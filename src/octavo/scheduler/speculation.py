@@ -6,29 +6,31 @@ from collections import deque
 from collections.abc import Sequence
 from heapq import nsmallest
 
-from octavo.scheduler.draft_search import ABSENT, LEVELS, Choice, DraftSearch
+from octavo.scheduler.draft_search import ABSENT, LEVELS, MARGIN, Choice, DraftSearch
 from octavo.scheduler.step_cost import StepCost, is_alike
 
 _MEMORY = 0.96  # weight that a row's earlier drafts keep with each further one
 _FADING = 0.99  # weight that they keep with each step in which the row verifies none
 _SHARED_WEIGHT = 2.0  # drafts' worth of trust in what is known of all rows, against a row's own
 _FIRST_SHARED = 0.4  # acceptance expected before any draft has been verified
-_SHARED_GAIN = 0.06  # of one row's result in the shared estimate
+_FIRST_SHARED_WEIGHT, _LEAST_SHARED_GAIN = 5, 0.02  # results' worth of trust in that; of one row's result in it, later
+_SHARED_DOUBT = 0.04  # its standard deviation, or so
 _SHARED_STEP = 0.04  # change of the shared estimate at which rows are judged anew
 _FIND_GAIN = 0.02  # of one row's result in the estimate of that
 _FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
+_NEW_TRIED = 8.0  # drafts before which a row has not been chosen for its own sake
 
 _BUDGET = 0.006  # part of all time that probing may cost
 _PROMPT_BUDGET = 0.003  # part of all time that prompts may cost which nothing is expected of
-_FIRST_BUDGET, _MOST_BUDGET = 5.0, 8.0  # steps' worth of time
+_FIRST_BUDGET, _MOST_BUDGET, _MOST_PROMPT_BUDGET = 3.0, 4.0, 3.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _FIRST_PLAIN, _PLAIN_EVERY = 12, 48  # steps after which a step without drafts is tried again: at first, later
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 4  # steps for which a choice is kept
 _TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
-_PROMPT_MARGIN = 2.0  # drafts must be expected to save so many times what the prompt costs
+_PROMPT_MARGIN = 2.5  # drafts must be expected to save so many times what the prompt costs
 _TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
 _NUM_PROMPT_COSTS = 8  # of those measurements that are kept
 
@@ -83,6 +85,7 @@ class SpeculationPolicy:
         self._cost = StepCost()
         self._search = DraftSearch(self._cost, max_drafts, proposes_free, max_total)
         self._shared = _FIRST_SHARED  # acceptance of rows' first drafts, rows chosen without regard to it
+        self._num_shared = _FIRST_SHARED_WEIGHT
         self._judged_by = _FIRST_SHARED  # the shared estimate at which all levels were last renewed
         self._now = 0  # calls of choose
         self._kept: Choice | None = None  # the latest choice that was no probe
@@ -102,8 +105,7 @@ class SpeculationPolicy:
         # least counts.
         self._prompt_costs: deque[float] = deque(maxlen=_NUM_PROMPT_COSTS)
         self._saving = 0.0  # seconds that drafts save of a token, of _saving_rows rows in step _saving_at
-        self._saving_rows = self._saving_depth = 0
-        self._saving_at = -_KEPT
+        self._saving_rows, self._saving_at = 0, -_KEPT
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
         self._finds = 0.1  # probability that a lookup finds something where it last found nothing
         self._ranked_by = self._finds  # that probability when drafts were ranked
@@ -122,12 +124,10 @@ class SpeculationPolicy:
         if not self._adaptive or len(self._prompt_costs) < 2 or not self._cost.is_known:
             return True
         if self._now - self._saving_at >= _KEPT or not is_alike(num_rows, self._saving_rows):
-            counts = [0] * (LEVELS + 2)
-            counts[round(self._shared * LEVELS)] = num_rows
-            best, _ = self._search.best(self._saving_depth, counts, num_rows)
-            plain = self._search.plain(num_rows)
-            self._saving = 1.0 / plain.rate - 1.0 / best.rate if best.cap else 0.0
-            self._saving_rows, self._saving_depth, self._saving_at = num_rows, best.cap, self._now
+            acceptance = max(self._shared - _SHARED_DOUBT, 0.0)
+            best, plain = self._search.expected(num_rows, acceptance), self._search.plain(num_rows)
+            self._saving = 1.0 / (plain.rate * (1.0 + MARGIN)) - 1.0 / best.rate  # without that they are not used
+            self._saving_rows, self._saving_at = num_rows, self._now
         cost = num_prompt_tokens * min(self._prompt_costs)
         loss = _PROMPT_MARGIN * cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
         if loss > self._prompt_credit:
@@ -166,8 +166,10 @@ class SpeculationPolicy:
         """
         if num_drafts:
             age = self._now - acceptance.sampled_at
-            if acceptance.num_tried < 2.0 or age >= _UNBIASED_AGE:
-                self._shared += _SHARED_GAIN * ((num_accepted > 0) - self._shared)
+            if acceptance.num_tried < _NEW_TRIED or age >= _UNBIASED_AGE:
+                self._num_shared += 1
+                gain = max(1.0 / self._num_shared, _LEAST_SHARED_GAIN)
+                self._shared += gain * ((num_accepted > 0) - self._shared)
             seen = num_accepted + (num_accepted < num_drafts)  # what follows a rejected draft tells nothing
             memory = self._memory[seen] if age <= 1 else self._memory[seen] * _FADING ** (age - 1)
             tried = acceptance.num_tried = memory * acceptance.num_tried + seen
@@ -194,15 +196,20 @@ class SpeculationPolicy:
         if not self._cost.is_known:
             self._credit = _FIRST_BUDGET * seconds
         self._credit = min(self._credit + _BUDGET * seconds, _MOST_BUDGET * seconds)
-        self._prompt_credit = min(self._prompt_credit + _PROMPT_BUDGET * seconds, _MOST_BUDGET * seconds)
+        self._prompt_credit = min(self._prompt_credit + _PROMPT_BUDGET * seconds, _MOST_PROMPT_BUDGET * seconds)
         if not num_drafts and not num_passes and num_tokens == num_rows:
             self._plain_at = self._now + self._plain_every
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
 
-    def observe_prompts(self, num_tokens: int, seconds: float) -> None:
-        """The draft model took so many seconds for so many tokens of prompts, and perhaps some drafts."""
-        if num_tokens >= _TELLING_PROMPT:
-            self._prompt_costs.append(seconds / num_tokens)
+    def observe_prompts(
+        self, num_tokens: int, seconds: float, num_draft_tokens: int = 0, draft_seconds: float = 0.0
+    ) -> None:
+        """A step with prompts, of so many tokens in all, took so many seconds without the draft model; that took
+        draft_seconds for num_draft_tokens of prompts, and perhaps some drafts."""
+        if seconds > 0.0:
+            self._cost.observe_prompts(num_tokens, seconds)
+        if num_draft_tokens >= _TELLING_PROMPT:
+            self._prompt_costs.append(draft_seconds / num_draft_tokens)
 
     def _renew(self, acceptances: Sequence[Acceptance]) -> None:
         """Bring levels and ranks up to date with what is known of all rows."""
@@ -265,7 +272,12 @@ class SpeculationPolicy:
 
     def _sample(self, acceptances: Sequence[Acceptance], chosen: list[int], num_other_tokens: int, rate: float) -> None:
         """Give one draft to a few of the rows without any, those that were not seen for longest, if it can be paid."""
-        rows = [row for row, count in enumerate(chosen) if not count and acceptances[row].is_ready]
+        due = self._now - _UNBIASED_AGE  # what was seen since then need not be seen again
+        rows = [
+            row
+            for row, count in enumerate(chosen)
+            if not count and acceptances[row].is_ready and acceptances[row].sampled_at <= due
+        ]
         if not rows:
             return
         rows = nsmallest(_MOST_SAMPLED, rows, key=lambda row: acceptances[row].sampled_at)

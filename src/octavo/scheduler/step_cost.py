@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from math import sqrt
 
 # Token counts at which the curve has a corner: 1, 2, 3, 4, 6, 8, 12, 16, ..., 65536; between them it is straight.
 _CORNERS = sorted({scale << shift for scale in (2, 3) for shift in range(16)} | {1})
 _NUM_CORNERS = len(_CORNERS)
-_PER_ROW, _ANY_DRAFT, _PER_PASS, _PER_PASS_ROW = range(_NUM_CORNERS, _NUM_CORNERS + 4)
-_NUM_PARAMETERS = _NUM_CORNERS + 4
+_PER_ROW, _ANY_DRAFT, _PASS_SHARE = range(_NUM_CORNERS, _NUM_CORNERS + 3)
+_NUM_PARAMETERS = _NUM_CORNERS + 3
 
 _DRIFT = 0.004**2  # variance that a parameter gains a step, relative to its scale squared: conditions change
 _LEAST_NOISE, _FIRST_NOISE, _MOST_NOISE = 0.01**2, 0.05**2, 0.15**2  # variance of a measurement, relative
@@ -17,7 +18,11 @@ _LEAST_SHORTFALL = 0.15  # part of an estimate that a measurement must lack to d
 _LEAST_SHARE = 0.05  # of a measured step's seconds, in its corners
 _TELLING = 0.3  # weight of a corner in a measurement from which on it counts as measured
 _FILL_EVERY = 8  # observations after which unmeasured corners follow their neighbours
-_PLAIN_GAIN = 0.3  # of one measurement in what steps without drafts take
+_LONGER_GAIN, _SHORTER_GAIN = 0.2, 0.5  # of one measurement in what steps without drafts take
+_SHARE_SHIFT = 0.05  # standard deviation of a pass's share of a step, from one number of rows to others
+_SLOPE, _SLOPE_DOUBT = 0.7, 0.4  # seconds of one token more, and their deviation, by what one of a prompt takes
+_NUM_SLOPES = 8  # measurements of that which are kept
+_TELLING_PROMPT = 512  # tokens of a step from which on it tells that
 _PLAIN_LIFE = 256  # observations for which that is believed
 _PLAIN_CLIP = 1.25  # times that which one measurement may take and be believed
 _CLIP = 2.5  # standard deviations by which one measurement may differ and be believed: others are accidents
@@ -29,14 +34,16 @@ def is_alike(num_rows: int, before: int) -> bool:
 
 
 class StepCost:
-    """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * (c + rows * d).
+    """Seconds of a step: curve(tokens) + rows * a + [it verifies drafts] * b + passes * c * plain(rows).
 
     The curve is nearly flat where weights are read once (few tokens, a GPU) and nearly straight through zero where
-    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c and d
-    are a draft model's pass. The parameters follow the measurements as in a Kalman filter without covariances: what is
+    arithmetic rules (many tokens, a CPU); a is what each row's context adds, b what verification adds as such, c the
+    share of a step without drafts that a pass of the draft model takes: the two are of one kind, so it is much the same
+    for any number of rows. The parameters follow the measurements as in a Kalman filter without covariances: what is
     known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line through
-    their measured neighbours, and are poorly known. Accidents make steps long, none makes them short: so what is far
-    above the estimate counts little, and what is far below shows that the estimate was an accident.
+    their measured neighbours, and are poorly known; beyond these the curve rises by no more than a prompt's token
+    takes. Accidents make steps long, none makes them short: so what is far above the estimate counts little, and what is
+    far below shows that the estimate was an accident.
 
     What drafts are compared with, steps without any, is not left to the parameters where such steps were measured
     lately: others, which are many where drafts pay, would pull its estimate along with whatever they cannot explain.
@@ -49,6 +56,8 @@ class StepCost:
         self._seen = [0] * _NUM_PARAMETERS  # number of the last observation that told of it
         self._measured = [False] * _NUM_CORNERS
         self._most_tokens = 0  # in a step measured so far
+        self._slopes: deque[float] = deque(maxlen=_NUM_SLOPES)  # seconds of a token in steps with prompts
+        self._pass_rows = 0  # of the last step with passes
         self._noise = _FIRST_NOISE
         self._num_observed = 0
         self._plain_rows = self._plain_at = 0  # of the last step without drafts: its rows, and its number
@@ -72,10 +81,15 @@ class StepCost:
         self._most_tokens = max(self._most_tokens, num_tokens)
         if num_tokens == num_rows and not num_passes:
             known = self._plain_seconds if self._knows_plain(num_rows) else seconds
-            self._plain_seconds = known + _PLAIN_GAIN * (min(seconds, _PLAIN_CLIP * known) - known)
+            gain = _SHORTER_GAIN if seconds < known else _LONGER_GAIN
+            self._plain_seconds = known + gain * (min(seconds, _PLAIN_CLIP * known) - known)
             self._plain_rows, self._plain_at = num_rows, self._num_observed
         features = self._features(num_rows, num_tokens, num_passes, num_drafts)
         mean, variance, now = self._mean, self._variance, self._num_observed
+        if num_passes:
+            if not is_alike(num_rows, self._pass_rows):
+                variance[_PASS_SHARE] += _SHARE_SHIFT**2
+            self._pass_rows = num_rows
         estimate = sum(weight * mean[index] for index, weight in features)
         for index, _ in features:
             variance[index] += _DRIFT * self._scale[index] ** 2 * (now - self._seen[index])
@@ -105,6 +119,11 @@ class StepCost:
         if is_news or not now % _FILL_EVERY:
             self._fill()
 
+    def observe_prompts(self, num_tokens: int, seconds: float) -> None:
+        """A step with prompts took so many seconds, > 0, without what a draft model did in it."""
+        if num_tokens >= _TELLING_PROMPT:
+            self._slopes.append(seconds / num_tokens)
+
     def estimate(self, num_rows: int, num_tokens: float, num_passes: int, num_drafts: float) -> tuple[float, float]:
         """Seconds that such a step will take, and the standard deviation of that estimate."""
         mean, variance = self._mean, self._variance
@@ -118,9 +137,10 @@ class StepCost:
             seconds += mean[_ANY_DRAFT]
             spread += variance[_ANY_DRAFT]
         if num_passes:
-            by_rows = num_passes * num_rows
-            seconds += num_passes * mean[_PER_PASS] + by_rows * mean[_PER_PASS_ROW]
-            spread += num_passes * num_passes * variance[_PER_PASS] + by_rows * by_rows * variance[_PER_PASS_ROW]
+            shift = 0.0 if is_alike(num_rows, self._pass_rows) else _SHARE_SHIFT**2
+            weight = num_passes * self.plain(num_rows)
+            seconds += weight * mean[_PASS_SHARE]
+            spread += weight * weight * (variance[_PASS_SHARE] + shift)
         return seconds, sqrt(spread)
 
     def plain(self, num_rows: int) -> float:
@@ -133,10 +153,9 @@ class StepCost:
 
     def _set_priors(self, num_rows: int, seconds: float) -> None:
         for index, mean, deviation in (
-            (_PER_ROW, 0.0, 0.1 * seconds / max(num_rows, 1)),
+            (_PER_ROW, 0.0, 0.1 * seconds / max(num_rows, 8)),
             (_ANY_DRAFT, 0.0, 0.03 * seconds),
-            (_PER_PASS, 0.1 * seconds, 0.1 * seconds),
-            (_PER_PASS_ROW, 0.0, 0.02 * seconds / max(num_rows, 1)),
+            (_PASS_SHARE, 0.15, 0.15),
         ):
             self._mean[index] = mean
             self._variance[index] = deviation * deviation
@@ -152,7 +171,7 @@ class StepCost:
         if num_drafts:
             features.append((_ANY_DRAFT, 1.0))
         if num_passes:
-            features += [(_PER_PASS, float(num_passes)), (_PER_PASS_ROW, float(num_passes * num_rows))]
+            features.append((_PASS_SHARE, num_passes * self.plain(num_rows)))
         return [(index, weight) for index, weight in features if weight]
 
     def _fill(self) -> None:
@@ -178,7 +197,11 @@ class StepCost:
         if lower is not None:
             rise = (mean[below] - mean[lower]) / (_CORNERS[below] - _CORNERS[lower])
             rise = min(max(rise, 0.0), straight)
+        doubt = 0.5 * straight
+        if self._slopes:
+            slope = min(self._slopes)
+            rise, doubt = min(rise, _SLOPE * slope), min(doubt, _SLOPE_DOUBT * slope)
         for corner in range(below + 1, _NUM_CORNERS):
             beyond = _CORNERS[corner] - _CORNERS[below]
             mean[corner] = mean[below] + rise * beyond
-            variance[corner] = (0.5 * straight * beyond) ** 2
+            variance[corner] = (doubt * beyond) ** 2

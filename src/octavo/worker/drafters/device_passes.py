@@ -179,7 +179,8 @@ class DraftPasses:
         ahead = self.count[:size]
         slots = torch.where(buffers.wanted[:size] > ahead, buffers.slots[:size], -1)
         items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
-        return self._place(slots, ahead, lengths - self._lag, items, token_ids)
+        lengths = lengths - self._lag if self._lag else lengths
+        return self._place(slots, ahead, lengths, items, token_ids)
 
     def _place(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Placed:
         """One token a row, `offsets` after the last of `lengths`."""
