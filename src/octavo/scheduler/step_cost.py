@@ -42,8 +42,8 @@ class StepCost:
     for any number of rows. The parameters follow the measurements as in a Kalman filter without covariances: what is
     known poorly, or has not been seen for long, takes most of the blame. Corners never measured lie on the line through
     their measured neighbours, and are poorly known; beyond these the curve rises by no more than a prompt's token
-    takes. Accidents make steps long, none makes them short: so what is far above the estimate counts little, and what is
-    far below shows that the estimate was an accident.
+    takes. Accidents make steps long, none makes them short: so what is far above the estimate counts little, and what
+    is far below shows that the estimate was an accident.
 
     What drafts are compared with, steps without any, is not left to the parameters where such steps were measured
     lately: others, which are many where drafts pay, would pull its estimate along with whatever they cannot explain.
