@@ -93,8 +93,11 @@ class Drafts:
         if not plan.decodes:
             prompts = zip(plan.rows, plan.drafts)
             num_tokens = sum(row.length for row, count in prompts if count and row.length > 1 + row.num_drafts)
-            draft_seconds = result.draft_seconds or 0.0
-            self._policy.observe_prompts(plan.num_tokens, result.seconds - draft_seconds, num_tokens, draft_seconds)
+            own, of_drafts = result.seconds, result.draft_seconds
+            if of_drafts is None:
+                self._policy.observe_prompts(plan.num_tokens, own)
+            else:
+                self._policy.observe_prompts(plan.num_tokens, own - of_drafts, num_tokens, of_drafts)
             return
         num_drafts = sum(row.num_drafts for row in plan.rows)
         num_passes = 0 if self._are_free else max(plan.drafts, default=0)
