@@ -39,7 +39,7 @@ from octavo.worker.drafters.lookup import DeviceLookupDrafter
 from octavo.worker.drafters.recent_features import RecentFeatures
 from octavo.worker.memory import DeviceMemory, MemoryLedger, plan_device_memory
 from octavo.worker.sampler.device_sampler import DeviceSampler
-from octavo.worker.warm_up import compile_kernels
+from octavo.worker.warm_up import KernelShapes, compile_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +117,11 @@ def _compile(
     """Start compiling the kernels of the model, and of the draft model, whose are done before it is first used."""
     dtype = _DTYPES[config.dtype]
     num_drafts = 0 if draft is None else draft.config.num_speculative_tokens
-    compiling = compile_kernels(config, facts, method, dtype, device, num_drafts)
+    compiling = compile_kernels(KernelShapes(config, facts, method, dtype, device, num_drafts))
     if draft is not None and draft.facts is not None:
         stored = None if draft.source is None else draft.source.config.get("quantization_config")
-        compile_kernels(config, draft.facts, method_of(draft.config.quantization, stored), dtype, device, num_drafts)
+        of_draft = method_of(draft.config.quantization, stored)
+        compile_kernels(KernelShapes(config, draft.facts, of_draft, dtype, device, num_drafts))
     return compiling
 
 

@@ -27,7 +27,7 @@ from octavo.quantization.unquantized import PLAIN
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots
 from octavo.worker.sampler.device_sampler import DeviceSampler
-from octavo.worker.warm_up import _Shapes, kernel_jobs
+from octavo.worker.warm_up import KernelShapes, kernel_jobs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="reads what Triton's interpreter is told")
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options, lora=None)
     with launches() as compiled:
-        for job in kernel_jobs(engine_config, facts, PLAIN, DTYPE, CPU):
+        for job in kernel_jobs(KernelShapes(engine_config, facts, PLAIN, DTYPE, CPU)):
             if "skinny" not in str(job):  # on a CPU, no layer asks for it
                 job()
 
@@ -162,7 +162,7 @@ def test_every_layer_of_a_model_is_compiled_for(family: str) -> None:
     method = method_of(None, values["quantization_config"])
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=96, block_size=BLOCK, options=options)
-    products = _Shapes(engine_config, model_facts(values), method, DTYPE, CPU).products()
+    products = KernelShapes(engine_config, model_facts(values), method, DTYPE, CPU).products()
     layers = [
         (layer, name.endswith("gate_up_proj") and len(module.layers) == 1)
         for name, module in model.named_modules()

@@ -19,25 +19,16 @@ from octavo.worker.step_buffers import NUM_PARAMS
 _NUM_THREADS = 16
 
 
-def compile_kernels(
-    config: EngineConfig,
-    facts: ModelFacts,
-    method: QuantizationMethod,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_drafts: int = 0,
-) -> Future[None]:
+def compile_kernels(shapes: KernelShapes) -> Future[None]:
     """Launch every kernel once on a few tokens, each from a thread of its own. The future is done when all have run;
-    its result raises what the first failure raised. method: of the model's linear layers. num_drafts: guesses of a row,
-    at most, 0 without speculation.
+    its result raises what the first failure raised.
 
     Triton compiles a kernel for its types and constants, and for which of its integers are 1 or multiples of 16: so
     all of these are here what they will be. What a request's own wishes need (top_p, penalties, logprobs) is left to
     the first request that has them.
     """
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="compile")
-    made = kernel_jobs(config, facts, method, dtype, device, num_drafts)
-    jobs = [pool.submit(_run, job, device) for job in made]
+    jobs = [pool.submit(_run, job, shapes.device) for job in kernel_jobs(shapes)]
     pool.shutdown(wait=False)
     done: Future[None] = Future()
 
@@ -59,7 +50,7 @@ def _run(job: Callable[[], object], device: torch.device) -> None:
         job()
 
 
-class _Shapes:
+class KernelShapes:
     """The engine's shapes, and one call of each kernel as it will be compiled for them, on as little as that takes."""
 
     def __init__(
@@ -71,7 +62,8 @@ class _Shapes:
         device: torch.device,
         num_drafts: int = 0,
     ) -> None:
-        self.method = method
+        """method: of the model's linear layers. num_drafts: guesses of a row, at most, 0 without speculation."""
+        self.config, self.method = config, method
         self.num_drafts = num_drafts
         self.facts, self.dtype, self.device, self.block_size = facts, dtype, device, config.block_size
         self.max_model_len = config.max_model_len
@@ -228,16 +220,9 @@ def _is_gated(parts: Collection[str]) -> bool:
     return {part.rpartition(".")[2] for part in parts} == {"gate_proj", "up_proj"}
 
 
-def kernel_jobs(
-    config: EngineConfig,
-    facts: ModelFacts,
-    method: QuantizationMethod,
-    dtype: torch.dtype,
-    device: torch.device,
-    num_drafts: int = 0,
-) -> list[Callable[[], object]]:
+def kernel_jobs(make: KernelShapes) -> list[Callable[[], object]]:
     """Each launches a kernel as steps will, in one of the ways it is compiled for. The slowest to compile first."""
-    make = _Shapes(config, facts, method, dtype, device, num_drafts)
+    config = make.config
     jobs: list[Callable[[], object]] = []
     if config.options.attention_backend != "torch":
         jobs += [make.prefill, make.decode]
@@ -253,6 +238,6 @@ def kernel_jobs(
         jobs += [partial(make.norm, delta, fp8=True) for delta in (False, True)]
     if make.takes_fp8("mlp.down_proj"):
         jobs.append(partial(make.activation, fp8=True))
-    if num_drafts:
+    if make.num_drafts:
         jobs.append(make.speculate)
     return [*jobs, make.rotation, make.inputs]
