@@ -159,18 +159,19 @@ def apply_held_gated(layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None
 
 
 def _few(x: Tensor, weight: GroupedWeight, bias: Tensor | None, gated: bool = False) -> Tensor:
-    ordered = x if weight.order is None else x[:, weight.order]
-    product: Tensor = device_kernels.get().grouped_linear(ordered, *weight[:5], bias, gated=gated)
+    product: Tensor = device_kernels.get().grouped_linear(_ordered(x, weight), *weight[:5], bias, gated=gated)
     return product
+
+
+def _ordered(x: Tensor, weight: GroupedWeight) -> Tensor:
+    return x if weight.order is None else x[:, weight.order]
 
 
 def _product(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
     kernels = device_kernels.get()
     if 0 < len(x) <= kernels.GROUPED_MAX_M and x.dtype in (torch.bfloat16, torch.float16):
         return _few(x, weight, bias)
-    if weight.order is not None:
-        x = x[:, weight.order]
-    return F.linear(x, kernels.dequantize_grouped(*weight[:5], x.dtype), bias)
+    return F.linear(_ordered(x, weight), kernels.dequantize_grouped(*weight[:5], x.dtype), bias)
 
 
 def launches(weight: GroupedWeight, shape: LinearShape) -> dict[Hashable, Callable[[], object]]:

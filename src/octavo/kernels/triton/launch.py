@@ -34,8 +34,9 @@ def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False):
 
     Every program of a kernel with OVERLAP calls this, and before it reads at most weights and writes nothing. The next
     one is let in after the wait, never before: a third kernel would else run beside the first without knowing. FILLS:
-    a kernel that keeps the device full, so that the next one's programs come in as its own leave. Of the others only
-    the smallest let the next one in: programs that wait beside many would be dealt out unevenly.
+    a kernel that keeps the device full, so that the next one's programs come in as its own leave, and is followed by a
+    small one. Of the others only the smallest let the next one in: programs that wait beside many would be dealt out
+    unevenly.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
