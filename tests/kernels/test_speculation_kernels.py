@@ -98,9 +98,12 @@ def test_guesses_are_put_behind_what_is_known():
     drafts = ints([[rng.randrange(1000) for _ in range(MOST)] for _ in range(groups)])
     found_counts, asked = (ints([rng.randrange(MOST + 1) for _ in range(groups)]) for _ in range(2))
     lengths = ints([rng.randrange(1, 40) for _ in range(NUM_SLOTS)])
+    counts = ints([rng.randrange(5) for _ in range(groups)])
     tables = ints([-1] * NUM_SLOTS), torch.full((NUM_SLOTS, 50), -7, dtype=torch.int32, device=DEVICE)
-    found, expected = both("place_drafts", slots, drafts, found_counts, asked, lengths, *tables)
+    verdict = ints([[9] * (2 + MOST)] * groups)
+    found, expected = both("place_drafts", slots, drafts, found_counts, asked, lengths, counts, *tables, verdict)
     assert same(found, expected)
+    assert not found[2].any()
 
 
 @pytest.mark.parametrize("longest", [1, 30])

@@ -79,9 +79,11 @@ class DeviceSpeculation:
         self._kernels = triton.get()
         self._lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._ready = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        # One row a sequence of the step: tokens that came, guesses that were found, the guesses.
+        # Of each sequence of the step: tokens that came, guesses and how many; and all of that for the host.
+        self._counts, self._found = torch.zeros(2, num_groups, dtype=torch.int32, device=device)
+        self._drafts = torch.zeros(num_groups, num_drafts, dtype=torch.int32, device=device)
         self._verdict = torch.zeros(num_groups, 2 + num_drafts, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(num_groups, dtype=torch.int32, device=device)
+        self._nobody = torch.full((num_groups,), -1, dtype=torch.int32, device=device)  # slots that ask for nothing
         self._follows: set[int] = set()  # slots whose sequences decode
 
     def split(self, rows: Sequence[PlanRow]) -> SplitRows:
@@ -144,24 +146,17 @@ class DeviceSpeculation:
         prompts = [row.slot not in self._follows for row in rows]
         self._follows.update(row.slot for row in rows if row.samples)
         num_rows, device = len(rows), self._lengths.device
-        verdict = self._verdict[:num_rows]
-        verdict[:, 0].copy_(self._counts[:num_rows])
-        verdict[:, 1].zero_()
+        drafts, found, verdict = self._drafts[:num_rows], self._found[:num_rows], self._verdict[:num_rows]
+        slots = wanted = self._nobody[:num_rows]
         if not any(asked):
             self._drafter.skip(rows, prompts)
         else:
-            wanted = np.array(
-                [[row.slot, count] if row.samples and count else [-1, 0] for row, count in zip(rows, asked)], np.int32
-            )
-            slots, counts = upload(np.ascontiguousarray(wanted.T), device)
-            drafts = torch.empty(num_rows, self._most, dtype=torch.int32, device=device)
-            found = torch.zeros(num_rows, dtype=torch.int32, device=device)
+            wants = [(row.slot, count) if row.samples and count else (-1, 0) for row, count in zip(rows, asked)]
+            slots, wanted = upload(np.ascontiguousarray(np.array(wants, np.int32).T), device)
             tables = self._lengths, token_ids, features
-            batch = DeviceDraftBatch(rows, prompts, asked, slots, counts, *tables, drafts, found)
-            self._drafter.propose(batch)
-            self._kernels.place_drafts(slots, drafts, found, counts, self._lengths, self._ready, token_ids)
-            verdict[:, 1].copy_(found)
-            verdict[:, 2:].copy_(drafts)
+            self._drafter.propose(DeviceDraftBatch(rows, prompts, asked, slots, wanted, *tables, drafts, found))
+        known = self._lengths, self._counts[:num_rows]
+        self._kernels.place_drafts(slots, drafts, found, wanted, *known, self._ready, token_ids, verdict)
         host = torch.empty(verdict.shape, dtype=verdict.dtype, pin_memory=verdict.is_cuda)
         return host.copy_(verdict, non_blocking=True)
 

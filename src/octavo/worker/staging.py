@@ -69,3 +69,9 @@ def upload(words: NDArray[np.int32], device: torch.device) -> Tensor:
     """A new device tensor of these words. torch keeps the pinned copy until the device is done with it."""
     host = torch.from_numpy(words)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
+
+
+def copy_up(words: NDArray[np.int32], to: Tensor) -> None:
+    """Copy these words to a device tensor of as many. torch keeps the pinned copy until the device is done with it."""
+    host = torch.from_numpy(words)
+    to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)

@@ -52,16 +52,21 @@ def place_drafts(
     found: Tensor,
     asked: Tensor,
     lengths: Tensor,
+    counts: Tensor,
     ready: Tensor,
     token_ids: Tensor,
+    verdict: Tensor,
 ) -> None:
     """See the kernel."""
     for group, slot in enumerate(group_slots.tolist()):
+        count = 0
         if slot >= 0:
-            count = min(int(found[group]), int(asked[group]))
-            found[group] = ready[slot] = count
+            count = ready[slot] = min(int(found[group]), int(asked[group]))
             begin = int(lengths[slot])
             token_ids[slot, begin : begin + count] = drafts[group, :count]
+            verdict[group, 2 : 2 + count] = drafts[group, :count]
+        verdict[group, 0], verdict[group, 1] = counts[group], count
+    found.zero_()
 
 
 def keep_features(

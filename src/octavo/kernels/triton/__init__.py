@@ -13,6 +13,7 @@ _MODULES = (
     "activation",
     "block_fp8",
     "decode_attention",
+    "draft_passes",
     "fp8",
     "grouped_gemm",
     "lookup",

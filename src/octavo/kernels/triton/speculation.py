@@ -149,20 +149,25 @@ def verify_rows(
 
 @triton.jit(do_not_specialize=["num_groups", "stride"], do_not_specialize_on_alignment=["group_slots_ptr", "asked_ptr"])
 def _place_kernel(
-    group_slots_ptr, drafts_ptr, found_ptr, asked_ptr, lengths_ptr, ready_ptr, token_ids_ptr, num_groups, stride,
-    MOST: tl.constexpr, BLOCK: tl.constexpr,
+    group_slots_ptr, drafts_ptr, found_ptr, asked_ptr, lengths_ptr, counts_ptr, ready_ptr, token_ids_ptr, verdict_ptr,
+    num_groups, stride, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(group_slots_ptr + group, mask=group < num_groups, other=-1)
+    there = group < num_groups
+    slot = tl.load(group_slots_ptr + group, mask=there, other=-1)
     here = slot >= 0
     count = tl.load(found_ptr + group, mask=here, other=0)
     count = tl.minimum(count, tl.load(asked_ptr + group, mask=here, other=0))
-    tl.store(found_ptr + group, count, mask=here)
+    tl.store(found_ptr + group, count * 0, mask=there)
     tl.store(ready_ptr + slot, count, mask=here)
+    verdict = verdict_ptr + group * (2 + MOST)
+    tl.store(verdict, tl.load(counts_ptr + group, mask=there, other=0), mask=there)
+    tl.store(verdict + 1, count, mask=there)
     at = slot.to(tl.int64) * stride + tl.load(lengths_ptr + slot, mask=here, other=0)
     for index in tl.static_range(MOST):
         guess = tl.load(drafts_ptr + group * MOST + index, mask=here & (index < count), other=0)
         tl.store(token_ids_ptr + at + index, guess, mask=here & (index < count))
+        tl.store(verdict + 2 + index, guess, mask=here & (index < count))
 
 
 def place_drafts(
@@ -171,18 +176,21 @@ def place_drafts(
     found: Tensor,
     asked: Tensor,
     lengths: Tensor,
+    counts: Tensor,
     ready: Tensor,
     token_ids: Tensor,
+    verdict: Tensor,
 ) -> None:
-    """Write guesses behind the known tokens of their sequences.
+    """Write guesses behind the known tokens of their sequences, and what the host is told of a step.
 
     group_slots: int32 [G], -1 for none. drafts: int32 [G, K]; found, asked: int32 [G], how many there are, and were
-    asked for; found is lowered to asked. lengths: int32 [num_slots], known tokens. Written: token_ids, int32
-    [num_slots, max_len], and ready, int32 [num_slots], how many guesses are in place.
+    asked for: the lesser counts. lengths: int32 [num_slots], known tokens. counts: int32 [G], tokens that came.
+    Written: token_ids, int32 [num_slots, max_len]; ready, int32 [num_slots], how many guesses are in place; verdict,
+    int32 [G, 2 + K]: a group's tokens that came, its guesses in place, and these, if any; found, which is 0 again.
     """
     num_groups, most = drafts.shape
     _place_kernel[(triton.cdiv(num_groups, _BLOCK),)](
-        group_slots, drafts, found, asked, lengths, ready, token_ids, num_groups, token_ids.stride(0),
+        group_slots, drafts, found, asked, lengths, counts, ready, token_ids, verdict, num_groups, token_ids.stride(0),
         MOST=most, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,10 @@ from octavo.worker.drafters.device_passes import (
     PassSizes,
     asked_of,
     prompts_of,
-    put_guesses,
     reach_of,
 )
 from octavo.worker.drafters.recent_features import RecentFeatures
+from octavo.worker.staging import upload
 from octavo.worker.step_buffers import NUM_PARAMS
 
 
@@ -77,7 +78,7 @@ class DeviceHeadDrafter:
         if not indices:
             return
         most = self._passes.run(batch, [self._asked(batch, index) for index in indices])
-        put_guesses(batch, indices, self._guesses[: len(indices), :most])
+        self._put(batch, indices, most)
 
     def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
         """See DeviceDrafter."""
@@ -103,18 +104,31 @@ class DeviceHeadDrafter:
         input_ids, positions = self._passes.place_prompts(rows, batch.token_ids[:, 1:])
         self._head(input_ids, positions, features, self._attention)
 
+    def _put(self, batch: DeviceDraftBatch, indices: Sequence[int], most: int) -> None:
+        """Write the guesses of these rows of batch.rows, up to `most` each."""
+        guesses, drafts = self._guesses[: len(indices), :most], batch.drafts[:, :most]
+        if len(indices) == len(batch.rows):
+            drafts.copy_(guesses)
+            batch.found.fill_(most)
+        else:
+            where = upload(np.array(indices, np.int32), drafts.device).long()
+            drafts.index_copy_(0, where, guesses)
+            batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
+
     def _compute(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
         """See device_passes.Compute. Leaves the guesses, and what the next pass reads."""
         if width:
             placed, last = self._passes.place_first(size, width, lengths, token_ids[:, 1:])
-            features = self._recent.read(placed.row_slots, placed.positions)
-            made, hidden = self._head(placed.input_ids, placed.positions, features, self._attention)
-            made, hidden = made[last], hidden[last]
+            features = self._recent.read(placed.row_slots, placed.token_positions)
+            made, hidden = self._head(placed.input_ids, placed.token_positions, features, self._attention)
+            made, hidden = made.index_select(0, last), hidden.index_select(0, last)
         else:
             placed = self._passes.place_next(size, lengths, token_ids[:, 1:])
-            made, hidden = self._head(self._last_ids[:size], placed.positions, self._states[:size], self._attention)
+            made, hidden = self._head(
+                self._last_ids[:size], placed.token_positions, self._states[:size], self._attention
+            )
         self._states[:size].copy_(made)
-        count, numbers, drawn = self._passes.count[:size], self._passes.numbers, self._drawn[:size]
+        count, numbers, drawn = placed.count, self._passes.numbers, self._drawn[:size]
         drawing = numbers[:size], count, self._greedy, numbers[1 : size + 1]  # none of the last is 0
         self._kernels.draw_tokens(self._head.compute_logits(hidden), *drawing, self._guesses, drawn)
         ids = self._head.to_target_ids(drawn[:, 0].long())

@@ -18,7 +18,6 @@ from octavo.worker.drafters.device_passes import (
     PassSizes,
     asked_of,
     prompts_of,
-    put_guesses,
     reach_of,
 )
 from octavo.worker.step_buffers import NUM_PARAMS
@@ -77,15 +76,12 @@ class DeviceModelDrafter:
         if not indices:
             return
         widths = [min(self._missing[batch.rows[index].slot], self._widest) for index in indices]
-        most = self._passes.run(
-            batch, [Asked(index, batch.asked[index], width) for index, width in zip(indices, widths)]
-        )
+        self._passes.run(batch, [Asked(index, batch.asked[index], width) for index, width in zip(indices, widths)])
         self._missing |= {batch.rows[index].slot: 1 - batch.asked[index] for index in indices}
-        # The draws are in the table by now, behind the known tokens.
-        slots = self._passes.slots[: len(indices)].long()
-        columns = batch.lengths[slots].long()[:, None] + torch.arange(most, device=slots.device)
-        columns = columns.clamp(max=batch.token_ids.shape[1] - 1)
-        put_guesses(batch, indices, batch.token_ids[slots[:, None], columns])
+        # The draws are in the table by now, behind the known tokens. Rows after those served have none.
+        served = indices[-1] + 1
+        found = batch.drafts[:served], batch.found[:served]
+        self._kernels.read_drafts(batch.slots[:served], batch.wanted[:served], batch.lengths, batch.token_ids, *found)
 
     def skip(self, rows: Sequence[PlanRow], prompts: Sequence[bool]) -> None:
         """See DeviceDrafter."""
@@ -102,12 +98,12 @@ class DeviceModelDrafter:
         """See device_passes.Compute. Puts the guesses into the table, where the next pass reads."""
         if width:
             placed, last = self._passes.place_first(size, width, lengths, token_ids)
-            hidden = self._model(placed.input_ids, placed.positions, self._attention)[last]
-            slots, positions = self._passes.slots[:size], placed.next_positions[last]
+            hidden = self._model(placed.input_ids, placed.token_positions, self._attention).index_select(0, last)
+            slots, positions = self._passes.slots(size), placed.positions.index_select(0, last)
         else:
             placed = self._passes.place_next(size, lengths, token_ids)
-            hidden = self._model(placed.input_ids, placed.positions, self._attention)
-            slots, positions = placed.row_slots, placed.next_positions
+            hidden = self._model(placed.input_ids, placed.token_positions, self._attention)
+            slots, positions = placed.row_slots, placed.positions
         samples = self._passes.numbers[1 : size + 1]  # none is 0
         drawing = slots, positions, self._params, samples, token_ids
         self._kernels.draw_tokens(self._model.compute_logits(hidden), *drawing, self._drawn[:size])

@@ -13,10 +13,11 @@ from torch import Tensor
 from octavo.attention.backend import DeviceBatch
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
+from octavo.kernels.reference.draft_passes import DraftRows
 from octavo.protocol.plan import PlanRow
 from octavo.worker.cuda_graphs import record_graph
 from octavo.worker.device_speculation import DeviceDraftBatch
-from octavo.worker.staging import upload
+from octavo.worker.staging import copy_up, upload
 
 Ints = NDArray[np.int32]
 
@@ -46,16 +47,6 @@ class Asked(NamedTuple):
     floor: int = 0
 
 
-class Placed(NamedTuple):
-    """Tokens of a pass that attention was told of: row_slots int32 [T], -1 for padding; input_ids int32 [T], as the
-    table has them; positions int64 [T]; next_positions int32 [T], one more."""
-
-    row_slots: Tensor
-    input_ids: Tensor
-    positions: Tensor
-    next_positions: Tensor
-
-
 class Compute(Protocol):
     def __call__(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
         """Launch a pass over `size` sequences: the first, over size * width tokens, or where width is 0 one of the
@@ -65,27 +56,31 @@ class Compute(Protocol):
 
 
 class _Buffers:
-    """What passes for up to N sequences, of R tokens in the first, read and write, at fixed addresses.
+    """What passes over N sequences, of R tokens in the first, read and write, at fixed addresses.
 
     words: int32, what the host writes, of which the following are parts. slots, wanted: [N], -1 for padding, and the
-    guesses that are wanted. last_rows: [N], each sequence's last row of the first pass. row_slots, steps, floors: [R],
-    the slots of the rows of the first pass, -1 for padding; how far they are from where the widest window begins; the
-    least position of each. window_items, chain_items: of decode attention.
+    guesses that are wanted. last_rows: [N], each sequence's last row of the first pass, any for padding. row_slots,
+    backs, floors: [R], the slots of the rows of the first pass, -1 for padding; and as `first_draft_rows` takes them.
+    window_items, chain_items: of decode attention, as planned.
     """
 
     def __init__(self, num_sequences: int, rows: int, max_items: tuple[int, int], device: torch.device):
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self.sizes = [*[num_sequences] * 3, *[rows] * 3, 6 * max_items[0], 6 * max_items[1]]
         self.words = ints(sum(self.sizes))
         parts = self.words.split(self.sizes)
-        self.slots, self.wanted, self.last_rows, self.row_slots, self.steps, self.floors = parts[:6]
+        self.slots, self.wanted, self.last_rows, self.row_slots, self.backs, self.floors = parts[:6]
         self.window_items, self.chain_items = parts[6].view(-1, 6), parts[7].view(-1, 6)
-        self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.starts, self.positions, self.input_ids = ints(rows), ints(rows), ints(rows)
-        self.token_positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
+        # Each begins where memory is aligned: kernels are compiled for that.
+        of_rows = [ints(rows) for _ in range(4)] + [ints(rows, dtype=torch.int64) for _ in range(2)]
+        self.made = DraftRows(*of_rows, ints(max(max_items), 6), ints(num_sequences))
+
+    def rows(self, count: int, num_items: int) -> DraftRows:
+        """The first of what passes read."""
+        *of_rows, items, passes = self.made
+        return DraftRows(*(tensor[:count] for tensor in of_rows), items[:num_items], passes)
 
 
 class DraftPasses:
@@ -102,18 +97,14 @@ class DraftPasses:
         self._compute = compute
         self._attention = attention
         self._block_tables = block_tables
-        self._block_size, max_sequences, self._widths, self._widest, self._lag = sizes
+        block_size, max_sequences, self._widths, self._widest, self._lag = sizes
+        self._blocks = block_tables, block_size
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self.max_sequences = largest = self._sizes[-1]
-        device, most_rows = block_tables.device, largest * self._widest
-        max_items = [attention.max_items(rows, rows)[0] for rows in (most_rows, largest)]
-        self._buffers = _Buffers(largest, most_rows, (max_items[0], max_items[1]), device)
-        self.count = torch.zeros(largest, dtype=torch.int32, device=device)
-        """int32 [N]: how many passes came before."""
-        self.slots = self._buffers.slots
-        """int32 [N]: of the sequences, -1 for padding."""
-        self.numbers = self._buffers.cu_q
+        device = block_tables.device
+        self._buffers = {size: self._buffers_for(size, device) for size in self._sizes}
+        self.numbers = torch.arange(largest * self._widest + 1, dtype=torch.int32, device=device)
         """int32 [>= N + 1]: 0, 1, 2 and so on."""
         self._use_graphs = use_graphs
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and width
@@ -126,7 +117,7 @@ class DraftPasses:
         size = next(size for size in self._sizes if size >= len(asked))
         total = sum(each.width for each in asked)
         width = next((width for width in self._widths if width * size >= total), self._widest)
-        self._describe(batch.rows, asked)
+        self._describe(batch.rows, asked, self._buffers[size])
         most = max(each.wanted for each in asked)
         for index in range(most):
             self._launch(size, 0 if index else width, batch.lengths, batch.token_ids)
@@ -135,15 +126,17 @@ class DraftPasses:
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
         """Record all passes, on no sequence; the tables as in DeviceDraftBatch."""
         if self._use_graphs:
-            self._buffers.words.fill_(-1)
             for size in reversed(self._sizes):  # in the memory of the largest the others find room
+                buffers = self._buffers[size]
+                buffers.words.fill_(-1)
+                buffers.last_rows.zero_()
                 widest = (self._widest,) if size <= _WIDEST_SIZE else ()
                 for width in (*widest, *reversed(self._widths), 0):
-                    self.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
+                    buffers.made.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
                     self._launch(size, width, lengths, token_ids)
 
     def place_prompts(self, rows: Sequence[PlanRow], token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens of rows that are right as they are: their ids in the table, and positions, as in Placed."""
+        """All tokens of rows that are right as they are: their ids in the table, and positions, int64."""
         decode_items, prefill_items = self._attention.plan(rows, self._block_tables, whole=True)
         num_tokens = sum(row.length for row in rows)
         cu_q = np.cumsum([0, *(row.length for row in rows)], dtype=np.int32)
@@ -155,49 +148,49 @@ class DraftPasses:
         slot_mapping = torch.empty_like(positions)
         where = row_slots.clone(), starts.clone(), upload(cu_q, device)
         made = input_ids, positions, slot_mapping
-        self._kernels.build_inputs(*where, token_ids, self._block_tables, self._block_size, *made)
+        self._kernels.build_inputs(*where, token_ids, *self._blocks, *made)
         items = upload(decode_items, device), upload(prefill_items, device)
         self._attention.prepare(DeviceBatch(*where, slot_mapping, self._block_tables, *items, rows=None))
         return input_ids, positions
 
-    def place_first(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> tuple[Placed, Tensor]:
-        """The last known tokens of each sequence; and, int64 [size], where the last of each is among them, any for
+    def place_first(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> tuple[DraftRows, Tensor]:
+        """The last known tokens of each sequence; and, int32 [size], where the last of each is among them, any for
         padding."""
-        buffers, rows = self._buffers, size * width
-        self.count.zero_()
-        steps, row_slots = buffers.steps[:rows], buffers.row_slots[:rows]
-        behind = lengths - (self._widest - 1 + self._lag)
-        position = behind[row_slots.clamp(min=0)] - 1 + steps
-        row_slots = torch.where(position >= buffers.floors[:rows], row_slots, -1)
-        items = buffers.window_items[: self._attention.max_items(rows, rows)[0]].clone()
-        return self._place(row_slots, steps, behind, items, token_ids), buffers.last_rows[:size].clamp(min=0).long()
+        buffers, rows = self._buffers[size], size * width
+        num_items = self._attention.max_items(rows, rows)[0]
+        made = buffers.rows(rows, num_items)
+        where = buffers.row_slots[:rows], buffers.backs[:rows], buffers.floors[:rows], buffers.window_items[:num_items]
+        self._kernels.first_draft_rows(*where, self._lag, lengths, token_ids, *self._blocks, made)
+        self._prepare(made)
+        return made, buffers.last_rows
 
-    def place_next(self, size: int, lengths: Tensor, token_ids: Tensor) -> Placed:
+    def place_next(self, size: int, lengths: Tensor, token_ids: Tensor) -> DraftRows:
         """The next token of each sequence that wants more guesses."""
-        buffers = self._buffers
-        self.count.add_(1)
-        ahead = self.count[:size]
-        slots = torch.where(buffers.wanted[:size] > ahead, buffers.slots[:size], -1)
-        items = buffers.chain_items[: self._attention.max_items(size, size)[0]].clone()
-        lengths = lengths - self._lag if self._lag else lengths
-        return self._place(slots, ahead, lengths, items, token_ids)
+        buffers = self._buffers[size]
+        made = buffers.rows(size, len(buffers.chain_items))
+        where = buffers.slots, buffers.wanted, buffers.chain_items
+        self._kernels.next_draft_rows(*where, self._lag, lengths, token_ids, *self._blocks, made)
+        self._prepare(made)
+        return made
 
-    def _place(self, row_slots: Tensor, offsets: Tensor, lengths: Tensor, items: Tensor, token_ids: Tensor) -> Placed:
-        """One token a row, `offsets` after the last of `lengths`."""
-        buffers, count = self._buffers, len(row_slots)
-        starts, positions, cu_q = buffers.starts[:count], buffers.positions[:count], buffers.cu_q[: count + 1]
-        self._kernels.follow_rows(row_slots, offsets, lengths, starts, positions, items)
-        made = buffers.input_ids[:count], buffers.token_positions[:count], buffers.slot_mapping[:count]
-        self._kernels.build_inputs(row_slots, starts, cu_q, token_ids, self._block_tables, self._block_size, *made)
-        none = items[:0, :2]
-        self._attention.prepare(
-            DeviceBatch(row_slots, starts, cu_q, made[2], self._block_tables, items, none, rows=None)
-        )
-        return Placed(row_slots, made[0], made[1], positions)
+    def slots(self, size: int) -> Tensor:
+        """int32 [size]: of the sequences, -1 for padding."""
+        return self._buffers[size].slots
 
-    def _describe(self, rows: Sequence[PlanRow], asked: Sequence[Asked]) -> None:
+    def _prepare(self, made: DraftRows) -> None:
+        """Tell attention of rows of one token each."""
+        cu_q, none = self.numbers[: len(made.row_slots) + 1], made.items[:0, :2]
+        where = made.row_slots, made.starts, cu_q, made.slot_mapping, self._block_tables
+        self._attention.prepare(DeviceBatch(*where, made.items, none, rows=None))
+
+    def _buffers_for(self, size: int, device: torch.device) -> _Buffers:
+        rows = size * self._widest
+        window, chain = (self._attention.max_items(count, count)[0] for count in (rows, size))
+        return _Buffers(size, rows, (window, chain), device)
+
+    def _describe(self, rows: Sequence[PlanRow], asked: Sequence[Asked], buffers: _Buffers) -> None:
         """Put the sequences into the buffers, and the work of attention, for the longest that they can be."""
-        buffers, count = self._buffers, len(asked)
+        count = len(asked)
         own = [rows[each.row] for each in asked]
         slots = np.array([row.slot for row in own], np.int32)
         known = np.array([row.start + row.length + 1 for row in own], np.int32)
@@ -211,11 +204,13 @@ class DraftPasses:
         ends = known - self._lag + wanted - 1
         chain = self._attention.plan_decodes(slots, ends, np.arange(count, dtype=np.int32))
         words = np.full(len(buffers.words), -1, np.int32)
-        of_rows = row_slots, self._widest - back, np.repeat(floors, widths)
-        parts = slots, wanted, after - 1, *of_rows, window.reshape(-1), chain.reshape(-1)
+        last_rows = np.zeros(len(buffers.slots), np.int32)
+        last_rows[:count] = after - 1
+        of_rows = row_slots, back, np.repeat(floors, widths)
+        parts = slots, wanted, last_rows, *of_rows, window.reshape(-1), chain.reshape(-1)
         for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
             words[begin : begin + len(part)] = part
-        buffers.words.copy_(upload(words, buffers.words.device))
+        copy_up(words, buffers.words)
 
     def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
         """A pass. The tables are the same at each call."""
@@ -247,16 +242,3 @@ def asked_of(batch: DeviceDraftBatch, max_sequences: int) -> list[int]:
     """The rows that want guesses now, as far as there is room: indices of batch.rows."""
     wanted = [index for index, row in enumerate(batch.rows) if row.samples and batch.asked[index]]
     return wanted[:max_sequences]
-
-
-def put_guesses(batch: DeviceDraftBatch, indices: Sequence[int], guesses: Tensor) -> None:
-    """Write the guesses of these rows of batch.rows. guesses: int32 [len(indices), up to K]."""
-    most = guesses.shape[1]
-    drafts = batch.drafts[:, :most]
-    if len(indices) == len(batch.rows):
-        drafts.copy_(guesses)
-        batch.found.fill_(most)
-    else:
-        where = upload(np.array(indices, np.int32), drafts.device).long()
-        drafts.index_copy_(0, where, guesses)
-        batch.found.index_fill_(0, where, most)  # as an assignment it would wait for the device
