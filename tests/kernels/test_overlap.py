@@ -12,7 +12,8 @@ import octavo
 
 _FOLDER = Path(octavo.__file__).parent / "kernels" / "triton"
 _ACCESSES = {"load", "store", "atomic_add", "atomic_cas", "atomic_xchg", "make_tensor_descriptor"}
-_BEFORE = {"weight_ptr"}  # what no kernel of a step writes
+# What no kernel of a step writes, or its first ones do, many launches before those that read it.
+_BEFORE = {"weight_ptr", "items", "fields", "row_slots", "cu_q"}
 
 
 def _kernels() -> Iterator[tuple[str, ast.FunctionDef]]:

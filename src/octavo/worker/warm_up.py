@@ -118,13 +118,13 @@ class KernelShapes:
         self.kernels.paged_decode(query, self.cache(), *where, items, out, scratch, dim**-0.5, None, queries=queries)
 
     def speculate(self) -> None:
-        most, tables = self.num_drafts, (self.ints(1), self.ints(0), self.token_table())
-        row, one = self.ints(0), self.ints(1)
+        most, row, one = self.num_drafts, self.ints(0), self.ints(1)
         self.kernels.follow_rows(row, row, one, one.clone(), one.clone(), self.ints(0, 0, 1, 1, 1, 0)[None])
         ends, drawn = self.ints(0, 1), self.ints(0, 0)[None]
         self.kernels.verify_rows(row, row, row, one, ends, row, drawn, row, one.clone(), one.clone(), most, None)
         drafts = self.zeros(1, most, dtype=torch.int32)
-        self.kernels.place_drafts(row, drafts, row.clone(), row, *tables)
+        written = row.clone(), self.token_table(), self.zeros(1, 2 + most, dtype=torch.int32)
+        self.kernels.place_drafts(row, drafts, row.clone(), row, one, one, *written)
 
     def prefill(self) -> None:
         heads, dim = self.facts.num_heads, self.facts.head_dim

@@ -120,7 +120,8 @@ def paged_decode(
     sliding_window: the query at position p sees keys p - sliding_window < j <= p; None: all j <= p.
     config: how to compile it; None: by the table above. queries: a power of two, rows that share an item at most.
 
-    The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later.
+    The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later. block_tables,
+    row_slots, cu_q and items are read before the kernel ahead has ended, which therefore must not be what writes them.
     Raises ValueError where shapes or dtypes contradict this.
     """
     num_heads, head_dim = query.shape[1:]
@@ -242,8 +243,8 @@ def _decode_kernel(
     """One item and one KV head. KV heads run fastest: programs of an item read neighbouring memory together."""
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    _after_previous(OVERLAP)
-    # Loads stand before the branches that do not need them: each wait of this chain costs every short row.
+    # Loads stand before the branches that do not need them, and what the step's first kernels wrote before the wait for
+    # the one ahead: each link of this chain costs every short row.
     fields = items + item * 6
     row = tl.load(fields)
     begin = tl.load(fields + 1)
@@ -253,12 +254,8 @@ def _decode_kernel(
         num_queries = tl.load(fields + 3)
     num_row_items = tl.load(fields + 4)
     first_item = tl.load(fields + 5)
-    if row < 0:
-        return
-    slot = tl.load(row_slots + row + num_queries - 1)
-    token = tl.load(cu_q + row).to(tl.int64)
-    if slot < 0:
-        return
+    slot = tl.load(row_slots + row + num_queries - 1, mask=row >= 0, other=-1)
+    token = tl.load(cu_q + row, mask=row >= 0, other=0).to(tl.int64)
 
     # Query heads of the group, of one row after the other.
     places = tl.arange(0, DOT_ROWS)
@@ -267,11 +264,16 @@ def _decode_kernel(
     visible_ends = end + ahead * 0
     if (QUERIES > 1) | (SLIDING_WINDOW > 0):
         # A row's items stand together, and the last ends where the row does.
-        num_positions = tl.load(items + (first_item + num_row_items - 1) * 6 + 2)
+        num_positions = tl.load(items + (first_item + num_row_items - 1) * 6 + 2, mask=row >= 0, other=0)
         visible_ends = num_positions - (num_queries - 1) + ahead
         if SLIDING_WINDOW > 0:
             first_visible = tl.maximum(num_positions - (num_queries - 1) - SLIDING_WINDOW, 0)
             begin = tl.maximum(begin, first_visible // TILE * TILE)
+    block_table = block_tables + slot.to(tl.int64) * table_stride
+    blocks = _load_blocks(block_table, begin, tl.where(slot >= 0, end, begin), BLOCK_SIZE, TILE)
+    _after_previous(OVERLAP)
+    if slot < 0:
+        return
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     is_head = (heads < GROUP_SIZE) & (ahead < num_queries)
@@ -289,7 +291,8 @@ def _decode_kernel(
         q,
         cache + kv_head * (BLOCK_SIZE * HEAD_DIM),
         cache_pairs + kv_head * (BLOCK_SIZE * HEAD_DIM // 2),
-        block_tables + slot.to(tl.int64) * table_stride,
+        block_table,
+        blocks,
         begin,
         end,
         visible_ends,
@@ -371,6 +374,7 @@ def _attend(
     head_cache,
     head_cache_pairs,
     block_table,
+    blocks,
     begin,
     end,
     visible_ends,
@@ -403,7 +407,6 @@ def _attend(
     running_sum = tl.zeros([q.shape[0]], tl.float32)
     # Block ids are fetched one tile ahead: as a load of the same iteration they would take stages of the pipeline
     # from K and V.
-    blocks = _load_blocks(block_table, begin, end, BLOCK_SIZE, TILE)
     for tile in range(begin, end, TILE):
         positions = tile + rows
         in_row = positions < end

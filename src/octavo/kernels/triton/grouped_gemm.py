@@ -28,6 +28,7 @@ from octavo.kernels.triton.skinny_gemm import (
 )
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
+_ENOUGH_TILES = 192  # of few tokens: so many keep the device busy without a split of K
 _LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
 
 
@@ -53,7 +54,8 @@ class GroupedPlan(NamedTuple):
         """The plan for x [m, k] by a weight of n rows and num_chunks chunks, as measured on an H200 by
         benchmarks/gpu/kernel_grouped.py."""
         if m <= 16:
-            split = _split(triton.cdiv(n, 64), num_chunks, 4)
+            tiles = triton.cdiv(n, 64)
+            split = 1 if tiles >= _ENOUGH_TILES else _split(tiles, num_chunks, 4, 2)
             return cls(8 if m <= 8 else 16, 64, split, 2, 4, swap=True, unroll=2)
         rows = triton.cdiv(n, 128)
         if m <= 64:
@@ -66,9 +68,9 @@ class GroupedPlan(NamedTuple):
         return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
 
-def _split(tiles: int, num_chunks: int, programs_per_sm: int) -> int:
-    """Splits of K that give every multiprocessor about so many programs, each with at least four chunks."""
-    return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // 4, 8))
+def _split(tiles: int, num_chunks: int, programs_per_sm: int, least: int = 4) -> int:
+    """Splits of K that give every multiprocessor about so many programs, each with at least so many chunks."""
+    return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // least, 8))
 
 
 # Low and high codes of four bytes to two pairs of numbers each, less the operand: a magic byte in front of a code makes
