@@ -71,8 +71,8 @@ class DraftSearch:
         if self._proposes_free:
             return [most]
         self._turn += 1
-        others = (2 * depth, depth + 1, depth - 1, 1) if depth else (1, 2, 4)
-        near = {depth, others[self._turn % len(others)]}
+        others = (2 * depth, 1) if depth else (2, 4)
+        near = {depth - 1, depth, depth + 1, others[self._turn % len(others)]}
         return sorted(cap for cap in near if 0 < cap <= most) or [1]
 
     def _walk(

@@ -26,9 +26,10 @@ _PROMPT_BUDGET = 0.003  # part of all time that prompts may cost which nothing i
 _FIRST_BUDGET, _MOST_BUDGET, _MOST_PROMPT_BUDGET = 3.0, 4.0, 3.0  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _FIRST_PLAIN, _PLAIN_EVERY = 12, 48  # steps after which a step without drafts is tried again: at first, later
+_FAR, _PLAIN_SELDOM = 1.3, 4  # times the throughput of none from which on steps without drafts are tried so much less
 _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
-_KEPT = 4  # steps for which a choice is kept
+_KEPT = 2  # steps for which a choice is kept
 _TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
 _PROMPT_MARGIN = 2.5  # drafts must be expected to save so many times what the prompt costs
 _TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
@@ -250,8 +251,8 @@ class SpeculationPolicy:
         self._kept, self._kept_by_level = best, self._search.spread(best)
         self._kept_rows, self._kept_until = num_rows, self._now + _KEPT
         if self._now >= self._probe_at:
-            if self._now >= self._plain_at and best.cap:
-                plain = self._search.plain(num_rows)
+            plain = self._search.plain(num_rows)
+            if best.cap and self._now >= self._plain_at + self._plain_delay(best, plain):
                 if self._pay(plain, best.rate, _PLAIN_STEPS):
                     self._plain_left = _PLAIN_STEPS - 1
                     self._plain_every = min(2 * self._plain_every, _PLAIN_EVERY)
@@ -260,6 +261,10 @@ class SpeculationPolicy:
                 self._hope_at = self._now + 2 * _PROBE_EVERY
                 return best, self._search.spread(hope)
         return best, self._kept_by_level
+
+    def _plain_delay(self, best: Choice, plain: Choice) -> int:
+        """Steps for which one without drafts may wait beyond its time: far from the border it decides nothing."""
+        return (_PLAIN_SELDOM - 1) * self._plain_every if best.rate > _FAR * plain.rate else 0
 
     def _pay(self, probe: Choice, rate: float, num_steps: int) -> bool:
         """Buy a probe for its expected loss against so many tokens per second. False: it is too dear for now."""

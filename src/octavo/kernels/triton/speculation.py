@@ -108,7 +108,8 @@ def _verify_kernel(
         at = tl.load(cu_q_ptr + row + index + 1, mask=going, other=0)
         guess = tl.load(input_ids_ptr + at, mask=going, other=0)
         if SYNTHETIC:
-            going &= tl.rand(seed, position + index + slot * 7919) < acceptance
+            # By the token too: another sequence at these positions has other luck.
+            going &= tl.rand(seed, position + index + slot * 7919 + (token << 12)) < acceptance
         else:
             going &= token == guess
         count += going.to(tl.int32)
