@@ -12,12 +12,12 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 
 ITEM_FIELDS = 6
 """Columns of an item: row, begin, end, rows that share it, number of the row's items, the row's first item."""
-KV_TILE = 128
+KV_TILE = 64
 """Items begin at multiples of so many positions; the tile of every kernel configuration divides it."""
 
 _PROGRAMS_PER_PROCESSOR = 2  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
 _PRODUCT_ROWS = 16  # of the smallest product of query heads with keys
-_MIN_POSITIONS = 128  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
+_MIN_POSITIONS = 64  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
 
 
 @dataclass(frozen=True, slots=True)

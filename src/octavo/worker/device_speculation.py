@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.kernels import triton
 from octavo.protocol.plan import NewSequence, PlanRow, RowResult, StepPlan
 from octavo.worker.drafters.recent_features import RecentFeatures
-from octavo.worker.staging import upload
+from octavo.worker.staging import EarlyCopies
 from octavo.worker.step_buffers import SplitRows, StepBuffers, StepShape
 
 Ints = NDArray[np.int32]
@@ -83,6 +83,8 @@ class DeviceSpeculation:
         self._counts, self._found = torch.zeros(2, num_groups, dtype=torch.int32, device=device)
         self._drafts = torch.zeros(num_groups, num_drafts, dtype=torch.int32, device=device)
         self._verdict = torch.zeros(num_groups, 2 + num_drafts, dtype=torch.int32, device=device)
+        self._asked = torch.zeros(2, num_groups, dtype=torch.int32, device=device)  # slots that want guesses; how many
+        self._copies = EarlyCopies(device)
         self._nobody = torch.full((num_groups,), -1, dtype=torch.int32, device=device)  # slots that ask for nothing
         self._follows: set[int] = set()  # slots whose sequences decode
 
@@ -145,18 +147,22 @@ class DeviceSpeculation:
         """
         prompts = [row.slot not in self._follows for row in rows]
         self._follows.update(row.slot for row in rows if row.samples)
-        num_rows, device = len(rows), self._lengths.device
+        num_rows = len(rows)
         drafts, found, verdict = self._drafts[:num_rows], self._found[:num_rows], self._verdict[:num_rows]
         slots = wanted = self._nobody[:num_rows]
         if not any(asked):
             self._drafter.skip(rows, prompts)
         else:
             wants = [(row.slot, count) if row.samples and count else (-1, 0) for row, count in zip(rows, asked)]
-            slots, wanted = upload(np.ascontiguousarray(np.array(wants, np.int32).T), device)
+            words = np.full(self._asked.shape, -1, np.int32)
+            words[:, :num_rows] = np.array(wants, np.int32).T
+            self._copies.copy(words, self._asked)
+            slots, wanted = self._asked[:, :num_rows]
             tables = self._lengths, token_ids, features
             self._drafter.propose(DeviceDraftBatch(rows, prompts, asked, slots, wanted, *tables, drafts, found))
         known = self._lengths, self._counts[:num_rows]
         self._kernels.place_drafts(slots, drafts, found, wanted, *known, self._ready, token_ids, verdict)
+        self._copies.read()
         host = torch.empty(verdict.shape, dtype=verdict.dtype, pin_memory=verdict.is_cuda)
         return host.copy_(verdict, non_blocking=True)
 

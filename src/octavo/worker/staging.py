@@ -71,7 +71,27 @@ def upload(words: NDArray[np.int32], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
 
 
-def copy_up(words: NDArray[np.int32], to: Tensor) -> None:
-    """Copy these words to a device tensor of as many. torch keeps the pinned copy until the device is done with it."""
-    host = torch.from_numpy(words)
-    to.copy_(host.pin_memory() if to.is_cuda else host, non_blocking=True)
+class EarlyCopies:
+    """Copies to buffers on the device that do not wait for what is launched already, but for their last readers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._readers = torch.cuda.Event() if device.type == "cuda" else None
+
+    def copy(self, words: NDArray[np.int32], to: Tensor) -> None:
+        """Copy these words to a tensor of as many; what is launched from now on in the current stream reads them. torch
+        keeps the pinned copy until the device is done with it."""
+        host = torch.from_numpy(words)
+        if self._stream is None or self._readers is None:
+            to.copy_(host)
+            return
+        pinned = host.pin_memory()
+        self._stream.wait_event(self._readers)
+        with torch.cuda.stream(self._stream):
+            to.copy_(pinned, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def read(self) -> None:
+        """All readers so far have been launched, in the current stream."""
+        if self._readers is not None:
+            self._readers.record()

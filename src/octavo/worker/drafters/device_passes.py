@@ -17,7 +17,7 @@ from octavo.kernels.reference.draft_passes import DraftRows
 from octavo.protocol.plan import PlanRow
 from octavo.worker.cuda_graphs import record_graph
 from octavo.worker.device_speculation import DeviceDraftBatch
-from octavo.worker.staging import copy_up, upload
+from octavo.worker.staging import EarlyCopies, upload
 
 Ints = NDArray[np.int32]
 
@@ -106,6 +106,7 @@ class DraftPasses:
         self._buffers = {size: self._buffers_for(size, device) for size in self._sizes}
         self.numbers = torch.arange(largest * self._widest + 1, dtype=torch.int32, device=device)
         """int32 [>= N + 1]: 0, 1, 2 and so on."""
+        self._copies = EarlyCopies(device)
         self._use_graphs = use_graphs
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and width
         if use_graphs:
@@ -121,6 +122,7 @@ class DraftPasses:
         most = max(each.wanted for each in asked)
         for index in range(most):
             self._launch(size, 0 if index else width, batch.lengths, batch.token_ids)
+        self._copies.read()
         return most
 
     def record(self, lengths: Tensor, token_ids: Tensor) -> None:
@@ -134,6 +136,7 @@ class DraftPasses:
                 for width in (*widest, *reversed(self._widths), 0):
                     buffers.made.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
                     self._launch(size, width, lengths, token_ids)
+            self._copies.read()
 
     def place_prompts(self, rows: Sequence[PlanRow], token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens of rows that are right as they are: their ids in the table, and positions, int64."""
@@ -210,7 +213,7 @@ class DraftPasses:
         parts = slots, wanted, last_rows, *of_rows, window.reshape(-1), chain.reshape(-1)
         for begin, part in zip(np.cumsum([0, *buffers.sizes[:-1]]), parts):
             words[begin : begin + len(part)] = part
-        copy_up(words, buffers.words)
+        self._copies.copy(words, buffers.words)
 
     def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
         """A pass. The tables are the same at each call."""
