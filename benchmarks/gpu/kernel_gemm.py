@@ -65,7 +65,8 @@ def plans(m: int, n: int, k: int, element_size: int) -> Iterator[GemmPlan]:
         kinds = [("dot", 64, 128, 4, 4, True), ("dot", 64, 64, 4, 6, True), ("dot", 128, 64, 4, 5, True)]
         kinds += [("dot", 64, 128, 4, 4, False), ("dot", 32, 128, 4, 5, False)]
     else:
-        kinds = [("dot", 64, 128, 4, 4, False), ("dot", 32, 128, 4, 4, False), ("dot", 64, 64, 4, 5, True)]
+        kinds = [("dot", 64, 128, 4, 4, False), ("dot", 32, 128, 4, 4, False), ("dot", 64, 64, 4, 6, True)]
+        kinds += [("dot", 64, 128, 4, 4, True)]
     if m <= 2:
         kinds += [("fma", 16, 256, 4, 5, True), ("fma", 8, 512, 4, 4, True), ("fma", 4, 1024, 4, 4, True)]
     for kind, block_n, block_k, warps, stages, swap in kinds:

@@ -23,9 +23,9 @@ def skinny_launches(shape: LinearShape, element_size: int, multiply: Multiply) -
         return {}
     kernels = device_kernels.get()
     found: dict[Hashable, Callable[[], object]] = {}
-    for m in (1, 2, kernels.SKINNY_MAX_M):
+    for m in (1, 2, 8, kernels.SKINNY_MAX_M):
         plan = kernels.GemmPlan.of(m, shape.out_features, shape.in_features, element_size)
-        num_tokens = m if plan.kind == "fma" else kernels.SKINNY_MAX_M
+        num_tokens = m if plan.kind == "fma" else max(8, m)  # fewer are compiled as 8 are
         is_even = shape.in_features % plan.block_k == 0
         for gated in (False, True) if shape.is_gated else (False,):
             found["skinny", element_size, plan, num_tokens, is_even, gated] = partial(

@@ -41,24 +41,27 @@ class GemmPlan(NamedTuple):
     @classmethod
     def of(cls, m: int, n: int, k: int, element_size: int) -> GemmPlan:
         """The plan for x [m, k] by a weight [n, k] of elements of 1 or 2 bytes."""
-        bucket = next(limit for limit in (2, 16, 32, 64) if m <= limit)
-        found = _MEASURED.get((element_size, n, k), {}).get(bucket)
+        plans = _MEASURED.get((element_size, n, k), {})
+        found = plans.get(next((limit for limit in (2, 8, 16, 32, 64) if m <= limit and limit in plans), 0))
         return _heuristic(m, n, k, element_size) if found is None else found
 
 
-# (bytes of a weight element, N, K) -> plans for M <= 2, 16, 32, 64. What is absent follows _heuristic. Measured on an
-# H200 by benchmarks/gpu/kernel_gemm.py.
+# (bytes of a weight element, N, K) -> plans for M <= 2, 8, 16, 32, 64. A limit that is absent has the next one's; what
+# has none follows _heuristic. Measured on an H200 by benchmarks/gpu/kernel_gemm.py.
 _MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
     (1, 4096, 4096): {
         2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        8: GemmPlan("dot", 64, 128, 4, 4, 6, True),
         16: GemmPlan("dot", 32, 256, 2, 4, 4, False),
     },
     (1, 4096, 14336): {
         2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
-        16: GemmPlan("dot", 64, 256, 4, 4, 4, False),
+        8: GemmPlan("dot", 64, 128, 4, 4, 6, True),
+        16: GemmPlan("dot", 32, 256, 4, 4, 4, False),
     },
     (1, 6144, 4096): {
         2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
+        8: GemmPlan("dot", 64, 256, 5, 4, 4, True),
         16: GemmPlan("dot", 64, 256, 5, 4, 4, False),
     },
     (1, 28672, 4096): {
@@ -111,7 +114,7 @@ _MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
     },
     (2, 28672, 4096): {
         2: GemmPlan("dot", 64, 128, 1, 4, 4, True),
-        16: GemmPlan("dot", 128, 64, 1, 4, 5, True),
+        16: GemmPlan("dot", 64, 128, 1, 4, 4, True),
     },
     (2, 128256, 4096): {
         2: GemmPlan("fma", 16, 256, 1, 4, 5, True),
@@ -473,7 +476,8 @@ def _product(
         n,
         k,
         x.stride(0),
-        BLOCK_M=max(16, triton.next_power_of_2(m)),
+        # Eight tokens do where the weight fills the long side; bfloat16 weights gained nothing by it.
+        BLOCK_M=8 if m <= 8 and plan.swap and scale is not None else max(16, triton.next_power_of_2(m)),
         SWAP=plan.swap,
         FAST=scale is not None and x.is_cuda and x.dtype == torch.bfloat16,
         **shared,
