@@ -69,24 +69,28 @@ _MEASURED: dict[tuple[int, int, int], dict[int, GemmPlan]] = {
         16: GemmPlan("dot", 32, 256, 1, 4, 4, False),
     },
     (1, 8192, 8192): {
-        2: GemmPlan("fma", 16, 512, 1, 4, 5, True),
-        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+        2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
+        8: GemmPlan("dot", 64, 128, 2, 4, 6, True),
+        16: GemmPlan("dot", 32, 256, 2, 4, 4, False),
     },
     (1, 8192, 28672): {
         2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
-        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+        8: GemmPlan("dot", 64, 128, 2, 4, 6, True),
+        16: GemmPlan("dot", 32, 256, 2, 4, 4, False),
     },
     (1, 10240, 8192): {
         2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
-        16: GemmPlan("dot", 64, 256, 2, 4, 4, False),
+        8: GemmPlan("dot", 64, 256, 2, 4, 4, True),
+        16: GemmPlan("dot", 32, 256, 2, 4, 5, False),
     },
     (1, 57344, 8192): {
         2: GemmPlan("fma", 8, 1024, 1, 4, 4, True),
-        16: GemmPlan("dot", 64, 256, 1, 4, 4, False),
+        8: GemmPlan("dot", 64, 128, 1, 4, 6, True),
+        16: GemmPlan("dot", 32, 256, 1, 4, 4, False),
     },
     (2, 1024, 2048): {
         2: GemmPlan("fma", 4, 1024, 1, 4, 4, True),
-        16: GemmPlan("dot", 32, 128, 5, 4, 5, False),
+        16: GemmPlan("dot", 32, 128, 4, 4, 4, False),
     },
     (2, 1024, 3072): {
         2: GemmPlan("fma", 4, 1024, 1, 4, 4, True),
