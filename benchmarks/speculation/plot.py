@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draw what speculation gains: by acceptance and batch on a GPU, and by kind of prompt and method on a CPU.
+"""Draw what speculation gains: by acceptance and batch on a GPU, and by kind of prompt and method on either device.
 
     python benchmarks/speculation/plot.py FILE... --out FILE.png [--cost BATCH:C:V ...]
 
-FILE: JSON lines of benchmarks/gpu/speculation.py, of by_kind_cpu.py, or of both; of equal settings the last counts.
+FILE: JSON lines of benchmarks/gpu/speculation.py, of by_kind.py, or of both; of equal settings the last counts.
 
 By acceptance and batch: time a token without speculation over that with it, prompts left out, beside what is expected
 of k guesses that are right with probability a each, (1 - a^(k+1)) / (1 - a) / (1 + k c + v) (Leviathan et al. 2023,
@@ -100,11 +100,14 @@ def draw_kinds(axes: Axes, rows: list[Row], value: str, base: str | None) -> Non
 def draw(rows: list[Row], given_costs: list[str], out: Path) -> None:
     """Raises ValueError where there is nothing to draw, or no base to compare with."""
     gpu = {(row["batch"], row["acceptance"], row["fixed"]): row for row in rows if "acceptance" in row}
-    kinds = {(row["kind"], label(row)): row for row in rows if row.get("benchmark") == "by_kind"}
+    kinds: dict[str, dict[tuple[str, str], Row]] = {}  # by device
+    for row in rows:
+        if row.get("benchmark") == "by_kind":
+            kinds.setdefault(row.get("device", "cpu"), {})[row["kind"], label(row)] = row
     batches = sorted({batch for batch, *_ in gpu})
     if not batches and not kinds:
-        raise ValueError("no rows of gpu/speculation.py or by_kind_cpu.py")
-    height = bool(batches) + bool(kinds)
+        raise ValueError("no rows of gpu/speculation.py or by_kind.py")
+    height = bool(batches) + len(kinds)
     figure = pyplot.figure(figsize=(max(10, 3.4 * len(batches)), 3.8 * height), layout="constrained")
     parts = list(figure.subfigures(height, 1, squeeze=False)[:, 0])
     if batches:
@@ -114,13 +117,13 @@ def draw(rows: list[Row], given_costs: list[str], out: Path) -> None:
             draw_batch(axes, batch, [row for key, row in gpu.items() if key[0] == batch], costs.get(batch))
         panels[0].set_ylabel("speed-up")
         panels[0].legend(fontsize="small")
-    if kinds:
-        left, right = parts[0].subplots(1, 2)
-        draw_kinds(left, list(kinds.values()), "tokens_a_step", None)
-        draw_kinds(right, list(kinds.values()), "tokens_s", "plain_tokens_s")
+    for device, part in zip(sorted(kinds), parts):
+        left, right = part.subplots(1, 2)
+        draw_kinds(left, list(kinds[device].values()), "tokens_a_step", None)
+        draw_kinds(right, list(kinds[device].values()), "tokens_s", "plain_tokens_s")
         left.axhline(1, color="grey", linewidth=0.5)
         left.set_ylabel("tokens a step")
-        right.set_ylabel("tokens/s")
+        right.set_ylabel(f"tokens/s, {device.upper()}")
         right.legend(fontsize="small")
     figure.savefig(out, dpi=120)
 

@@ -141,3 +141,9 @@ def test_items_that_are_shared_say_so() -> None:
 @pytest.mark.parametrize(("group_size", "rows"), [(1, 16), (3, 4), (4, 4), (7, 2), (8, 2), (16, 1), (20, 1)])
 def test_rows_that_share_items_fill_a_product(group_size: int, rows: int) -> None:
     assert queries_of_item(group_size) == rows
+
+
+def test_shared_items_are_not_as_short_as_others() -> None:
+    planner = DecodePlanner(132, 8)
+    assert len(planner.plan([601])) == 10
+    assert len(planner.plan([601], shares=[4])) == 5

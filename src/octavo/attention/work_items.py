@@ -17,7 +17,8 @@ KV_TILE = 64
 
 _PROGRAMS_PER_PROCESSOR = 2  # programs (item x KV head) aimed at for each multiprocessor when rows must be split
 _PRODUCT_ROWS = 16  # of the smallest product of query heads with keys
-_MIN_POSITIONS = 64  # a multiple of KV_TILE; shorter pieces cost more to merge than they gain
+# Multiples of KV_TILE; shorter pieces cost more to merge than they gain, soonest where rows share them.
+_MIN_POSITIONS, _MIN_SHARED_POSITIONS = 64, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class DecodePlanner:
         """
         positions = np.asarray(num_positions, dtype=np.int32)
         indices = np.arange(len(positions), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
-        lengths, counts = self._cut(positions)
         sharing = np.broadcast_to(np.asarray(shares, dtype=np.int32), positions.shape)
+        lengths, counts = self._cut(positions, bool((sharing > 1).any()))
         if self.longest_first and len(positions) > 1:
             # Sorting 16-bit keys is a radix sort: 10 us for 1,024 rows, a third of what 32-bit keys take.
             order = np.argsort((-(lengths // KV_TILE)).astype(np.int16), kind="stable")
@@ -89,13 +90,15 @@ class DecodePlanner:
             out[num_items:, 0] = -1
         return items
 
-    def _cut(self, positions: Int32Array) -> tuple[Int32Array, Int32Array]:
-        """(positions of each of a row's items but the last, number of its items), int32 [N] each.
+    def _cut(self, positions: Int32Array, are_shared: bool) -> tuple[Int32Array, Int32Array]:
+        """(positions of each of a row's items but the last, number of its items), int32 [N] each. are_shared: whether
+        some rows share items.
 
         A row has at most ceil(its positions / chunk) items, so there are at most target_items + N, and they are as
         even as tiles allow.
         """
-        chunk = max(self.min_positions, -(-int(positions.sum(dtype=np.int64)) // self.target_items))
+        least = max(self.min_positions, _MIN_SHARED_POSITIONS) if are_shared else self.min_positions
+        chunk = max(least, -(-int(positions.sum(dtype=np.int64)) // self.target_items))
         chunk = -(-chunk // KV_TILE) * KV_TILE
         if not len(positions) or int(positions.max()) <= chunk:
             return (positions + (KV_TILE - 1)) // KV_TILE * KV_TILE, np.ones_like(positions)
