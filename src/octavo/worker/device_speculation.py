@@ -80,7 +80,8 @@ class DeviceSpeculation:
         self._lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._ready = torch.zeros(num_slots, dtype=torch.int32, device=device)
         # Of each sequence of the step: tokens that came, guesses and how many; and all of that for the host.
-        self._counts, self._found = torch.zeros(2, num_groups, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(num_groups, dtype=torch.int32, device=device)
+        self._found = torch.zeros_like(self._counts)
         self._drafts = torch.zeros(num_groups, num_drafts, dtype=torch.int32, device=device)
         self._verdict = torch.zeros(num_groups, 2 + num_drafts, dtype=torch.int32, device=device)
         self._asked = torch.zeros(2, num_groups, dtype=torch.int32, device=device)  # slots that want guesses; how many

@@ -118,7 +118,7 @@ def first_draft_rows(
     [num_slots, max_blocks]. Written: made.
     """
     tables = lengths, token_ids, block_tables
-    _launch_draft_rows(slots, backs, floors, planned, lag, *tables, block_size, made, is_first=True)
+    _launch_draft_rows((slots, backs, floors), planned, lag, tables, block_size, made, is_first=True)
 
 
 def next_draft_rows(
@@ -137,38 +137,31 @@ def next_draft_rows(
     slots: int32 [R], -1 for padding. wanted: int32 [R], guesses of each: none of a row that has as many.
     """
     tables = lengths, token_ids, block_tables
-    _launch_draft_rows(slots, slots, wanted, planned, lag, *tables, block_size, made, is_first=False)
+    _launch_draft_rows((slots, slots, wanted), planned, lag, tables, block_size, made, is_first=False)
 
 
 def _launch_draft_rows(
-    slots: Tensor,
-    backs: Tensor,
-    limits: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
     planned: Tensor,
     lag: int,
-    lengths: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
     block_size: int,
     made: DraftRows,
     *,
     is_first: bool,
 ) -> None:
+    """rows: slots, backs (not read by a further pass) and limits. tables: lengths, token ids and block tables."""
     _draft_rows_kernel[(1,)](
-        slots,
-        backs,
-        limits,
+        *rows,
         planned,
-        lengths,
-        token_ids,
-        block_tables,
+        *tables,
         *made,
-        len(slots),
+        len(rows[0]),
         len(planned),
         len(made.count),
         lag,
-        token_ids.stride(0),
-        block_tables.stride(0),
+        tables[1].stride(0),
+        tables[2].stride(0),
         FIRST=is_first,
         BLOCK_SIZE=block_size,
         BLOCK=_ROWS,
