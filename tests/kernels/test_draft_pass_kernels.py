@@ -59,14 +59,14 @@ def test_the_first_pass_and_those_after_it(num_rows: int, num_items: int, lag: i
     found, expected = room(num_rows, num_items, 3), room(num_rows, num_items, 3, torch.device("cpu"))
     floors = ints([rng.choice([0, 0, 30]) for _ in range(num_rows)])
     first = slots, ints([rng.randint(1, 6) for _ in range(num_rows)]), floors, planned, lag, *known
-    draft_passes.first_draft_rows(*first, found)
-    reference.first_draft_rows(*on_host(first), expected)
+    draft_passes.draft_rows(*first, found)
+    reference.draft_rows(*on_host(first), expected)
     assert_same(found, expected)
     assert found.count.tolist() == [0, 0, 0]
-    further = slots, ints([rng.randrange(MOST + 1) for _ in range(num_rows)]), planned, lag, *known
+    further = slots, None, ints([rng.randrange(MOST + 1) for _ in range(num_rows)]), planned, lag, *known
     for ahead in range(1, MOST):
-        draft_passes.next_draft_rows(*further, found)
-        reference.next_draft_rows(*on_host(further), expected)
+        draft_passes.draft_rows(*further, found)
+        reference.draft_rows(*on_host(further), expected)
         assert_same(found, expected)
         assert found.count.tolist() == [ahead] * 3
 
@@ -76,7 +76,7 @@ def test_a_row_has_no_token_below_its_floor() -> None:
     made = room(2, 0, 1)
     length = int(lengths[3])
     where = ints([3, 3]), ints([1, 1]), ints([length - 1, length]), ints([]).reshape(-1, 6)
-    draft_passes.first_draft_rows(*where, 0, lengths, *rest, made)
+    draft_passes.draft_rows(*where, 0, lengths, *rest, made)
     assert made.row_slots.tolist() == [3, -1]
 
 

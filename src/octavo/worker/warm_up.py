@@ -11,6 +11,7 @@ import torch
 from octavo.attention.work_items import queries_of_item
 from octavo.config import EngineConfig, ModelFacts
 from octavo.kernels import triton
+from octavo.kernels.reference.draft_passes import DraftRows
 from octavo.quantization.fp8 import Fp8Scheme
 from octavo.quantization.scheme import LinearScheme, LinearShape, QuantizationMethod, layers_of
 from octavo.worker.adapters import storage_rank
@@ -125,6 +126,12 @@ class KernelShapes:
         drafts = self.zeros(1, most, dtype=torch.int32)
         written = row.clone(), self.token_table(), self.zeros(1, 2 + most, dtype=torch.int32)
         self.kernels.place_drafts(row, drafts, row.clone(), row, one, one, *written)
+        self.kernels.read_drafts(row, row, one, self.token_table(), drafts, row.clone())
+        items, places = self.ints(0, 0, 1, 1, 1, 0)[None], [self.zeros(1, dtype=torch.int64) for _ in range(2)]
+        made = DraftRows(*(row.clone() for _ in range(4)), *places, items.clone(), row.clone())
+        tables = one, self.token_table(), self.block_table(), self.block_size
+        for backs in (one, None):
+            self.kernels.draft_rows(row, backs, row, items, 0, *tables, made)
 
     def prefill(self) -> None:
         heads, dim = self.facts.num_heads, self.facts.head_dim

@@ -23,10 +23,10 @@ class DraftRows(NamedTuple):
     count: Tensor
 
 
-def first_draft_rows(
+def draft_rows(
     slots: Tensor,
-    backs: Tensor,
-    floors: Tensor,
+    backs: Tensor | None,
+    limits: Tensor,
     planned: Tensor,
     lag: int,
     lengths: Tensor,
@@ -36,54 +36,21 @@ def first_draft_rows(
     made: DraftRows,
 ) -> None:
     """See the kernel."""
-    made.count.zero_()
-    places = []
-    for slot, back, floor in zip(slots.tolist(), backs.tolist(), floors.tolist()):
-        position = int(lengths[slot]) - lag - back
-        places.append((slot, position) if slot >= 0 and position >= floor else None)
-    _place(places, planned, token_ids, block_tables, block_size, made)
-
-
-def next_draft_rows(
-    slots: Tensor,
-    wanted: Tensor,
-    planned: Tensor,
-    lag: int,
-    lengths: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
-    block_size: int,
-    made: DraftRows,
-) -> None:
-    """See the kernel."""
-    made.count.add_(1)
-    ahead = int(made.count[0])
-    places = [
-        (slot, int(lengths[slot]) - lag - 1 + ahead) if slot >= 0 and count > ahead else None
-        for slot, count in zip(slots.tolist(), wanted.tolist())
-    ]
-    _place(places, planned, token_ids, block_tables, block_size, made)
-
-
-def _place(
-    places: list[tuple[int, int] | None],
-    planned: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
-    block_size: int,
-    made: DraftRows,
-) -> None:
-    """places: of each row, the slot and the position of its token, None where there is none."""
+    ahead = 0 if backs is not None else int(made.count[0]) + 1
+    made.count.fill_(ahead)
     made.items.copy_(planned)
-    for row, place in enumerate(places):
-        slot, position = place or (-1, 0)
+    for row, (slot, limit) in enumerate(zip(slots.tolist(), limits.tolist())):
+        back = 1 - ahead if backs is None else int(backs[row])
+        position = int(lengths[slot]) - lag - back
+        there = slot >= 0 and (limit > ahead if backs is None else position >= limit)
+        if not there:
+            slot, position = -1, 0
         made.row_slots[row], made.starts[row], made.positions[row] = slot, position, position + 1
-        made.input_ids[row] = 0 if place is None else token_ids[place]
+        made.input_ids[row] = token_ids[slot, position] if there else 0
         made.token_positions[row] = position
-        block = 0 if place is None else int(block_tables[slot, position // block_size])
-        offset = (row if place is None else position) % block_size
-        made.slot_mapping[row] = block * block_size + offset
-        if place is not None:
+        block, offset = (int(block_tables[slot, position // block_size]), position) if there else (0, row)
+        made.slot_mapping[row] = block * block_size + offset % block_size
+        if there:
             mine = (planned[:, 0] >= 0) & (planned[:, 0] + planned[:, 3] - 1 == row)
             made.items[mine, 2] = made.items[mine, 2].clamp(max=position + 1)
 

@@ -94,13 +94,13 @@ def _draft_rows_kernel(
         tl.store(items_ptr + item * 6 + 5, tl.load(planned_ptr + item * 6 + 5, mask=mask), mask=mask)
     tl.debug_barrier()  # every thread has read the count before one writes it
     for begin in range(0, num_sequences, BLOCK):
-        tl.store(count_ptr + begin + lane, lane * 0 + ahead, mask=begin + lane < num_sequences)
+        tl.store(count_ptr + begin + lane, ahead, mask=begin + lane < num_sequences)
 
 
-def first_draft_rows(
+def draft_rows(
     slots: Tensor,
-    backs: Tensor,
-    floors: Tensor,
+    backs: Tensor | None,
+    limits: Tensor,
     planned: Tensor,
     lag: int,
     lengths: Tensor,
@@ -109,60 +109,32 @@ def first_draft_rows(
     block_size: int,
     made: DraftRows,
 ) -> None:
-    """The rows of the first pass: the last known tokens of each sequence. The launch depends on shapes and lag alone.
+    """The rows of a pass over sequences: of the first one the last known tokens of each, of a further one, whose rows
+    are one a sequence, the guess of the pass before. The launch depends on shapes and lag alone.
 
     slots: int32 [R], -1 for padding. backs: int32 [R], how far the row's token is from the end of the known ones less
-    `lag` of them, 1 for the last. floors: int32 [R]: a row whose token's position is below has none. planned: int32
-    [I, 6], items for rows that may end later than they do: those made end with the token of the last row that shares
-    them. lengths: int32 [num_slots], known tokens; token_ids: int32 [num_slots, max_len]; block_tables: int32
+    `lag` of them, 1 for the last; None for a further pass. limits: int32 [R]: of the first pass the least position that
+    a row may have, else it has no token; of a further one the guesses of each, none of a row that has as many. planned:
+    int32 [I, 6], items for rows that may end later than they do: those made end with the token of the last row that
+    shares them. lengths: int32 [num_slots], known tokens; token_ids: int32 [num_slots, max_len]; block_tables: int32
     [num_slots, max_blocks]. Written: made.
     """
-    tables = lengths, token_ids, block_tables
-    _launch_draft_rows((slots, backs, floors), planned, lag, tables, block_size, made, is_first=True)
-
-
-def next_draft_rows(
-    slots: Tensor,
-    wanted: Tensor,
-    planned: Tensor,
-    lag: int,
-    lengths: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
-    block_size: int,
-    made: DraftRows,
-) -> None:
-    """The rows of a further pass, one a sequence: the guess of the pass before. The rest as for the first pass.
-
-    slots: int32 [R], -1 for padding. wanted: int32 [R], guesses of each: none of a row that has as many.
-    """
-    tables = lengths, token_ids, block_tables
-    _launch_draft_rows((slots, slots, wanted), planned, lag, tables, block_size, made, is_first=False)
-
-
-def _launch_draft_rows(
-    rows: tuple[Tensor, Tensor, Tensor],
-    planned: Tensor,
-    lag: int,
-    tables: tuple[Tensor, Tensor, Tensor],
-    block_size: int,
-    made: DraftRows,
-    *,
-    is_first: bool,
-) -> None:
-    """rows: slots, backs (not read by a further pass) and limits. tables: lengths, token ids and block tables."""
     _draft_rows_kernel[(1,)](
-        *rows,
+        slots,
+        slots if backs is None else backs,  # slots: not read
+        limits,
         planned,
-        *tables,
+        lengths,
+        token_ids,
+        block_tables,
         *made,
-        len(rows[0]),
+        len(slots),
         len(planned),
         len(made.count),
         lag,
-        tables[1].stride(0),
-        tables[2].stride(0),
-        FIRST=is_first,
+        token_ids.stride(0),
+        block_tables.stride(0),
+        FIRST=backs is not None,
         BLOCK_SIZE=block_size,
         BLOCK=_ROWS,
         num_warps=4,

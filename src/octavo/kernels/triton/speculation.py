@@ -159,7 +159,7 @@ def _place_kernel(
     here = slot >= 0
     count = tl.load(found_ptr + group, mask=here, other=0)
     count = tl.minimum(count, tl.load(asked_ptr + group, mask=here, other=0))
-    tl.store(found_ptr + group, count * 0, mask=there)
+    tl.store(found_ptr + group, 0, mask=there)
     tl.store(ready_ptr + slot, count, mask=here)
     verdict = verdict_ptr + group * (2 + MOST)
     tl.store(verdict, tl.load(counts_ptr + group, mask=there, other=0), mask=there)

@@ -60,7 +60,7 @@ class _Buffers:
 
     words: int32, what the host writes, of which the following are parts. slots, wanted: [N], -1 for padding, and the
     guesses that are wanted. last_rows: [N], each sequence's last row of the first pass, any for padding. row_slots,
-    backs, floors: [R], the slots of the rows of the first pass, -1 for padding; and as `first_draft_rows` takes them.
+    backs, floors: [R], the slots of the rows of the first pass, -1 for padding; and as `draft_rows` takes them.
     window_items, chain_items: of decode attention, as planned.
     """
 
@@ -97,8 +97,7 @@ class DraftPasses:
         self._compute = compute
         self._attention = attention
         self._block_tables = block_tables
-        block_size, max_sequences, self._widths, self._widest, self._lag = sizes
-        self._blocks = block_tables, block_size
+        self._block_size, max_sequences, self._widths, self._widest, self._lag = sizes
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self.max_sequences = largest = self._sizes[-1]
@@ -151,7 +150,7 @@ class DraftPasses:
         slot_mapping = torch.empty_like(positions)
         where = row_slots.clone(), starts.clone(), upload(cu_q, device)
         made = input_ids, positions, slot_mapping
-        self._kernels.build_inputs(*where, token_ids, *self._blocks, *made)
+        self._kernels.build_inputs(*where, token_ids, self._block_tables, self._block_size, *made)
         items = upload(decode_items, device), upload(prefill_items, device)
         self._attention.prepare(DeviceBatch(*where, slot_mapping, self._block_tables, *items, rows=None))
         return input_ids, positions
@@ -163,25 +162,33 @@ class DraftPasses:
         num_items = self._attention.max_items(rows, rows)[0]
         made = buffers.rows(rows, num_items)
         where = buffers.row_slots[:rows], buffers.backs[:rows], buffers.floors[:rows], buffers.window_items[:num_items]
-        self._kernels.first_draft_rows(*where, self._lag, lengths, token_ids, *self._blocks, made)
-        self._prepare(made)
+        self._place(*where, lengths, token_ids, made)
         return made, buffers.last_rows
 
     def place_next(self, size: int, lengths: Tensor, token_ids: Tensor) -> DraftRows:
         """The next token of each sequence that wants more guesses."""
         buffers = self._buffers[size]
         made = buffers.rows(size, len(buffers.chain_items))
-        where = buffers.slots, buffers.wanted, buffers.chain_items
-        self._kernels.next_draft_rows(*where, self._lag, lengths, token_ids, *self._blocks, made)
-        self._prepare(made)
+        self._place(buffers.slots, None, buffers.wanted, buffers.chain_items, lengths, token_ids, made)
         return made
 
     def slots(self, size: int) -> Tensor:
         """int32 [size]: of the sequences, -1 for padding."""
         return self._buffers[size].slots
 
-    def _prepare(self, made: DraftRows) -> None:
-        """Tell attention of rows of one token each."""
+    def _place(
+        self,
+        slots: Tensor,
+        backs: Tensor | None,
+        limits: Tensor,
+        planned: Tensor,
+        lengths: Tensor,
+        token_ids: Tensor,
+        made: DraftRows,
+    ) -> None:
+        """Make the rows, of one token each, as `draft_rows` does, and tell attention of them."""
+        tables = lengths, token_ids, self._block_tables, self._block_size
+        self._kernels.draft_rows(slots, backs, limits, planned, self._lag, *tables, made)
         cu_q, none = self.numbers[: len(made.row_slots) + 1], made.items[:0, :2]
         where = made.row_slots, made.starts, cu_q, made.slot_mapping, self._block_tables
         self._attention.prepare(DeviceBatch(*where, made.items, none, rows=None))
