@@ -13,13 +13,8 @@ from torch import Tensor
 
 from octavo.kernels.reference import grouped_gemm as reference
 from octavo.kernels.triton.activation import silu_and_mul
-from octavo.kernels.triton.grouped_gemm import (
-    _LOOKED_UP,
-    GroupedPlan,
-    _table_words,
-    dequantize_grouped,
-    grouped_linear,
-)
+from octavo.kernels.triton.grouped_gemm import GroupedPlan, dequantize_grouped, grouped_linear
+from octavo.kernels.triton.grouped_numbers import _LOOKED_UP, _table_words
 from octavo.quantization.four_bit import TABLES, CodeTable
 from octavo.quantization.grouped import Codes, chunk_size, weight_of
 
@@ -172,7 +167,7 @@ def test_instructions_that_look_codes_up(name: CodeTable, dtype: torch.dtype) ->
         inputs |= {f"${5 + 4 * index + copy}": np.full(256, word) for copy in range(4)}
     found = run_ptx(_LOOKED_UP.value, inputs)
     expected = table.cpu().to(dtype).view(torch.int16).numpy().view(np.uint16)
-    for position in range(4):
-        for first, code in (("$0", codes[position] & 15), ("$2", codes[position] >> 4)):
-            register = found[f"${int(first[1]) + position // 2}"]
-            np.testing.assert_array_equal(register >> 16 * (position % 2) & 0xFFFF, expected[code])
+    word = inputs["$4"]
+    for nibble, number in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):  # of the low half's four, then of the high half's
+        register = found[f"${number // 2}"]
+        np.testing.assert_array_equal(register >> 16 * (number % 2) & 0xFFFF, expected[word >> 4 * nibble & 15])

@@ -25,7 +25,7 @@ _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
 # Floats of partial results that a program holds at once while it merges. Where rows may share items there is code for
 # one row and for several, and more would take the registers that let three programs stand on a multiprocessor.
-_COMBINE_TILE, _COMBINE_TILE_BESIDE, _COMBINE_TILE_SHARED = 8192, 4096, 2048
+_COMBINE_TILE, _COMBINE_TILE_BESIDE, _COMBINE_TILE_SHARED = 8192, 4096, 8192
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,20 +44,21 @@ def _combine(
     running_max = tl.full([QUERIES * GROUP_SIZE_PADDED], -1.0e30, tl.float32)
     running_sum = tl.zeros([QUERIES * GROUP_SIZE_PADDED], tl.float32)
     for start in range(0, num_items, COMBINE_ITEMS):
-        index = start + tl.arange(0, COMBINE_ITEMS)
-        item_heads = (first_head + index * (ROOM * NUM_KV_HEADS * GROUP_SIZE)).to(tl.int64)
-        lse_mask = (index[:, None] < num_items) & is_head[None, :]
-        lse_pointers = partial_lse + item_heads[:, None] + head_offsets[None, :]
-        lse = tl.load(lse_pointers, mask=lse_mask, other=float("-inf"), cache_modifier=".cg")
-        acc_mask = (index[:, None, None] < num_items) & head_mask[None, :, :]
-        acc_pointers = partial_acc + item_heads[:, None, None] * HEAD_DIM + offsets[None, :, :]
-        acc = tl.load(acc_pointers, mask=acc_mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(running_max, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_max[None, :])
-        rescale = tl.exp2(running_max - new_max)
-        merged = merged * rescale[:, None] + tl.sum(acc * weights[:, :, None], 0)
-        running_sum = running_sum * rescale + tl.sum(weights, 0)
-        running_max = new_max
+        # One after the other in registers of their own, loaded together: as one tensor of more dimensions they would be
+        # spread over threads that must then exchange their sums.
+        for step in tl.static_range(COMBINE_ITEMS):
+            item_heads = (first_head + (start + step) * (ROOM * NUM_KV_HEADS * GROUP_SIZE)).to(tl.int64)
+            there = heads * 0 + start + step < num_items
+            lse_pointers = partial_lse + item_heads + head_offsets
+            lse = tl.load(lse_pointers, mask=is_head & there, other=float("-inf"), cache_modifier=".cg")
+            acc_pointers = partial_acc + item_heads * HEAD_DIM + offsets
+            acc = tl.load(acc_pointers, mask=head_mask & there[:, None], other=0.0, cache_modifier=".cg")
+            new_max = tl.maximum(running_max, lse)
+            weight = tl.exp2(lse - new_max)
+            rescale = tl.exp2(running_max - new_max)
+            merged = merged * rescale[:, None] + acc * weight[:, None]
+            running_sum = running_sum * rescale + weight
+            running_max = new_max
     # Padding heads, which are not stored, have a sum of 0.
     merged = merged / tl.where(running_sum > 0, running_sum, 1.0)[:, None]
     tl.store(out_row + offsets, merged.to(out_row.dtype.element_ty), mask=head_mask)

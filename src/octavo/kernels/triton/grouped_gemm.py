@@ -16,6 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.grouped_numbers import (
+    _bf16_bytes,
+    _codes,
+    _low_and_high,
+    _ones,
+    _scaled_first,
+    _table_words,
+)
 from octavo.kernels.triton.launch import _after_previous, _overlap
 from octavo.kernels.triton.skinny_gemm import (
     _MAX_TILES,
@@ -56,7 +64,7 @@ class GroupedPlan(NamedTuple):
         if m <= 16:
             tiles = triton.cdiv(n, 64)
             split = 1 if tiles >= _ENOUGH_TILES else _split(tiles, num_chunks, 4, 2)
-            return cls(8 if m <= 8 else 16, 64, split, 2, 4, swap=True, unroll=2)
+            return cls(8 if m <= 8 else 16, 64, split, 2, 6, swap=True)
         rows = triton.cdiv(n, 128)
         if m <= 64:
             split = _split(rows, num_chunks, 2)
@@ -73,183 +81,19 @@ def _split(tiles: int, num_chunks: int, programs_per_sm: int, least: int = 4) ->
     return max(1, min(round(programs_per_sm * _NUM_SMS / tiles), num_chunks // least, 8))
 
 
-# Low and high codes of four bytes to two pairs of numbers each, less the operand: a magic byte in front of a code makes
-# it a number of a known exponent.
-_NUMBERS = """{
-    .reg .b32 a, b, c, d;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shr.b32 c, a, 4;
-    shr.b32 d, b, 4;
-    lop3.b32 a, a, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 b, b, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 c, c, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 d, d, 0x000F000F, MAGIC, 0xEA;
-    sub.rn.TYPE $0, a, $5;
-    sub.rn.TYPE $1, b, $6;
-    sub.rn.TYPE $2, c, $5;
-    sub.rn.TYPE $3, d, $6;
-    }"""
-_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r")
-_BF16_NUMBERS = tl.constexpr(_NUMBERS.replace("MAGIC", "0x43004300").replace("TYPE", "bf16x2"))  # 128 + code
-_FP16_NUMBERS = tl.constexpr(_NUMBERS.replace("MAGIC", "0x64006400").replace("TYPE", "f16x2"))  # 1024 + code
+@triton.jit
+def _product(w, x, acc, SWAP: tl.constexpr):
+    """acc plus the product of w [BLOCK_N, H] and x [BLOCK_M, H]."""
+    return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
 
 
 @triton.jit
-def _bf16_bytes(raw):
-    """raw: uint8. raw - 128 in bfloat16: the low seven bits as 128 + bits, less 128 or 256 by the eighth."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        prmt.b32 a, $2, 0, 0x4140;
-        prmt.b32 b, $2, 0, 0x4342;
-        and.b32 c, a, 0x00800080;
-        and.b32 d, b, 0x00800080;
-        xor.b32 c, c, 0x43804380;
-        xor.b32 d, d, 0x43804380;
-        lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;
-        lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
-        sub.rn.bf16x2 $0, a, c;
-        sub.rn.bf16x2 $1, b, d;
-        }""",
-        "=r,=r,r",
-        [raw],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-# The numbers of a table of 16, by permutations of bytes. Operands: four bytes with two codes each; then the table as
-# `_table_words` has it, every word four times, once for each byte. Bits 0 to 2 of a code choose among eight bytes, bit
-# 3 between two such choices; low and high bytes are chosen apart and then put together.
-_LOOKED_UP = tl.constexpr("""{
-    .reg .b32 index, upper, next_index, next_upper, a, b, c, d;
-    and.b32 index, $4, 0x77777777;
-    shr.b32 upper, $4, 1;
-    lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;
-    shr.b32 next_index, index, 16;
-    shr.b32 next_upper, upper, 16;
-    prmt.b32 a, $5, $9, index;
-    prmt.b32 b, $13, $17, index;
-    prmt.b32 c, $21, $25, index;
-    prmt.b32 d, $29, $33, index;
-    prmt.b32 a, a, b, upper;
-    prmt.b32 c, c, d, upper;
-    prmt.b32 $0, a, c, 0x6240;
-    prmt.b32 $2, a, c, 0x7351;
-    prmt.b32 a, $5, $9, next_index;
-    prmt.b32 b, $13, $17, next_index;
-    prmt.b32 c, $21, $25, next_index;
-    prmt.b32 d, $29, $33, next_index;
-    prmt.b32 a, a, b, next_upper;
-    prmt.b32 c, c, d, next_upper;
-    prmt.b32 $1, a, c, 0x6240;
-    prmt.b32 $3, a, c, 0x7351;
-    }""")
-_TABLE_REGISTERS = tl.constexpr("=r,=r,=r,=r" + 33 * ",r")
-
-
-@triton.jit
-def _four_numbers(at, DTYPE: tl.constexpr):
-    """at: of four float32. The low bytes of these numbers in DTYPE, of 16 bits, as a word [1, 1], and their high bytes.
-
-    Tensors, not scalars: what is broadcast from those would keep the compiler from looking codes up in the layout in
-    which a product takes its numbers, and they would go through shared memory.
-    """
-    low, high = tl.zeros((1, 1), tl.uint32), tl.zeros((1, 1), tl.uint32)
-    for index in tl.static_range(4):
-        bits = tl.load(at + index + tl.zeros((1, 1), tl.int32)).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        low |= (bits & 0xFF) << 8 * index
-        high |= (bits >> 8) << 8 * index
-    return low, high
-
-
-@triton.jit
-def _table_words(table_ptr, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr):
-    """The low bytes of a table's 16 numbers in DTYPE, in four words, and the high bytes in four more."""
-    if HAS_TABLE:
-        low_0, high_0 = _four_numbers(table_ptr, DTYPE)
-        low_1, high_1 = _four_numbers(table_ptr + 4, DTYPE)
-        low_2, high_2 = _four_numbers(table_ptr + 8, DTYPE)
-        low_3, high_3 = _four_numbers(table_ptr + 12, DTYPE)
-        words = (low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3)
-    else:
-        words = ()
-    return words
-
-
-@triton.jit
-def _low_and_high(raw, zero, table_ptr, words, HAS_TABLE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The numbers of 4-bit codes in DTYPE: those of the table, or the codes less 8 and less `zero` int32 [BLOCK_N],
-    exactly. words: from _table_words, of the same table."""
-    if HAS_TABLE and FAST:
-        operands = (raw,) + words  # noqa: RUF005 (Triton has no unpacking)
-        low, high = tl.inline_asm_elementwise(
-            _LOOKED_UP, _TABLE_REGISTERS, operands, dtype=(tl.uint16, tl.uint16), is_pure=True, pack=4
-        )
-        low, high = low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
-    elif HAS_TABLE:
-        low = tl.load(table_ptr + (raw & 15).to(tl.int32)).to(DTYPE)
-        high = tl.load(table_ptr + (raw >> 4).to(tl.int32)).to(DTYPE)
-    elif FAST:
-        base = 136 if tl.bfloat16 == DTYPE else 1032  # what code 8 becomes
-        base = tl.broadcast_to((zero + base).to(tl.float32).to(DTYPE)[:, None], raw.shape)
-        if tl.bfloat16 == DTYPE:
-            low, high = tl.inline_asm_elementwise(
-                _BF16_NUMBERS, _REGISTERS, [raw, base], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
-        else:
-            low, high = tl.inline_asm_elementwise(
-                _FP16_NUMBERS, _REGISTERS, [raw, base], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
-    else:
-        base = (zero + 8)[:, None]
-        low = ((raw & 15).to(tl.int32) - base).to(tl.float32).to(DTYPE)
-        high = ((raw >> 4).to(tl.int32) - base).to(tl.float32).to(DTYPE)
-    return low, high
-
-
-@triton.jit
-def _scaled(w, scale, FAST: tl.constexpr):
-    """w [BLOCK_N, H] times scale, float32 [BLOCK_N], rounded to w's dtype; FAST rounds the scale before as well."""
-    if not FAST:
-        return (w.to(tl.float32) * scale[:, None]).to(w.dtype)
-    factor = tl.broadcast_to(scale.to(w.dtype)[:, None], w.shape)
-    if tl.bfloat16 == w.dtype:
-        return tl.inline_asm_elementwise(
-            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [w, factor], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    return w * factor
-
-
-@triton.jit
-def _accumulate(
-    acc,
-    w,
-    x,
-    scale,
-    minimum,
-    HAS_MINIMUM: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    SWAP: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """acc plus the product of one group's numbers w [BLOCK_N, H] and x [BLOCK_M, H]; scale, minimum: float32
-    [BLOCK_N]."""
-    if SCALE_FIRST:
-        w = _scaled(w, scale, FAST)
-        if HAS_MINIMUM:
-            w = (w.to(tl.float32) + minimum[:, None]).to(w.dtype)
-        return tl.dot(w, tl.trans(x), acc) if SWAP else tl.dot(x, tl.trans(w), acc)
-    if SWAP:
-        acc += tl.dot(w, tl.trans(x)) * scale[:, None]
-        if HAS_MINIMUM:
-            acc += minimum[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
-    else:
-        acc += tl.dot(x, tl.trans(w)) * scale[None, :]
-        if HAS_MINIMUM:
-            acc += tl.sum(x.to(tl.float32), 1)[:, None] * minimum[None, :]
+def _with_scale(acc, product, sums, scale, minimum, HAS_MINIMUM: tl.constexpr, SWAP: tl.constexpr):
+    """acc plus what a group adds. product: of its numbers; sums: of the tokens' numbers, in each row the same; scale,
+    minimum: float32 [BLOCK_N]."""
+    acc += product * (scale[:, None] if SWAP else scale[None, :])
+    if HAS_MINIMUM:
+        acc += sums * (minimum[:, None] if SWAP else minimum[None, :])
     return acc
 
 
@@ -314,6 +158,8 @@ def _grouped_kernel(
     w_rows = packed_ptr + tl.minimum(n, N - 1)[:, None] * WIDTH + byte[None, :]
     words = _table_words(table_ptr, HAS_TABLE and FAST, DTYPE)
     _after_previous(OVERLAP, FILLS=not GATED)
+    # To take 128 and the zero off the numbers takes longer than to multiply the sums of the tokens' by them.
+    PLUS: tl.constexpr = BITS == 4 and not HAS_TABLE and not SCALE_FIRST and tl.bfloat16 == DTYPE and BLOCK_M <= 16
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):
@@ -322,23 +168,44 @@ def _grouped_kernel(
             raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
             x = tl.load(x_rows + at, mask=in_rows[:, None], other=0.0)
             scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, HAS_MINIMUM)
+            zeros, ones = tl.zeros_like(acc), _ones(raw, DTYPE, FAST)
             if BITS == 8:
                 if FAST and tl.bfloat16 == DTYPE:
                     w = _bf16_bytes(raw)
                 else:
                     w = (raw.to(tl.int32) - 128).to(tl.float32).to(DTYPE)
-                acc = _accumulate(acc, w, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
+                if SCALE_FIRST:
+                    acc = _product(_scaled_first(w, scale, minimum, HAS_MINIMUM, FAST), x, acc, SWAP)
+                else:
+                    sums = _product(ones, x, zeros, SWAP) if HAS_MINIMUM else zeros
+                    acc = _with_scale(acc, _product(w, x, zeros, SWAP), sums, scale, minimum, HAS_MINIMUM, SWAP)
             else:
                 x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
-                low, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
-                acc = _accumulate(acc, low, x, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
+                low, high = _low_and_high(raw, zero + 8, table_ptr, words, HAS_TABLE, PLUS, DTYPE, FAST)
+                if SCALE_FIRST:
+                    acc = _product(_scaled_first(low, scale, minimum, HAS_MINIMUM, FAST), x, acc, SWAP)
+                else:
+                    product = _product(low, x, zeros, SWAP)
+                    sums = _product(ones, x, zeros, SWAP) if PLUS or HAS_MINIMUM else zeros
+                    if PLUS:
+                        minimum -= (zero + 136).to(tl.float32) * scale
+                    if GROUP % CHUNK:
+                        acc = _with_scale(acc, product, sums, scale, minimum, PLUS or HAS_MINIMUM, SWAP)
+                        product, sums = zeros, zeros
                 if GROUP % CHUNK:  # the high half may be in another group
                     scale, zero, minimum = _group_of(
                         scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, HAS_MINIMUM
                     )
-                    if not HAS_TABLE:
-                        _, high = _low_and_high(raw, zero, table_ptr, words, HAS_TABLE, DTYPE, FAST)
-                acc = _accumulate(acc, high, x_high, scale, minimum, HAS_MINIMUM, SCALE_FIRST, SWAP, FAST)
+                    if not (HAS_TABLE or PLUS):
+                        _, high = _low_and_high(raw, zero + 8, table_ptr, words, HAS_TABLE, PLUS, DTYPE, FAST)
+                    if PLUS:
+                        minimum -= (zero + 136).to(tl.float32) * scale
+                if SCALE_FIRST:
+                    acc = _product(_scaled_first(high, scale, minimum, HAS_MINIMUM, FAST), x_high, acc, SWAP)
+                else:
+                    product = _product(high, x_high, product, SWAP)
+                    sums = _product(ones, x_high, sums, SWAP) if PLUS or HAS_MINIMUM else zeros
+                    acc = _with_scale(acc, product, sums, scale, minimum, PLUS or HAS_MINIMUM, SWAP)
     if SWAP:
         acc = tl.trans(acc)
     row, columns = m[:, None], n[None, :]
@@ -448,9 +315,10 @@ def _dequantize_kernel(
     CHUNK: tl.constexpr = WIDTH * 8 // BITS
     n, byte = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     mask = (n < N)[:, None]
-    raw = tl.load(packed_ptr + chunk * N * WIDTH + n[:, None] * WIDTH + byte[None, :], mask=mask, other=0).to(tl.int32)
+    raw = tl.load(packed_ptr + chunk * N * WIDTH + n[:, None] * WIDTH + byte[None, :], mask=mask, other=0)
+    low, high = _codes(raw) if BITS == 4 else (raw, raw)
     for half in tl.static_range(8 // BITS):
-        code = (raw >> (4 * half)) & (15 if BITS == 4 else 255)
+        code = (high if half else low).to(tl.int32)
         column = chunk * CHUNK + half * WIDTH
         scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, HAS_MINIMUM)
         if HAS_TABLE:
