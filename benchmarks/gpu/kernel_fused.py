@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ import triton
 from torch import Tensor
 
 from octavo.kernels.reference import activation as activation_reference
+from octavo.kernels.reference import embedding as embedding_reference
 from octavo.kernels.reference import fp8 as fp8_reference
 from octavo.kernels.reference import norm as norm_reference
 from octavo.kernels.reference import rope as rope_reference
 from octavo.kernels.reference import step_inputs as step_inputs_reference
-from octavo.kernels.triton import activation, fp8, norm, rope, step_inputs
+from octavo.kernels.triton import activation, embedding, fp8, norm, rope, step_inputs
 
 DEVICE = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 EPS = 1e-5
 BLOCK_SIZE = 16
+TABLE_ROWS = 128_000
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 LAUNCHES = 20  # of one graph
 REPLAYS = 7
@@ -128,6 +130,20 @@ def check_rows(model: Model, tokens: int) -> Checks:
     yield "quantize_fp8 share of others", float((found.float() != quantised.float()).float().mean()), 0.1
 
 
+def embed_arguments(m: Model, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """Of a table that does not fit in L2."""
+    input_ids = torch.randint(0, TABLE_ROWS, (tokens,), dtype=torch.int32, device=DEVICE)
+    positions = torch.randint(0, 130_000, (tokens,), device=DEVICE)
+    frequencies = (500_000.0 ** (-torch.arange(0, m.head_dim, 2, device=DEVICE) / m.head_dim)).repeat(2)
+    sign = torch.where(torch.arange(m.head_dim, device=DEVICE) < m.head_dim // 2, -1.0, 1.0)
+    return input_ids, positions, table_of(m.hidden), frequencies, sign, 1.0
+
+
+@cache
+def table_of(hidden: int) -> Tensor:
+    return randn(TABLE_ROWS, hidden)
+
+
 def check_heads(model: Model, tokens: int) -> Checks:
     """The rotation and the write to the cache, in both dtypes of the cache."""
     heads, kv_heads, dim = model.heads, model.kv_heads, model.head_dim
@@ -149,12 +165,10 @@ def check_heads(model: Model, tokens: int) -> Checks:
         for what, one, two in (("query", query, expected), ("cache", cache, other)):
             differs = (one.float() - two.float()).abs() > two.float().abs() * 2**-7 + 1e-6
             yield f"rope {what}, {dtype}: share of others", float(differs.float().mean()), 1e-2
-    positions = torch.randint(0, 130_000, (tokens,), device=DEVICE)
-    frequencies = (500_000.0 ** (-torch.arange(0, dim, 2, device=DEVICE) / dim)).repeat(2)
-    sign = torch.where(torch.arange(dim, device=DEVICE) < dim // 2, -1.0, 1.0)
-    arguments = positions, frequencies, sign, 1.0, BF16
-    for what, one, two in zip(("cos", "sin"), rope.rotation(*arguments), rope_reference.rotation(*arguments)):
-        yield f"rotation {what}", distance(one, two), 2**-6
+    arguments = embed_arguments(model, tokens)
+    found, expected = embedding.embed_and_rotate(*arguments), embedding_reference.embed_and_rotate(*arguments)
+    for what, one, two, allowed in zip(("rows", "cos", "sin"), found, expected, (0.0, 2**-6, 2**-6)):
+        yield f"embed_and_rotate {what}", distance(one, two), allowed
 
 
 def check_inputs(rows: int) -> Checks:
@@ -301,10 +315,12 @@ def rope_case(m: Model, dtype: torch.dtype, cut: tuple[int, int] | None = None) 
     return build
 
 
-def rotation_case(tokens: int) -> Work:
-    positions = torch.randint(0, 130_000, (tokens,), device=DEVICE)
-    frequencies, sign = randn(128, dtype=torch.float32), randn(128, dtype=torch.float32)
-    return lambda: rope.rotation(positions, frequencies, sign, 1.0, BF16), tokens * (8 + 2 * 2 * 128)
+def embed_case(m: Model) -> Build:
+    def build(tokens: int) -> Work:
+        arguments = embed_arguments(m, tokens)
+        return lambda: embedding.embed_and_rotate(*arguments), tokens * (12 + 4 * m.hidden + 4 * m.head_dim)
+
+    return build
 
 
 def inputs_case(tokens: int) -> Work:
@@ -341,11 +357,11 @@ def cases() -> list[Case]:
         found += [Case("silu_and_mul", name, f"{cut[0]} by {cut[1]} warps", silu_case(m, False, cut)) for cut in cuts]
         found.append(Case("silu_and_mul_fp8", name, "-", silu_case(m, True)))
         found.append(Case("quantize_fp8", name, "-", quantize_case(m)))
+        found.append(Case("embed_and_rotate", name, "-", embed_case(m)))
         found.append(Case("rope", name, "-", rope_case(m, BF16)))
         cuts = (4, 1), (8, 2), (16, 4), (16, 8)
         found += [Case("rope", name, f"{cut[0]} heads, {cut[1]} warps", rope_case(m, BF16, cut)) for cut in cuts]
         found.append(Case("rope, fp8 cache", name, "-", rope_case(m, FP8)))
-    found.append(Case("rotation", "", "-", rotation_case))
     found.append(Case("build_inputs", "", "-", inputs_case))
     found.append(Case("gather_last", TIMED[0], "-", gather_case(MODELS[TIMED[0]])))
     return found

@@ -34,12 +34,12 @@ LIMIT_TB_S = 4.2  # device copy, bytes read and written, measured on an H200 at 
 KINDS = (
     ("copy", r"memcpy|memset"),
     ("attention", r"attention|attn|flash|fmha|batch(decode|prefill)|_decode_kernel|paged_prefill|gather_kv|combine"),
-    ("rope+KV", r"rope|rotary|rotation|write_kv|kv_cache"),
+    ("rope+KV", r"rope|rotary|write_kv|kv_cache"),
     ("sampling", r"sampl|best_of|top_?k|top_?p|cuts_|argmax|softmax|logprob|penal|_count_|_bias_kernel|radix|sort"),
     ("norm", r"norm"),
     ("activation", r"silu|swiglu|gelu|activation"),
     ("quantize", r"quantize"),
-    ("inputs", r"apply_diff|build_inputs|gather_last|embedding"),
+    ("inputs", r"apply_diff|build_inputs|gather_last|embed"),
     ("GEMM", r"gemm|gemv|nvjet|cutlass|xmma|cublas|split_?k|matmul|linear|scaled_mm|_dot_kernel|_fma_kernel"),
 )
 ORDER = ("attention", "GEMM", "norm", "rope+KV", "activation", "quantize", "sampling", "inputs", "copy", "other")

@@ -170,6 +170,7 @@ def test_idle_time_is_what_no_kernel_covers(load: Any) -> None:
     [
         ("_decode_kernel", "attention"),
         ("_rms_norm_kernel", "norm"),
+        ("_embed_and_rotate_kernel", "inputs"),
         ("_qk_norm_rope_write_kv_kernel", "rope+KV"),
         ("_silu_and_mul_fp8_kernel", "activation"),
         ("_best_of_split_kernel", "sampling"),

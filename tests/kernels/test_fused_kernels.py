@@ -1,4 +1,4 @@
-"""Norm, activation, quantisation and rotation kernels against plain torch, on the GPU or in Triton's interpreter."""
+"""Norm, activation, quantisation and RoPE kernels against plain torch, on the GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -184,19 +184,6 @@ def test_a_pool_may_have_more_than_2_31_elements() -> None:
     rope.qk_norm_rope_write_kv(qkv, ones, ones * 0, None, EPS, slots, cache, 2, 2)
     assert_close(cache[-1, 0, :, 3], fp8_reference.to_fp8(qkv.view(6, 64)[2:4]))
     assert_close(cache[-1, 1, :, 3], fp8_reference.to_fp8(qkv.view(6, 64)[4:]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96])
-def test_rotation(dtype: torch.dtype, head_dim: int) -> None:
-    embedding = RotaryEmbedding(RopeParameters(theta=500_000.0), head_dim, 512, dtype, DEVICE)
-    positions = torch.tensor([0, 1, 77, 130_000], device=DEVICE)
-    arguments = positions, embedding.frequencies, embedding._signed_amplitude, 0.75, dtype
-    for found, expected in zip(rope.rotation(*arguments), rope_reference.rotation(*arguments)):
-        assert found.shape == (4, 1, head_dim)
-        torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
-    for found, expected in zip(rope.rotation(*arguments[:3], 1.0, dtype), embedding(positions)):
-        torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
 
 
 class FakeKernel:

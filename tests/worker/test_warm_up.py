@@ -66,6 +66,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
     config = config_of(family, max_model_len)
     model = build_model(config, DTYPE, CPU)
     model.load_weights(dummy_weights(model, 0, CPU))
+    model.embed_tokens._fused = triton.get()
     facts = model_facts(config)
     options = SimpleNamespace(kv_cache_dtype="auto", attention_backend="auto")
     engine_config: Any = SimpleNamespace(max_model_len=max_model_len, block_size=BLOCK, options=options, lora=None)
@@ -98,6 +99,7 @@ def test_a_step_finds_its_kernels_compiled(family: str, max_model_len: int) -> N
             engine.step()
     kernels = {found[0] for found in launched}
     assert len(kernels) >= 8
+    assert "_embed_and_rotate_kernel" in kernels
     assert {"_gather_kv", "_merge_attention"} <= kernels or isinstance(long, NoLongPrefill)
     missing = launched - compiled
     names = {found[0] for found in missing}

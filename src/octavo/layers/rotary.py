@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.kernels import triton
-
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -43,25 +41,19 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         """Raises ValueError naming a rope parameter that is missing or of the wrong size."""
         super().__init__()
-        frequencies, self._amplitude = ROPE_TYPES[rope.rope_type](rope, head_dim, max_position_embeddings)
+        frequencies, self.amplitude = ROPE_TYPES[rope.rope_type](rope, head_dim, max_position_embeddings)
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.cat((frequencies, frequencies)).to(device), persistent=False)
         sign = torch.ones(head_dim, device=device)
         sign[: head_dim // 2] = -1
-        self._signed_amplitude: Tensor
-        self.register_buffer("_signed_amplitude", sign * self._amplitude, persistent=False)
+        self.signed_amplitude: Tensor
+        self.register_buffer("signed_amplitude", sign * self.amplitude, persistent=False)
         self._dtype = dtype
-        self._fused = triton.get() if device.type == "cuda" else None
 
     def forward(self, positions: Tensor) -> Rotation:
         """positions: int64 [T]. Returns what `rotate` takes: cosines and signed sines, [T, 1, head_dim] each."""
-        if self._fused is not None:
-            made: Rotation = self._fused.rotation(
-                positions, self.frequencies, self._signed_amplitude, self._amplitude, self._dtype
-            )
-            return made
         angles = positions[:, None, None] * self.frequencies
-        return (angles.cos() * self._amplitude).to(self._dtype), (angles.sin() * self._signed_amplitude).to(self._dtype)
+        return (angles.cos() * self.amplitude).to(self._dtype), (angles.sin() * self.signed_amplitude).to(self._dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class LlamaHead(DraftHead):
             self.lm_head = Linear(layer.hidden_size, {"lm_head": config.draft_vocab_size}, False, dtype, device)
         self.rotary = RotaryEmbedding(layer.rope, layer.head_dim, layer.max_position_embeddings, dtype, device)
         # Methods, not modules: the target is no part of the head. Written by `share`.
-        self._embed: Callable[[Tensor], Tensor]
+        self._embed: Callable[[Tensor, Tensor, RotaryEmbedding], tuple[Tensor, Rotation]]
         self._logits: Callable[[Tensor], Tensor]
 
     def slot_name(self, name: str) -> str:
@@ -146,7 +146,8 @@ class EagleHead(LlamaHead):
         return states
 
     def forward(self, input_ids: Tensor, positions: Tensor, features: Tensor, attention: AttentionContext) -> Drafted:
-        residual = self.fc(torch.cat((self._embed(input_ids), features), -1))
+        embedded, rotation = self._embed(input_ids, positions, self.rotary)
+        residual = self.fc(torch.cat((embedded, features), -1))
         (layer,) = self.layers
-        hidden = layer(residual, self.rotary(positions), attention)
+        hidden = layer(residual, rotation, attention)
         return Drafted(hidden, hidden)

@@ -134,7 +134,8 @@ class Eagle3Head(LlamaHead):
         return self.fc(states)
 
     def forward(self, input_ids: Tensor, positions: Tensor, features: Tensor, attention: AttentionContext) -> Drafted:
-        residual, delta = self.midlayer(self._embed(input_ids), features, self.rotary(positions), attention)
+        embedded, rotation = self._embed(input_ids, positions, self.rotary)
+        residual, delta = self.midlayer(embedded, features, rotation, attention)
         hidden = self.norm(residual, delta)  # adds delta to residual
         return Drafted(residual, hidden)
 

@@ -100,8 +100,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, positions: Tensor, context: AttentionContext, taps: Tensor | None = None
     ) -> Tensor:
-        residual = self.embed_tokens(input_ids)
-        rotation = self.rotary(positions)
+        residual, rotation = self.embed_tokens(input_ids, positions, self.rotary)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             if taps is not None:

@@ -103,10 +103,10 @@ class KernelShapes:
         norm = self.zeros(sum(heads), dim) if self.facts.qk_norm else None
         self.kernels.qk_norm_rope_write_kv(qkv, angles, angles, norm, 0.0, where, self.cache(), *heads)
 
-    def rotation(self) -> None:
-        dim = self.facts.head_dim
-        angles = self.zeros(dim, dtype=torch.float32)
-        self.kernels.rotation(self.zeros(1, dtype=torch.int64), angles, angles.clone(), 1.0, self.dtype)
+    def embedding(self) -> None:
+        angles = self.zeros(self.facts.head_dim, dtype=torch.float32)
+        table, positions = self.zeros(1, self.facts.hidden_size), self.zeros(1, dtype=torch.int64)
+        self.kernels.embed_and_rotate(self.ints(0), positions, table, angles, angles.clone(), 1.0)
 
     def decode(self) -> None:
         heads, kv_heads, dim = self.facts.num_heads, self.facts.num_kv_heads, self.facts.head_dim
@@ -247,4 +247,4 @@ def kernel_jobs(make: KernelShapes) -> list[Callable[[], object]]:
         jobs.append(partial(make.activation, fp8=True))
     if make.num_drafts:
         jobs.append(make.speculate)
-    return [*jobs, make.rotation, make.inputs]
+    return [*jobs, make.embedding, make.inputs]

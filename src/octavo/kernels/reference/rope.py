@@ -43,14 +43,3 @@ def qk_norm_rope_write_kv(
             written = to_fp8(written.double() / torch.tensor(kv_scales, device=written.device)[:, None, None])
         entry.copy_(written)
     return query
-
-
-def rotation(
-    positions: Tensor, frequencies: Tensor, signed_amplitude: Tensor, amplitude: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, [T, 1, head_dim] of dtype each; the angles are products in float32.
-
-    positions: int64 [T]; frequencies, signed_amplitude: float32 [head_dim].
-    """
-    angles = (positions[:, None, None] * frequencies).double()
-    return (angles.cos() * amplitude).to(dtype), (angles.sin() * signed_amplitude.double()).to(dtype)

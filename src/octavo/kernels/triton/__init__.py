@@ -14,6 +14,7 @@ _MODULES = (
     "block_fp8",
     "decode_attention",
     "draft_passes",
+    "embedding",
     "fp8",
     "grouped_gemm",
     "lookup",

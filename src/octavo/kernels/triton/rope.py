@@ -3,7 +3,6 @@ halves, the NeoX layout), and the write of keys and values to the paged cache (K
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,30 +88,6 @@ def _qk_norm_rope_write_kv_kernel(
     tl.store(target + half_dim, high_out.to(cache_dtype), mask=cache_mask)
 
 
-@triton.jit
-def _rotation_kernel(
-    positions_ptr,
-    frequencies_ptr,
-    signed_amplitude_ptr,
-    cos_ptr,
-    sin_ptr,
-    amplitude,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """One program a token; BLOCK >= HEAD_DIM."""
-    _after_previous(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < HEAD_DIM
-    angles = tl.load(positions_ptr + token).to(tl.float32) * tl.load(frequencies_ptr + offsets, mask=mask, other=0.0)
-    signed = tl.load(signed_amplitude_ptr + offsets, mask=mask, other=0.0)
-    target = token * HEAD_DIM + offsets
-    tl.store(cos_ptr + target, (tl.cos(angles) * amplitude).to(cos_ptr.dtype.element_ty), mask=mask)
-    tl.store(sin_ptr + target, (tl.sin(angles) * signed).to(sin_ptr.dtype.element_ty), mask=mask)
-
-
 def _heads_per_program(num_tokens: int) -> int:
     """Few tokens are spread over more multiprocessors; many fill them anyway, and share the loads of their angles."""
     return 4 if num_tokens < 64 else 16
@@ -155,20 +130,3 @@ def qk_norm_rope_write_kv(
     programs, num_warps = num_tokens * triton.cdiv(num_all, heads), max(1, heads * half // 256)
     _launch(_qk_norm_rope_write_kv_kernel, programs, tensors, (float(eps), *kv_scales), constants, num_warps)
     return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]
-
-
-def rotation(
-    positions: Tensor, frequencies: Tensor, signed_amplitude: Tensor, amplitude: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of T positions, [T, 1, head_dim] of dtype each: what RotaryEmbedding.forward makes.
-
-    positions: int64 [T]. frequencies, signed_amplitude: float32 [head_dim]; the angles are position * frequency, taken
-    in float32. amplitude: factor of the cosines.
-    """
-    num_tokens, head_dim = len(positions), len(frequencies)
-    cos = torch.empty(num_tokens, 1, head_dim, dtype=dtype, device=positions.device)
-    sin = torch.empty_like(cos)
-    tensors = positions, frequencies, signed_amplitude, cos, sin
-    constants = head_dim, triton.next_power_of_2(head_dim)
-    _launch(_rotation_kernel, num_tokens, tensors, (float(amplitude),), constants, 2)
-    return cos, sin
