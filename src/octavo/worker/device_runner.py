@@ -21,7 +21,7 @@ from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
 from octavo.worker.staging import Stage, Staging, upload
-from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, SplitRows, StepBuffers, StepShape
+from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, Ints, SplitRows, StepBuffers, StepShape
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class StepInFlight:
         # What the runner fills in before it hands this out.
         self.rows: list[PlanRow] = []  # those that run, in their order on the device
         self.split: SplitRows | None = None  # what these are on the device, with speculation
-        self.verdict: Tensor | None = None  # on what was guessed, on the host
+        self.verdict: Ints | None = None  # on what was guessed
         self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
         self.pooled: Pooled | None = None  # on the host
@@ -115,7 +115,7 @@ class StepInFlight:
         rows = self.rows if self.split is None else self.split.rows
         results = self._sampler.rows_from_host(host.reshape(-1), [row.samples for row in rows], self.more)
         if self.split is not None and self.verdict is not None:
-            results = DeviceSpeculation.results(self.verdict.numpy(), self.split, results)
+            results = DeviceSpeculation.results(self.verdict, self.split, results)
         if self.pooled is not None:
             results = with_embeddings(self.rows, results, self.pooled)
         if self.failed or self.prompt_logprobs:
@@ -165,7 +165,8 @@ class DeviceRunner:
         fields = attention.item_fields
         items = (most[0], fields[0]), (most[1], fields[1])
         self._buffers = StepBuffers(rows, tokens, *items, device, speculation is not None)
-        self._staging = Staging(_NUM_STAGES, self._buffers.num_words, rows, device)
+        verdict_size = 0 if speculation is None else speculation.verdict_size
+        self._staging = Staging(_NUM_STAGES, self._buffers.num_words, rows, verdict_size, device)
         self._diffs = DiffWriter(limits.max_num_seqs)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
         self._clock = HostClock()
@@ -201,7 +202,7 @@ class DeviceRunner:
                 step.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=packed.is_cuda)
                 step.host.copy_(packed, non_blocking=True)
             else:
-                stage.out_tensor[: len(out)].copy_(out, non_blocking=True)
+                self._kernels.copy_words(out, stage.out_tensor[: len(out)])
             return step.launched()
 
     @torch.inference_mode()
@@ -305,10 +306,10 @@ class DeviceRunner:
             buffers.write_groups(stage.words, step.split, shape)
         buffers.write_items(stage.words, "decode_items", decode_items, shape.num_decode_items)
         buffers.write_items(stage.words, "prefill_items", prefill_items, shape.num_prefill_items)
-        fixed = buffers.num_fixed
+        used = buffers.num_used(shape)
         stage.began.record()
         step.timed = num_graphs == self._num_graphs
-        buffers.packed[:fixed].copy_(stage.words_tensor[:fixed], non_blocking=True)
+        self._kernels.copy_words(stage.words_tensor[:used], buffers.packed[:used])
         computed = self._compute(shape, rows) if graph is None else graph.replay()
         drew_more = self._draw_more(rows, computed, step)
         if self._speculation is not None and step.split is not None:
@@ -317,7 +318,9 @@ class DeviceRunner:
             asked = self._asked(step.plan, plan_rows)
             self._activate(None)  # what guesses has no adapters, also where it shares layers with the model
             stage.sampled.record()
-            step.verdict = self._speculation.propose(plan_rows, asked, self._slots.token_ids, computed.features)
+            guessing = asked, self._slots.token_ids, computed.features
+            self._speculation.propose(plan_rows, *guessing, stage.verdict_tensor[: len(plan_rows)])
+            step.verdict = stage.verdict[: len(plan_rows)]
         self._add_prompt_logprobs(rows, computed, step)
         pooled = self._pooler.pool(rows, computed.hidden)
         if pooled is not None:

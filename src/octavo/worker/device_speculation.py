@@ -73,17 +73,17 @@ class DeviceSpeculation:
         recent: of a draft head."""
         num_slots, num_groups = sizes
         self._drafter = drafter
+        self.verdict_size = 2 + num_drafts  # words of a row's verdict, see `propose`
         self._most = num_drafts
         self._acceptance = acceptance
         self._recent = recent
         self._kernels = triton.get()
         self._lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._ready = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        # Of each sequence of the step: tokens that came, guesses and how many; and all of that for the host.
+        # Of each sequence of the step: tokens that came, guesses and how many.
         self._counts = torch.zeros(num_groups, dtype=torch.int32, device=device)
         self._found = torch.zeros_like(self._counts)
         self._drafts = torch.zeros(num_groups, num_drafts, dtype=torch.int32, device=device)
-        self._verdict = torch.zeros(num_groups, 2 + num_drafts, dtype=torch.int32, device=device)
         self._asked = torch.zeros(2, num_groups, dtype=torch.int32, device=device)  # slots that want guesses; how many
         self._copies = EarlyCopies(device)
         self._nobody = torch.full((num_groups,), -1, dtype=torch.int32, device=device)  # slots that ask for nothing
@@ -139,17 +139,23 @@ class DeviceSpeculation:
         return None if self._recent is None else self._recent.keep(states, buffers, shape)
 
     def propose(
-        self, rows: Sequence[PlanRow], asked: Sequence[int], token_ids: Tensor, features: Tensor | None
-    ) -> Tensor:
+        self,
+        rows: Sequence[PlanRow],
+        asked: Sequence[int],
+        token_ids: Tensor,
+        features: Tensor | None,
+        verdict: Tensor,
+    ) -> None:
         """Make the guesses that are asked for, and put them into the slots. asked: see StepPlan.drafts. features: what
         `keep` returned.
 
-        Returns the verdict, on the host once the step is done: int32 [rows, 2 + K], see `results`.
+        Written: verdict, int32 [rows, verdict_size], see `results`; of pinned memory, that nobody else uses until the
+        step is done.
         """
         prompts = [row.slot not in self._follows for row in rows]
         self._follows.update(row.slot for row in rows if row.samples)
         num_rows = len(rows)
-        drafts, found, verdict = self._drafts[:num_rows], self._found[:num_rows], self._verdict[:num_rows]
+        drafts, found = self._drafts[:num_rows], self._found[:num_rows]
         slots = wanted = self._nobody[:num_rows]
         if not any(asked):
             self._drafter.skip(rows, prompts)
@@ -164,8 +170,6 @@ class DeviceSpeculation:
         known = self._lengths, self._counts[:num_rows]
         self._kernels.place_drafts(slots, drafts, found, wanted, *known, self._ready, token_ids, verdict)
         self._copies.read()
-        host = torch.empty(verdict.shape, dtype=verdict.dtype, pin_memory=verdict.is_cuda)
-        return host.copy_(verdict, non_blocking=True)
 
     def record(self, token_ids: Tensor) -> None:
         """Record what the drafter needs, before the first step."""

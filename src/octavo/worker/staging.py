@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to while the host goes on."""
+"""Host memory that a GPU reads and writes while the host goes on."""
 
 from __future__ import annotations
 
@@ -36,26 +36,40 @@ class Event:
 
 
 class Stage:
-    """One step's host buffers: `words` go to the device, `out` comes back. Free again once `done` is reached.
+    """One step's host buffers: `words` go to the device, `out` and `verdict` come back. Free again once `done` is
+    reached: until then kernels use them, of which torch knows nothing.
 
     began: where the step's own work starts. sampled: where that of new guesses does."""
 
-    __slots__ = ("began", "done", "out", "out_tensor", "sampled", "words", "words_tensor")
+    __slots__ = (
+        "began",
+        "done",
+        "out",
+        "out_tensor",
+        "sampled",
+        "verdict",
+        "verdict_tensor",
+        "words",
+        "words_tensor",
+    )
 
-    def __init__(self, num_words: int, max_rows: int, device: torch.device) -> None:
+    def __init__(self, num_words: int, max_rows: int, verdict_size: int, device: torch.device) -> None:
+        """verdict_size: words that a row is told about guesses, 0 without speculation."""
         pinned = device.type == "cuda"
         self.words_tensor = torch.zeros(num_words, dtype=torch.int32, pin_memory=pinned)
         self.out_tensor = torch.zeros(max_rows, 2, dtype=torch.int32, pin_memory=pinned)
+        self.verdict_tensor = torch.zeros(max_rows, verdict_size, dtype=torch.int32, pin_memory=pinned)
         self.words: NDArray[np.int32] = self.words_tensor.numpy()
         self.out: NDArray[np.int32] = self.out_tensor.numpy()
+        self.verdict: NDArray[np.int32] = self.verdict_tensor.numpy()
         self.began, self.sampled, self.done = Event(device), Event(device), Event(device)
 
 
 class Staging:
     """A ring of stages: taking one waits for the step that used it last, which is long done."""
 
-    def __init__(self, count: int, num_words: int, max_rows: int, device: torch.device) -> None:
-        self._stages = deque(Stage(num_words, max_rows, device) for _ in range(count))
+    def __init__(self, count: int, num_words: int, max_rows: int, verdict_size: int, device: torch.device) -> None:
+        self._stages = deque(Stage(num_words, max_rows, verdict_size, device) for _ in range(count))
 
     def take(self) -> Stage:
         """The stage that was used longest ago."""

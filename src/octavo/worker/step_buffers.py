@@ -1,4 +1,4 @@
-"""What a step on a GPU is told: one int32 buffer, filled on the host, copied once."""
+"""What a step on a GPU is told: one int32 buffer, filled on the host, copied once as far as the step needs it."""
 
 from __future__ import annotations
 
@@ -138,6 +138,14 @@ class StepBuffers:
     def _view(self, name: str) -> Tensor:
         begin, shape = self._spans[name]
         return self.packed[begin : begin + int(np.prod(shape))].view(shape)
+
+    def num_used(self, shape: StepShape) -> int:
+        """Words of `packed`, from the first on, among which are all that a step of this shape reads."""
+        last, count = "decode_items", shape.num_decode_items
+        if shape.num_prefill_items:
+            last, count = "prefill_items", shape.num_prefill_items
+        begin, (_, num_fields) = self._spans[last]
+        return begin + count * num_fields
 
     def field(self, words: Ints, name: str) -> Ints:
         """The field in host words laid out as `packed` is."""

@@ -145,6 +145,9 @@ class KernelShapes:
         tables = self.token_table(), self.block_table()
         made = self.zeros(1, dtype=torch.int32), self.zeros(1, dtype=torch.int64), self.zeros(1, dtype=torch.int64)
         self.kernels.build_inputs(slots, starts, cu_q, *tables, self.block_size, *made)
+        # From the host, and from the device: no copy to the host, whose memory would be another's by then.
+        for source in (torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda"), slots):
+            self.kernels.copy_words(source, self.ints(0))
         params = self.zeros(1, NUM_PARAMS, dtype=torch.int32)
         diff = self.zeros(1 + NUM_PARAMS, dtype=torch.int32)  # of slot 0
         self.kernels.apply_diff(diff, 0, 0, 0, 0, 0, 0, 1, *tables, params)

@@ -12,6 +12,7 @@ from typing import Any
 _MODULES = (
     "activation",
     "block_fp8",
+    "copies",
     "decode_attention",
     "draft_passes",
     "embedding",

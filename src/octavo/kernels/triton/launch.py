@@ -55,7 +55,8 @@ def _launch(
     """kernel[(programs,)](*tensors, *numbers, *constants, OVERLAP, num_warps=num_warps), by way of what was compiled
     before.
 
-    The kernel's parameters come in this order. numbers: floats alone, since Triton compiles anew for some integers;
+    The kernel's parameters come in this order. The first tensor's device says whether there is an overlap. numbers:
+    floats, or integers that the kernel names in do_not_specialize, since Triton compiles anew for some of the others;
     constants: all constexpr. Tensors that do not start at a multiple of 16 bytes, which Triton compiles for as well,
     take its own way, and so does the interpreter.
     """

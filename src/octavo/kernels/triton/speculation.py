@@ -187,7 +187,8 @@ def place_drafts(
     group_slots: int32 [G], -1 for none. drafts: int32 [G, K]; found, asked: int32 [G], how many there are, and were
     asked for: the lesser counts. lengths: int32 [num_slots], known tokens. counts: int32 [G], tokens that came.
     Written: token_ids, int32 [num_slots, max_len]; ready, int32 [num_slots], how many guesses are in place; verdict,
-    int32 [G, 2 + K]: a group's tokens that came, its guesses in place, and these, if any; found, which is 0 again.
+    int32 [G, 2 + K], may be pinned host memory as in `copy_words`: a group's tokens that came, its guesses in place,
+    and these, if any; found, which is 0 again.
     """
     num_groups, most = drafts.shape
     _place_kernel[(triton.cdiv(num_groups, _BLOCK),)](
