@@ -120,7 +120,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """One RowResult for each row of the plan, in its order.
 
     seconds: what the step took, where that is known: on the device, or if that is longer, on the host, which works on
-    other steps meanwhile. draft_seconds: the device's for guesses.
+    other steps meanwhile. draft_seconds: the device's for guesses, of a step with prompts.
     """
 
     step_id: int

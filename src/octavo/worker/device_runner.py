@@ -94,6 +94,8 @@ class StepInFlight:
         self.rows: list[PlanRow] = []  # those that run, in their order on the device
         self.split: SplitRows | None = None  # what these are on the device, with speculation
         self.verdict: Ints | None = None  # on what was guessed
+        # Where the plan has prompts; a point in the stream between the model and what guesses costs time itself.
+        self.tells_draft_time = False
         self.failed: dict[int, str] = {}  # by slot: why a row of the plan does not run
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # by slot
         self.pooled: Pooled | None = None  # on the host
@@ -128,7 +130,7 @@ class StepInFlight:
         seconds = stage.done.seconds_since(stage.began) if self.timed else None
         if seconds is not None:
             seconds = max(seconds, self._host_seconds)
-        draft_seconds = None if self.verdict is None else stage.done.seconds_since(stage.sampled)
+        draft_seconds = stage.done.seconds_since(stage.sampled) if self.tells_draft_time else None
         return StepResult(self.plan.step_id, results, seconds, draft_seconds)
 
 
@@ -317,7 +319,9 @@ class DeviceRunner:
                 self._speculation.verify(buffers, shape)
             asked = self._asked(step.plan, plan_rows)
             self._activate(None)  # what guesses has no adapters, also where it shares layers with the model
-            stage.sampled.record()
+            if not step.plan.decodes:
+                stage.sampled.record()
+                step.tells_draft_time = True
             guessing = asked, self._slots.token_ids, computed.features
             self._speculation.propose(plan_rows, *guessing, stage.verdict_tensor[: len(plan_rows)])
             step.verdict = stage.verdict[: len(plan_rows)]

@@ -37,6 +37,7 @@ from octavo.kernels.triton.skinny_gemm import (
 
 GROUPED_MAX_M = 512  # up to here the callers prefer this kernel to dequantizing the weight
 _ENOUGH_TILES = 192  # of few tokens: so many keep the device busy without a split of K
+_SHORT = 16  # chunks of a weight that few tokens multiply
 _LARGE = 3000  # tiles of 128 rows and a chunk, in a weight that keeps all multiprocessors busy
 
 
@@ -64,7 +65,9 @@ class GroupedPlan(NamedTuple):
         if m <= 16:
             tiles = triton.cdiv(n, 64)
             split = 1 if tiles >= _ENOUGH_TILES else _split(tiles, num_chunks, 4, 2)
-            return cls(8 if m <= 8 else 16, 64, split, 2, 6, swap=True)
+            # Two chunks a step are faster where the walk along K is short, one where many programs share a processor.
+            unroll = 2 if split == 1 and num_chunks <= _SHORT else 1
+            return cls(8 if m <= 8 else 16, 64, split, 2, 4 if unroll == 2 else 6, swap=True, unroll=unroll)
         rows = triton.cdiv(n, 128)
         if m <= 64:
             split = _split(rows, num_chunks, 2)

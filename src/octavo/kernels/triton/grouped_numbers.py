@@ -1,5 +1,5 @@
-"""Packed codes to the numbers that a product takes, in registers: by setting the exponent around the bits (exact), or by
-permuting the bytes of a table. GroupedWeight in octavo.quantization.grouped says how codes are packed."""
+"""Packed codes to the numbers that a product takes, in registers: by setting the exponent around the bits (exact), or
+by permuting the bytes of a table. GroupedWeight in octavo.quantization.grouped says how codes are packed."""
 
 from __future__ import annotations
 
