@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.reference.draft_passes import DraftRows
+from octavo.kernels.triton.launch import _after_previous, _overlap
 
 _ROWS = 256  # rows or items that the program serves at once
 _BLOCK = 128
@@ -57,8 +58,10 @@ def _draft_rows_kernel(
     FIRST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program. limits: of the first pass positions, of a further one passes."""
+    _after_previous(OVERLAP)
     lane = tl.arange(0, BLOCK)
     ahead = 0 if FIRST else tl.load(count_ptr) + 1
     of_rows = slots_ptr, backs_ptr, limits_ptr, lengths_ptr
@@ -138,6 +141,7 @@ def draft_rows(
         BLOCK_SIZE=block_size,
         BLOCK=_ROWS,
         num_warps=4,
+        **_overlap(slots),
     )
 
 
@@ -147,7 +151,9 @@ def draft_rows(
 def _read_drafts_kernel(
     slots_ptr, wanted_ptr, lengths_ptr, token_ids_ptr, drafts_ptr, found_ptr, num_groups, stride,
     MOST: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _after_previous(OVERLAP)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots_ptr + group, mask=group < num_groups, other=-1)
     here = slot >= 0
@@ -171,5 +177,5 @@ def read_drafts(
     num_groups, most = drafts.shape
     _read_drafts_kernel[(triton.cdiv(num_groups, _BLOCK),)](
         slots, wanted, lengths, token_ids, drafts, found, num_groups, token_ids.stride(0),
-        MOST=most, BLOCK=_BLOCK, num_warps=4,
+        MOST=most, BLOCK=_BLOCK, num_warps=4, **_overlap(slots),
     )  # fmt: skip

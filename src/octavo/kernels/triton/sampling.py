@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _after_previous, _overlap
+
 NUM_PARAMS = 16
 TEMPERATURE, TOP_P, MIN_P, TOP_K, REPETITION, FREQUENCY, PRESENCE = range(7)
 STREAM_LOW, STREAM_HIGH, NUM_PROMPT_TOKENS, MIN_TOKENS, FLAGS, NUM_LOGPROBS, PENALTY_ROW = range(7, 14)
@@ -119,7 +121,9 @@ def _best_of_split_kernel(
     GATHERED: tl.constexpr,
     TRUNCATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    _after_previous(OVERLAP)
     row = tl.program_id(0)
     slot = tl.load(row_slots + row)
     if slot < 0:
@@ -178,7 +182,9 @@ def _best_of_row_kernel(
     splits,
     GATHERED: tl.constexpr,
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
+    OVERLAP: tl.constexpr,
 ):
+    _after_previous(OVERLAP)
     row = tl.program_id(0)
     slot = tl.load(row_slots + row)
     draws = slot >= 0
@@ -245,12 +251,12 @@ def draw_tokens(
     partial = torch.empty(3, num_rows, splits, dtype=torch.int32, device=logits.device)
     _best_of_split_kernel[(num_rows, splits)](
         logits, row_slots, row_slots, positions, samples, params, row_slots, row_slots, partial, logits.stride(0),
-        vocab_size, blocks_per_split, GATHERED=False, TRUNCATED=False, BLOCK=_BLOCK, num_warps=4,
+        vocab_size, blocks_per_split, GATHERED=False, TRUNCATED=False, BLOCK=_BLOCK, num_warps=4, **_overlap(logits),
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         partial, row_slots, row_slots, positions, samples, params, token_ids_table, out, out,
         token_ids_table.stride(0), vocab_size, splits, GATHERED=False, SPLITS=triton.next_power_of_2(splits),
-        num_warps=1,
+        num_warps=1, **_overlap(logits),
     )  # fmt: skip
 
 
@@ -280,9 +286,10 @@ def redraw_tokens(
     _best_of_split_kernel[(num_rows, splits)](
         logits, source_rows, row_slots, positions, row_slots, params, cut_keys, cut_ids, partial, logits.stride(0),
         vocab_size, blocks_per_split, GATHERED=True, TRUNCATED=cuts is not None, BLOCK=_BLOCK, num_warps=4,
+        **_overlap(logits),
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         partial, target_rows, row_slots, positions, row_slots, params, token_ids_table, out, seen,
         token_ids_table.stride(0), vocab_size, splits, GATHERED=True, SPLITS=triton.next_power_of_2(splits),
-        num_warps=1,
+        num_warps=1, **_overlap(logits),
     )  # fmt: skip

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _after_previous, _overlap
+
 _BLOCK = 128
 _COLUMNS = 1024  # of features that a program copies
 
@@ -26,8 +28,10 @@ def _follow_kernel(
     num_rows,
     num_items,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The first programs see to the rows, the others to the items."""
+    _after_previous(OVERLAP)
     programs_of_rows = tl.cdiv(num_rows, BLOCK)
     program = tl.program_id(0)
     if program < programs_of_rows:
@@ -64,8 +68,9 @@ def follow_rows(
     num_rows, num_items = len(row_slots), len(items)
     programs = triton.cdiv(num_rows, _BLOCK) + triton.cdiv(num_items, _BLOCK)
     _follow_kernel[(programs,)](
-        row_slots, offsets, lengths, starts, positions, items, num_rows, num_items, BLOCK=_BLOCK, num_warps=4
-    )
+        row_slots, offsets, lengths, starts, positions, items, num_rows, num_items, BLOCK=_BLOCK, num_warps=4,
+        **_overlap(row_slots),
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -89,7 +94,9 @@ def _verify_kernel(
     MOST: tl.constexpr,
     SYNTHETIC: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    _after_previous(OVERLAP)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = group < num_groups
     num_drafts = tl.load(num_drafts_ptr + group, mask=here, other=-1)
@@ -144,7 +151,7 @@ def verify_rows(
     _verify_kernel[(triton.cdiv(num_groups, _BLOCK),)](
         first_rows, num_drafts, row_slots, positions, cu_q, input_ids, drawn, ready, lengths, counts, num_groups, 1,
         0.0 if acceptance is None else acceptance, MOST=most, SYNTHETIC=acceptance is not None, BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=4, **_overlap(lengths),
     )  # fmt: skip
 
 
@@ -152,7 +159,9 @@ def verify_rows(
 def _place_kernel(
     group_slots_ptr, drafts_ptr, found_ptr, asked_ptr, lengths_ptr, counts_ptr, ready_ptr, token_ids_ptr, verdict_ptr,
     num_groups, stride, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _after_previous(OVERLAP)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = group < num_groups
     slot = tl.load(group_slots_ptr + group, mask=there, other=-1)
@@ -193,7 +202,7 @@ def place_drafts(
     num_groups, most = drafts.shape
     _place_kernel[(triton.cdiv(num_groups, _BLOCK),)](
         group_slots, drafts, found, asked, lengths, counts, ready, token_ids, verdict, num_groups, token_ids.stride(0),
-        MOST=most, BLOCK=_BLOCK, num_warps=4,
+        MOST=most, BLOCK=_BLOCK, num_warps=4, **_overlap(lengths),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _after_previous, _launch, _overlap
 
 _WORDS = 1024  # words that a program of apply_diff copies
 _TOKENS = 128  # tokens that a program of build_inputs serves
@@ -97,8 +97,10 @@ def _build_inputs_kernel(
     block_tables_stride,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """num_halvings: bits of num_rows + 1, enough to search cu_q [num_rows + 1]."""
+    _after_previous(OVERLAP)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_range = token < num_tokens
     # The first entry of cu_q past the token's index; rows without tokens are stepped over. It stays in [low, high].
@@ -227,6 +229,7 @@ def build_inputs(
         BLOCK_SIZE=block_size,
         BLOCK=_TOKENS,
         num_warps=4,
+        **_overlap(cu_q),
     )
 
 
