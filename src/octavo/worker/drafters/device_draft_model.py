@@ -53,7 +53,7 @@ class DeviceModelDrafter:
         self._widest = reach_of(most)
         # By slot: how many of the last known tokens have no KV yet, at most; negative after guesses, which have theirs.
         self._missing: dict[int, int] = {}
-        passes = PassSizes(*sizes, _WIDTHS, self._widest)
+        passes = PassSizes(*sizes, most, _WIDTHS, self._widest)
         self._passes = DraftPasses(self._compute, attention, block_tables, passes, use_graphs)
         self._kernels = triton.get()
         device, most_sequences = block_tables.device, self._passes.max_sequences

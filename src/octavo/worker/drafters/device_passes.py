@@ -21,17 +21,21 @@ from octavo.worker.staging import EarlyCopies, upload
 
 Ints = NDArray[np.int32]
 
-_WIDEST_SIZE = 16  # sequences up to which the widest first pass is recorded too: of more, the device's part is longer
+# Sequences up to which the widest first pass is recorded too, and further passes in one: of more, the device's part is
+# longer, and microseconds between two passes count for less.
+_FEW = 16
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # sequences that passes are padded to
 
 
 class PassSizes(NamedTuple):
-    """block_size: tokens of a KV block. max_sequences: that are served in a step, beyond which none is. widths:
-    ascending, tokens of each sequence in the first pass, on average, that graphs are recorded for; widest: the most of
-    one sequence. lag: how far the last token that the first pass takes is behind the last that is known."""
+    """block_size: tokens of a KV block. max_sequences: that are served in a step, beyond which none is. most: guesses
+    of a sequence. widths: ascending, tokens of each sequence in the first pass, on average, that graphs are recorded
+    for; widest: the most of one sequence. lag: how far the last token that the first pass takes is behind the last that
+    is known."""
 
     block_size: int
     max_sequences: int
+    most: int
     widths: Sequence[int]
     widest: int
     lag: int = 0
@@ -86,8 +90,9 @@ class _Buffers:
 class DraftPasses:
     """The first pass goes over the last known tokens of each sequence, and each further one over one token of each.
 
-    The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. Each pass
-    is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless both are many.
+    The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. The first
+    pass is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless both are many;
+    so is each further one, or of few sequences all of them together.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class DraftPasses:
         self._compute = compute
         self._attention = attention
         self._block_tables = block_tables
-        self._block_size, max_sequences, self._widths, self._widest, self._lag = sizes
+        self._block_size, max_sequences, self._most, self._widths, self._widest, self._lag = sizes
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self.max_sequences = largest = self._sizes[-1]
@@ -107,7 +112,7 @@ class DraftPasses:
         """int32 [>= N + 1]: 0, 1, 2 and so on."""
         self._copies = EarlyCopies(device)
         self._use_graphs = use_graphs
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and width
+        self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}  # by size, width and number of passes
         if use_graphs:
             self._pool = torch.cuda.graph_pool_handle()  # passes follow each other: one for all
             self._stream = torch.cuda.Stream()
@@ -119,8 +124,10 @@ class DraftPasses:
         width = next((width for width in self._widths if width * size >= total), self._widest)
         self._describe(batch.rows, asked, self._buffers[size])
         most = max(each.wanted for each in asked)
-        for index in range(most):
-            self._launch(size, 0 if index else width, batch.lengths, batch.token_ids)
+        self._launch(size, width, 1, batch.lengths, batch.token_ids)
+        together = most - 1 if size <= _FEW else 1
+        for _ in range(0, most - 1, max(1, together)):
+            self._launch(size, 0, together, batch.lengths, batch.token_ids)
         self._copies.read()
         return most
 
@@ -131,10 +138,12 @@ class DraftPasses:
                 buffers = self._buffers[size]
                 buffers.words.fill_(-1)
                 buffers.last_rows.zero_()
-                widest = (self._widest,) if size <= _WIDEST_SIZE else ()
-                for width in (*widest, *reversed(self._widths), 0):
+                widths = (*([self._widest] if size <= _FEW else []), *reversed(self._widths))
+                further = range(1, self._most if size <= _FEW else min(2, self._most))
+                passes = [*((width, 1) for width in widths), *((0, count) for count in further)]
+                for width, count in passes:
                     buffers.made.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
-                    self._launch(size, width, lengths, token_ids)
+                    self._launch(size, width, count, lengths, token_ids)
             self._copies.read()
 
     def place_prompts(self, rows: Sequence[PlanRow], token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,18 +231,19 @@ class DraftPasses:
             words[begin : begin + len(part)] = part
         self._copies.copy(words, buffers.words)
 
-    def _launch(self, size: int, width: int, lengths: Tensor, token_ids: Tensor) -> None:
-        """A pass. The tables are the same at each call."""
+    def _launch(self, size: int, width: int, count: int, lengths: Tensor, token_ids: Tensor) -> None:
+        """As many passes, of one kind. The tables are the same at each call."""
 
         def compute() -> None:
-            self._compute(size, width, lengths, token_ids)
+            for _ in range(count):
+                self._compute(size, width, lengths, token_ids)
 
-        key = size, width
+        key = size, width, count
         if key in self._graphs:
             self._graphs[key].replay()
             return
         compute()  # which also compiles, and sets up libraries
-        if self._use_graphs and (width in (0, *self._widths) or size <= _WIDEST_SIZE):
+        if self._use_graphs and (width in (0, *self._widths) or size <= _FEW):
             self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
 
 
