@@ -122,11 +122,16 @@ def main() -> int:
     args = ap.parse_args()
     on_gpu = torch.cuda.is_available()
     options: Row = {"dtype": "float32", "max_model_len": 2048, "enable_prefix_caching": False}
-    options |= {"gpu_memory_utilization": 0.3} if on_gpu else {"threads": args.threads}
+    options |= {} if on_gpu else {"threads": args.threads}
+    # Of the device's memory, with what the other engine has.
+    plain_share, share = ({"gpu_memory_utilization": most} for most in (0.3, 0.6)) if on_gpu else ({}, {})
     config: Row = {"method": args.method, "num_speculative_tokens": args.drafts, "adaptive": not args.fixed}
     if args.draft is not None:
         config["model"] = args.draft
-    engines = Engine(LLM(args.model, **options)), Engine(LLM(args.model, speculative_config=config, **options))
+    engines = (
+        Engine(LLM(args.model, **options, **plain_share)),
+        Engine(LLM(args.model, speculative_config=config, **options, **share)),
+    )
     tokenizer = engines[0].llm.get_tokenizer()
     work = {
         kind: [(prompt.tokens(tokenizer), prompt) for prompt in prompts(kind, tokenizer.vocab_size)[: args.prompts]]

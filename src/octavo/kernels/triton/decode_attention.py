@@ -26,6 +26,7 @@ _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
 # Floats of partial results that a program holds at once while it merges. Where rows may share items there is code for
 # one row and for several, and more would take the registers that let three programs stand on a multiprocessor.
 _COMBINE_TILE, _COMBINE_TILE_BESIDE, _COMBINE_TILE_SHARED = 8192, 4096, 8192
+_FEW_PROGRAMS = tl.constexpr(96)  # those of a sequence by itself: so many let the next kernel in at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +272,7 @@ def _decode_kernel(
             begin = tl.maximum(begin, first_visible // TILE * TILE)
     block_table = block_tables + slot.to(tl.int64) * table_stride
     blocks = _load_blocks(block_table, begin, tl.where(slot >= 0, end, begin), BLOCK_SIZE, TILE)
-    _after_previous(OVERLAP)
+    _after_previous(OVERLAP, FEW=_FEW_PROGRAMS)
     if slot < 0:
         return
 

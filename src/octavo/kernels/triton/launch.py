@@ -29,18 +29,19 @@ def _overlap(tensor: Tensor) -> dict[str, bool]:
 
 
 @triton.jit
-def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False):
+def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False, FEW: tl.constexpr = _FEW_PROGRAMS):
     """Wait for all kernels before this one on the stream, then let the next one start.
 
     Every program of a kernel with OVERLAP calls this, and before it reads at most weights and what the step's first
     kernels wrote, and writes nothing: all but the kernel just ahead have ended by then. The next one is let in after
     the wait, never before: a third kernel would else run beside the first without knowing. FILLS: a kernel that keeps
     the device full, so that the next one's programs come in as its own leave, and is followed by a small one. Of the
-    others only the smallest let the next one in: programs that wait beside many would be dealt out unevenly.
+    others only the smallest, of up to FEW programs, let the next one in: programs that wait beside many would be dealt
+    out unevenly.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        if FILLS or tl.num_programs(0) * tl.num_programs(1) <= _FEW_PROGRAMS:
+        if FILLS or tl.num_programs(0) * tl.num_programs(1) <= FEW:
             tl.extra.cuda.gdc_launch_dependents()
 
 
