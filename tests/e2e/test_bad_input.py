@@ -67,6 +67,7 @@ CASES: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, completion(logit_bias={"5": 101}), 400, "logit_bias"),
     (COMPLETIONS, completion(logprobs=21), 400, "logprobs"),
     (COMPLETIONS, completion(min_tokens=5), 400, "min_tokens"),
+    (COMPLETIONS, completion(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1), 400, None),
     (COMPLETIONS, completion(stream=True, prompt_logprobs=1), 400, "prompt_logprobs"),
     (COMPLETIONS, completion(suffix="x"), 400, "suffix"),
     (COMPLETIONS, completion(stream_options={"include_usage": True}), 400, "stream_options"),

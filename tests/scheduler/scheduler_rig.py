@@ -315,7 +315,9 @@ class Rig:
             assert all(output.finish_reason == "error" for output in outputs)
         else:
             bad = {index % len(plan.rows) for index in row_errors}
-            rows = [RowResult([], error="NaN") if i in bad else row for i, row in enumerate(result.rows)]
+            rows = [
+                RowResult([], error="NaN", refused=i % 2 == 1) if i in bad else r for i, r in enumerate(result.rows)
+            ]
             outputs = self.scheduler.commit(plan, StepResult(plan.step_id, rows, result.seconds))
         self.record(outputs)
         self.check()

@@ -328,3 +328,15 @@ def test_a_row_error_ends_one_request_and_its_cache_entries():
     rig.drain()
     assert rig.accounts["c"].last.num_cached_tokens == 0
     assert rig.accounts["d"].last.num_cached_tokens == 8
+
+
+def test_a_row_that_is_refused_leaves_its_cache_entries():
+    rig = Rig(config())
+    rig.add(make_request("a", [0] * 9, 4))
+    rig.add(make_request("b", [1] * 9, 4))
+    rig.submit()
+    ends = {output.request_id: output for output in rig.commit(frozenset([0, 1]))}
+    assert (ends["a"].refused, ends["b"].refused) == (False, True)
+    rig.add(make_request("c", [1] * 9, 1))
+    rig.drain()
+    assert rig.accounts["c"].last.num_cached_tokens == 8

@@ -104,7 +104,8 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 
     draft_ids: guesses at the tokens to come that are ready for the next row, no more than were asked for.
     prompt_logprobs: for prompt positions start+1 .. start+length of the row that lie in the prompt.
-    error: the row's own failure (NaN logits, say); its request ends with it, the others go on.
+    error: the row's own failure (NaN logits, say); its request ends with it, the others go on. refused: that error is
+    the request's own fault.
     embedding: of a sequence with pooling whose prompt ends with this row (protocol.pooling.floats).
     """
 
@@ -114,6 +115,7 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     embedding: bytes | None = None
     draft_ids: tuple[int, ...] = ()
+    refused: bool = False
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -137,13 +137,13 @@ class Scheduler:
         self._drafts.observe_step(plan, result)
         outputs: list[TokenOutput] = []
         for sequence, row_result in zip(step.sequences, rows):
-            if sequence is not None and row_result.error is not None:
+            if sequence is not None and row_result.error is not None and not row_result.refused:
                 self._distrust(sequence, plan.step_id)
         for sequence, row, row_result in zip(step.sequences, plan.rows, rows):
             if sequence is None:
                 continue
             if row_result.error is not None:
-                outputs.append(self._end(sequence, "error", error=row_result.error))
+                outputs.append(self._end(sequence, "error", row_result.error, row_result.refused))
                 continue
             if sequence.status is not Status.RUNNING:
                 continue  # it took blocks of one that failed, and starts over

@@ -37,19 +37,19 @@ class _Drawn:
         self._drafts = drafts
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._error: str | None = None
+        self._failed: RowResult | None = None
 
     def take(self, result: RowResult) -> bool:
         """The draw at the next position. Returns whether the next but one is to be drawn: the guess came true."""
-        self._error = result.error
+        self._failed = result if result.error is not None else None
         self._token_ids += result.token_ids
         self._logprobs += result.logprobs or []
         count = len(self._token_ids)
-        return self._error is None and count <= len(self._drafts) and self._token_ids[-1] == self._drafts[count - 1]
+        return self._failed is None and count <= len(self._drafts) and self._token_ids[-1] == self._drafts[count - 1]
 
     def result(self) -> RowResult:
-        if self._error is not None:
-            return RowResult([], error=self._error)
+        if self._failed is not None:
+            return self._failed
         return RowResult(self._token_ids, self._logprobs or None)
 
 

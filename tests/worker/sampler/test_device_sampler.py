@@ -20,7 +20,7 @@ from octavo.protocol.plan import RowResult
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.sampler.random import stream_of
-from octavo.worker.sampler.sampler import BAD_ROW, Sampler
+from octavo.worker.sampler.sampler import Sampler, failed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 60
@@ -217,8 +217,7 @@ def test_bad_rows_cost_themselves_only():
         rig.enter(slot, row)
     with np.errstate(all="ignore"):
         results = rig.step(logits, [0, 1, 2, 3, 4], [1] * 5)
-    for row in (1, 2, 3):
-        assert results[row] == RowResult(token_ids=[], error=BAD_ROW)
+    assert results[1:4] == [failed(1), failed(1), failed(2)]
     for row in (0, 4):
         assert results[row] == one(logits[row], rows[row])
 

@@ -101,7 +101,7 @@ def test_a_row_without_a_distribution_is_bad_alone(wish, value, dtype):
     before = logits.clone()
     sampler = Sampler(4, VOCAB, CPU)
     sampled = sample(sampler, logits, [row] * 4)
-    assert sampled.bad.tolist() == [False, True, True, False]
+    assert sampled.bad.tolist() == [0, 1, 1, 0]
     assert sampled.token_ids[1:3].tolist() == [0, 0]
     results = sampler.to_rows(sampled)
     assert [result.error is None for result in results] == [True, False, False, True]
@@ -129,7 +129,7 @@ def test_a_batch_too_large_to_work_on_at_once_draws_the_same():
 def test_masking_every_token_makes_the_row_bad():
     row = Sequence(SamplingParams(seed=5, min_tokens=5, stop_token_ids=[0, 1]), [1], 1)  # 2 ends every output
     sampled = sample(Sampler(1, 3, CPU), torch.zeros(1, 3), [row])
-    assert sampled.bad.tolist() == [True]
+    assert sampled.bad.tolist() == [2]
 
 
 def test_seeds():

@@ -18,7 +18,7 @@ from octavo.protocol.plan import RowResult
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.sampler.logits_processors import takes_prompt
-from octavo.worker.sampler.sampler import BAD_ROW, Sampler
+from octavo.worker.sampler.sampler import Sampler, failed
 from octavo.worker.sampler.token_lists import token_lists
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +102,7 @@ def test_a_word_that_began_in_the_prompt_may_end(draw: Draw) -> None:
 @BOTH
 def test_drawing_without_a_token_left_is_an_error_of_the_row(draw: Draw) -> None:
     row = row_of([1], 1, allowed_token_ids=[3], bad_words_token_ids=[[3]])
-    assert draw(row, torch.zeros(VOCAB), 1) == RowResult(token_ids=[], error=BAD_ROW)
+    assert draw(row, torch.zeros(VOCAB), 1) == failed(2)
 
 
 @BOTH
@@ -147,7 +147,7 @@ def test_a_processor_that_fails_ends_its_row_and_says_why(
 ) -> None:
     with caplog.at_level(logging.ERROR), np.errstate(all="ignore"):
         result = draw(row_of([1], 1, logits_processors=[wrong]), torch.zeros(VOCAB), 1)
-    assert result == RowResult(token_ids=[], error=BAD_ROW)
+    assert result == failed(1)
     assert "logits_processors" in caplog.text
 
 

@@ -12,7 +12,7 @@ from sampler_reference import CPU, EOS, PROPERTY, Sequence, grid_logits
 from octavo.protocol.plan import PlanRow, RowResult
 from octavo.protocol.sampling import SamplingParams
 from octavo.protocol.structured import StructuredOutputsParams
-from octavo.worker.sampler.sampler import BAD_ROW, Sampler
+from octavo.worker.sampler.sampler import Sampler, failed
 from octavo.worker.sampler.token_masks import apply_masks
 
 VOCAB = 60
@@ -130,5 +130,5 @@ def test_min_tokens_does_not_bar_the_only_way_to_end(draw):
 @BOTH
 def test_a_mask_that_leaves_nothing_is_an_error_of_its_row(draw):
     results = draw(torch.zeros(2, VOCAB), [row_of({}, 0), row_of({}, 1)], [packed(set()), packed({4})])
-    assert results[0].error == BAD_ROW
+    assert results[0] == failed(2)
     assert results[1].token_ids == [4]

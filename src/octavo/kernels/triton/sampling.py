@@ -205,9 +205,10 @@ def _best_of_row_kernel(
         ids = tl.load(at + plane, mask=mask, other=_NO_ID)
         value = tl.max(best, 0)
         bad = tl.max(tl.load(at + 2 * plane, mask=mask, other=0), 0)
-        bad = tl.where(value == float("-inf"), 1, bad)
+        bad = tl.where((value == float("-inf")) & (bad == 0), 2 if GATHERED else 1, bad)
         if GATHERED:
-            bad = tl.maximum(bad, tl.load(out + target * 2 + 1))
+            before = tl.load(out + target * 2 + 1)
+            bad = tl.where(before != 0, before, bad)
         token = tl.where(bad != 0, 0, tl.min(tl.where(best == value, ids, _NO_ID), 0))
         position = tl.load(positions + row)
         tl.store(token_ids_table + slot.to(tl.int64) * table_stride + position, token)
@@ -275,7 +276,8 @@ def redraw_tokens(
     """Draw once more for n rows, from processed or truncated logits, with the random numbers of `draw_tokens`.
 
     logits: [*, V]; row i draws from logits[source_rows[i]] and overwrites out[target_rows[i]], whose bad flag stays
-    where it is set. source_rows, target_rows, row_slots, positions: int32 [n]; slots >= 0 and distinct.
+    where it is set, and is 2 where these logits are the first that have no finite one. source_rows, target_rows,
+    row_slots, positions: int32 [n]; slots >= 0 and distinct.
     cuts: what `truncation_cuts` found, or None for no truncation. seen: int32 [*, V], see `count_tokens`: the drawn
     token is counted there for the slots that have a penalty row. The rest: as for `draw_tokens`.
     """

@@ -19,7 +19,7 @@ from octavo.kernels.triton.sampling_truncation import truncation_cuts
 from octavo.protocol.plan import PlanRow, RowResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler.device_token_lists import DeviceTokenLists
-from octavo.worker.sampler.sampler import BAD_ROW
+from octavo.worker.sampler.sampler import failed
 from octavo.worker.sampler.slots import SlotParams, slot_params
 from octavo.worker.sampler.token_masks import apply_masks
 
@@ -210,7 +210,7 @@ class DeviceSampler:
             if not drawn:
                 results.append(RowResult(token_ids=[]))
             elif draws[2 * row + 1]:
-                results.append(RowResult(token_ids=[], error=BAD_ROW))
+                results.append(failed(draws[2 * row + 1]))
             else:
                 results.append(RowResult(token_ids=[draws[2 * row]], logprobs=logprobs.get(row)))
         return results

@@ -29,14 +29,23 @@ _DRAWS = {"all": temperature.draw, "top_k": top_k.draw, "top_p": top_p.draw}
 _ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _MOST_ELEMENTS_AT_ONCE = 2**26
 
-BAD_ROW = "the model's output for this request is not a number, or no token is possible"
+_FAILURES = {
+    1: "the model's output for this request, or what logits_processors made of it, is not a number",
+    2: "no token is possible: allowed_token_ids, bad_words, min_tokens and structured outputs together exclude all",
+}
+
+
+def failed(reason: int) -> RowResult:
+    """Of a row that draws nothing. reason: 1 where the logits hold NaN or +inf or no finite one, which is the model's
+    doing; 2 where masks leave no finite one, which is the request's."""
+    return RowResult(token_ids=[], error=_FAILURES[reason], refused=reason == 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
     """What one call of `Sampler.sample` drew, on the device.
 
-    token_ids: int64 [R]. bad: bool [R], rows without a distribution; their token is 0.
+    token_ids: int64 [R]. bad: int8 [R], why a row has no distribution, see `failed`, or 0; such a row's token is 0.
     logprobs: of the rows in logprob_rows, in their order, each of which asked for its number in
     num_logprobs; None where no row asked.
     """
@@ -112,12 +121,14 @@ class Sampler:
         processed = self._process(logits, slots, params, positions, masks)
         row_max = processed.amax(-1, keepdim=True).float()
         bad = ~row_max.isfinite().squeeze(-1)  # amax hands on NaN; +inf has no softmax either
-        if processed is not logits:  # a masked or biased NaN is still one
-            bad |= ~logits.amax(-1).isfinite()
+        # A masked or biased NaN is still one.
+        is_model = bad if processed is logits else ~logits.amax(-1).isfinite()
+        bad = bad | is_model
         token_ids = _draw(processed, row_max, bad, params, positions)
         self._penalties.count(slots, params, token_ids)
         self._histories.append(slots, token_ids)
-        return token_ids, bad
+        is_masked = ~is_model & (row_max == -torch.inf).squeeze(-1)
+        return token_ids, bad.to(torch.int8) + is_masked
 
     def to_rows(self, sampled: Sampled) -> list[RowResult]:
         """Bring a sample to the host, in one copy: a RowResult a row. Waits for the device."""
@@ -131,7 +142,7 @@ class Sampler:
         entries = [packed[i : i + width] for i in range(0, len(packed), width or 1)]
         logprobs = dict(zip(sampled.logprob_rows, to_protocol(entries, sampled.num_logprobs)))
         return [
-            RowResult(token_ids=[], error=BAD_ROW)
+            failed(int(bad[row]))
             if bad[row]
             else RowResult(token_ids=[int(token_ids[row])], logprobs=[logprobs[row]] if row in logprobs else None)
             for row in range(num_rows)
