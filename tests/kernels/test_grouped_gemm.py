@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.kernels.reference import grouped_gemm as reference
 from octavo.kernels.triton.activation import silu_and_mul
 from octavo.kernels.triton.grouped_gemm import GroupedPlan, dequantize_grouped, grouped_linear
-from octavo.kernels.triton.grouped_numbers import _LOOKED_UP, _table_words
+from octavo.kernels.triton.grouped_numbers import _BF16_NUMBERS, _LOOKED_UP, _table_words
 from octavo.quantization.four_bit import TABLES, CodeTable
 from octavo.quantization.grouped import Codes, chunk_size, weight_of
 
@@ -138,7 +138,7 @@ def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 
 def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Registers, uint32, after the instructions that look codes up."""
+    """Registers, uint32, after the instructions that look codes up or take them apart."""
     registers = dict(inputs)
     for line in text.strip("{}").split(";"):
         name, *operands = re.findall(r"[^\s,]+", line)[:6] or [""]
@@ -155,6 +155,18 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return registers
 
 
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # by nibble of a word: its number, of the low half's four, then of the high half's
+
+
+def test_instructions_that_take_codes_apart() -> None:
+    words = np.random.default_rng(1).integers(0, 1 << 32, 200, dtype=np.uint32)
+    found = run_ptx(_BF16_NUMBERS.value, {"$4": words})
+    for nibble, number in enumerate(_ORDER):
+        bits = found[f"${number // 2}"] >> 16 * (number % 2) & 0xFFFF
+        expected = torch.from_numpy((words >> 4 * nibble & 15).astype(np.int32) + 128).bfloat16()
+        np.testing.assert_array_equal(bits, expected.view(torch.int16).numpy().view(np.uint16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_instructions_that_look_codes_up(name: CodeTable, dtype: torch.dtype) -> None:
@@ -168,6 +180,6 @@ def test_instructions_that_look_codes_up(name: CodeTable, dtype: torch.dtype) ->
     found = run_ptx(_LOOKED_UP.value, inputs)
     expected = table.cpu().to(dtype).view(torch.int16).numpy().view(np.uint16)
     word = inputs["$4"]
-    for nibble, number in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):  # of the low half's four, then of the high half's
+    for nibble, number in enumerate(_ORDER):
         register = found[f"${number // 2}"]
         np.testing.assert_array_equal(register >> 16 * (number % 2) & 0xFFFF, expected[word >> 4 * nibble & 15])

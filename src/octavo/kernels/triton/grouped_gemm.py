@@ -3,8 +3,8 @@
 The weight lies in chunks of columns, as octavo.quantization.grouped packs it. A program takes BLOCK_N rows and walks
 along the chunks: bytes come in by asynchronous copies, become numbers in registers by setting the exponent around the
 bits (exact), or by permuting the bytes of a table, and go into the tensor cores. Few tokens multiply the whole numbers,
-and the sum of each group is scaled in float32; many tokens multiply scaled numbers, rounded to the activations' dtype,
-so that sums stay in the cores.
+in bfloat16 with 128 added to them, and the sum of each group is scaled in float32, and the 128 taken off by the sum of
+the tokens' own; many tokens multiply scaled numbers, rounded to the activations' dtype, so that sums stay in the cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.grouped_numbers import (
-    _bf16_bytes,
+    _bytes,
     _codes,
     _low_and_high,
     _ones,
@@ -91,9 +91,34 @@ def _product(w, x, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _add(
+    acc,
+    product,
+    sums,
+    w,
+    x,
+    ones,
+    scale,
+    minimum,
+    HAS_MINIMUM: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    SWAP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """(acc, product, sums) with the numbers w [BLOCK_N, H] of a group multiplied by x [BLOCK_M, H]: in acc, scaled
+    before, or in product, to be scaled, with the sums of x, in each row the same, for the minimum."""
+    if SCALE_FIRST:
+        acc = _product(_scaled_first(w, scale, minimum, HAS_MINIMUM, FAST), x, acc, SWAP)
+    else:
+        product = _product(w, x, product, SWAP)
+        if HAS_MINIMUM:
+            sums = _product(ones, x, sums, SWAP)
+    return acc, product, sums
+
+
+@triton.jit
 def _with_scale(acc, product, sums, scale, minimum, HAS_MINIMUM: tl.constexpr, SWAP: tl.constexpr):
-    """acc plus what a group adds. product: of its numbers; sums: of the tokens' numbers, in each row the same; scale,
-    minimum: float32 [BLOCK_N]."""
+    """acc plus what a group adds, see _add. scale, minimum: float32 [BLOCK_N]."""
     acc += product * (scale[:, None] if SWAP else scale[None, :])
     if HAS_MINIMUM:
         acc += sums * (minimum[:, None] if SWAP else minimum[None, :])
@@ -101,8 +126,9 @@ def _with_scale(acc, product, sums, scale, minimum, HAS_MINIMUM: tl.constexpr, S
 
 
 @triton.jit
-def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, HAS_MINIMUM: tl.constexpr):
-    """(scale float32, zero int32, minimum float32) [BLOCK_N] of a group of columns; what is not there is 0."""
+def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, HAS_MINIMUM: tl.constexpr, PLUS: tl.constexpr = False):
+    """(scale float32, zero int32, minimum float32) [BLOCK_N] of a group of columns; what is not there is 0. PLUS: the
+    minimum is of numbers that are the codes plus 128."""
     at = group * N + columns
     stored = tl.load(scale_ptr + at, mask=mask, other=0)
     minimum = tl.load(minimum_ptr + at, mask=mask, other=0.0) if HAS_MINIMUM else tl.zeros(columns.shape, tl.float32)
@@ -111,6 +137,8 @@ def _group_of(scale_ptr, minimum_ptr, group, columns, N, mask, HAS_MINIMUM: tl.c
     else:
         scale = (stored & -256).to(tl.float32, bitcast=True)
         zero = stored.to(tl.int8).to(tl.int32)
+    if PLUS:
+        minimum -= (zero + 136).to(tl.float32) * scale
     return scale, zero, minimum
 
 
@@ -163,6 +191,7 @@ def _grouped_kernel(
     _after_previous(OVERLAP, FILLS=not GATED)
     # To take 128 and the zero off the numbers takes longer than to multiply the sums of the tokens' by them.
     PLUS: tl.constexpr = BITS == 4 and not HAS_TABLE and not SCALE_FIRST and tl.bfloat16 == DTYPE and BLOCK_M <= 16
+    SUMS: tl.constexpr = PLUS or HAS_MINIMUM
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         for within in tl.static_range(UNROLL):
@@ -170,45 +199,30 @@ def _grouped_kernel(
             at = chunk * CHUNK
             raw = tl.load(w_rows + chunk * N * WIDTH, eviction_policy="evict_first")
             x = tl.load(x_rows + at, mask=in_rows[:, None], other=0.0)
-            scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, HAS_MINIMUM)
+            scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, at // GROUP, n, N, in_columns, HAS_MINIMUM, PLUS)
             zeros, ones = tl.zeros_like(acc), _ones(raw, DTYPE, FAST)
             if BITS == 8:
-                if FAST and tl.bfloat16 == DTYPE:
-                    w = _bf16_bytes(raw)
-                else:
-                    w = (raw.to(tl.int32) - 128).to(tl.float32).to(DTYPE)
-                if SCALE_FIRST:
-                    acc = _product(_scaled_first(w, scale, minimum, HAS_MINIMUM, FAST), x, acc, SWAP)
-                else:
-                    sums = _product(ones, x, zeros, SWAP) if HAS_MINIMUM else zeros
-                    acc = _with_scale(acc, _product(w, x, zeros, SWAP), sums, scale, minimum, HAS_MINIMUM, SWAP)
+                w = _bytes(raw, DTYPE, FAST)
+                acc, product, sums = _add(acc, zeros, zeros, w, x, ones, scale, minimum, SUMS, SCALE_FIRST, SWAP, FAST)
             else:
                 x_high = tl.load(x_rows + at + WIDTH, mask=in_rows[:, None], other=0.0)
                 low, high = _low_and_high(raw, zero + 8, table_ptr, words, HAS_TABLE, PLUS, DTYPE, FAST)
-                if SCALE_FIRST:
-                    acc = _product(_scaled_first(low, scale, minimum, HAS_MINIMUM, FAST), x, acc, SWAP)
-                else:
-                    product = _product(low, x, zeros, SWAP)
-                    sums = _product(ones, x, zeros, SWAP) if PLUS or HAS_MINIMUM else zeros
-                    if PLUS:
-                        minimum -= (zero + 136).to(tl.float32) * scale
-                    if GROUP % CHUNK:
-                        acc = _with_scale(acc, product, sums, scale, minimum, PLUS or HAS_MINIMUM, SWAP)
-                        product, sums = zeros, zeros
+                acc, product, sums = _add(
+                    acc, zeros, zeros, low, x, ones, scale, minimum, SUMS, SCALE_FIRST, SWAP, FAST
+                )
                 if GROUP % CHUNK:  # the high half may be in another group
-                    scale, zero, minimum = _group_of(
-                        scale_ptr, minimum_ptr, (at + WIDTH) // GROUP, n, N, in_columns, HAS_MINIMUM
-                    )
+                    if not SCALE_FIRST:
+                        acc = _with_scale(acc, product, sums, scale, minimum, SUMS, SWAP)
+                        product, sums = zeros, zeros
+                    group = (at + WIDTH) // GROUP
+                    scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, group, n, N, in_columns, HAS_MINIMUM, PLUS)
                     if not (HAS_TABLE or PLUS):
                         _, high = _low_and_high(raw, zero + 8, table_ptr, words, HAS_TABLE, PLUS, DTYPE, FAST)
-                    if PLUS:
-                        minimum -= (zero + 136).to(tl.float32) * scale
-                if SCALE_FIRST:
-                    acc = _product(_scaled_first(high, scale, minimum, HAS_MINIMUM, FAST), x_high, acc, SWAP)
-                else:
-                    product = _product(high, x_high, product, SWAP)
-                    sums = _product(ones, x_high, sums, SWAP) if PLUS or HAS_MINIMUM else zeros
-                    acc = _with_scale(acc, product, sums, scale, minimum, PLUS or HAS_MINIMUM, SWAP)
+                acc, product, sums = _add(
+                    acc, product, sums, high, x_high, ones, scale, minimum, SUMS, SCALE_FIRST, SWAP, FAST
+                )
+            if not SCALE_FIRST:
+                acc = _with_scale(acc, product, sums, scale, minimum, SUMS, SWAP)
     if SWAP:
         acc = tl.trans(acc)
     row, columns = m[:, None], n[None, :]

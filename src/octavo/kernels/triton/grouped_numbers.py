@@ -60,6 +60,12 @@ def _bf16_bytes(raw):
     )
 
 
+@triton.jit
+def _bytes(raw, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """raw: uint8. raw - 128 in DTYPE."""
+    return _bf16_bytes(raw) if FAST and tl.bfloat16 == DTYPE else (raw.to(tl.int32) - 128).to(tl.float32).to(DTYPE)
+
+
 # The numbers of a table of 16, by permutations of bytes. Operands: four bytes with two codes each; then the table as
 # `_table_words` has it, every word four times, once for each byte. Bits 0 to 2 of a code choose among eight bytes, bit
 # 3 between two such choices; low and high bytes are chosen apart, put together, and paired with those 16 bits up.
