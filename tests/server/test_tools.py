@@ -42,7 +42,7 @@ def options(**changes: Any) -> ServerOptions:
 
 async def streamed(rig: Rig, **body: Any) -> dict[str, Any]:
     """A streamed chat's first choice, put together as clients do it."""
-    stream = await rig.openai.chat.completions.create(model="fake", messages=USER, stream=True, **body)
+    stream = await rig.openai.chat.completions.create(**{"model": "fake", "messages": USER, "stream": True} | body)
     whole: dict[str, Any] = {"content": "", "reasoning": "", "old": "", "calls": {}, "reasons": []}
     async for chunk in stream:
         (choice,) = chunk.choices
@@ -200,6 +200,15 @@ async def test_a_prompt_may_open_the_reasoning() -> None:
         whole = await streamed(rig, extra_body={"chat_template_kwargs": {"think": True}})
         assert (whole["reasoning"], whole["content"]) == ("hm", "yes")
         assert (await streamed(rig))["content"] == "hm</think>yes"
+
+
+async def test_a_message_that_is_continued_reasons_on_only_where_it_does() -> None:
+    fields = {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}}
+    async with saying(b"hm</think>yes", options=options(reasoning_parser="deepseek_r1")) as rig:
+        for begun, expected in (("<think>Well, ", ("hm", "yes")), ("Sure, ", ("", "hm</think>yes"))):
+            messages = [*USER, {"role": "assistant", "content": begun}]
+            whole = await streamed(rig, messages=messages, **fields)
+            assert (whole["reasoning"], whole["content"]) == expected
 
 
 def marks(is_open: bool) -> ReasoningMarks:

@@ -9,7 +9,7 @@ from parser_rig import FUNCTIONS, check_every_cut, events_of, merged
 
 from octavo.structured.chat_output import output_parser
 from octavo.structured.events import collect
-from octavo.structured.reasoning.registry import REASONING_PARSERS
+from octavo.structured.reasoning.registry import REASONING_PARSERS, reasoning_marks
 
 HARMONY = "<|channel|>analysis<|message|>hm, 2<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>"
 
@@ -39,6 +39,27 @@ CASES = [
 def test_reasoning_and_answer(name: str, prompt: str, text: str, reasoning: str, content: str) -> None:
     whole = collect(check_every_cut(lambda: REASONING_PARSERS[name](prompt), text))
     assert (whole.reasoning, whole.content, whole.calls) == (reasoning, content, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "begun", "text", "reasoning", "content"),
+    [
+        ("qwen3", "<think>\nWell, ", "hm\n</think>\n\nyes", "hm", "yes"),
+        ("qwen3", "<think>hm</think>So", " yes <think>", "", " yes <think>"),
+        ("qwen3", "Sure", "<think>hm</think>", "", "<think>hm</think>"),
+        ("qwen3", "", "<think>hm</think>yes", "hm", "yes"),
+        ("deepseek_r1", "Sure, ", "yes", "", "yes"),
+        ("deepseek_r1", "<think>Well", " hm</think>yes", "hm", "yes"),
+        ("mistral", "[THINK]Well", " hm[/THINK]yes", "hm", "yes"),
+        ("granite", "Here is my thought process: Well", " hm Here is my response: yes", "hm", "yes"),
+        ("openai_gptoss", "Sure", ", yes", "", ", yes"),
+    ],
+)
+def test_a_message_that_is_continued(name: str, begun: str, text: str, reasoning: str, content: str) -> None:
+    whole = collect(check_every_cut(lambda: REASONING_PARSERS[name]("<assistant>" + begun, begun), text))
+    assert (whole.reasoning, whole.content, whole.calls) == (reasoning, content, [])
+    marks = reasoning_marks(name, "<assistant>" + begun, begun)
+    assert (marks is not None and marks.is_open) == (bool(reasoning) and bool(begun))
 
 
 def test_every_parser_is_tested() -> None:

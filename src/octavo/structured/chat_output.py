@@ -32,23 +32,31 @@ class _Chain:
 
 
 def output_parser(
-    tool_parser: str | None, reasoning_parser: str | None, functions: Functions, prompt: str, strict: bool = False
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+    functions: Functions,
+    prompt: str,
+    strict: bool = False,
+    begun: str | None = None,
 ) -> OutputParser | None:
     """The parser for one output that follows `prompt`; None where nothing is to be parsed.
 
     tool_parser, reasoning_parser: names in the registries; harmony is parsed once for both.
-    functions: those that may be called. strict: the output was held to `tools.strict.strict_calls_tag`.
+    functions: those that may be called. strict: the output was held to `tools.strict.strict_calls_tag`. begun:
+    see reasoning_marks.
     """
     parsers = STRICT_PARSERS if strict else TOOL_PARSERS
     tools = None if tool_parser is None else parsers[tool_parser](functions)
     if reasoning_parser is None or isinstance(tools, HarmonyParser):
         return tools
-    return after_reasoning(reasoning_parser, tools, prompt)
+    return after_reasoning(reasoning_parser, tools, prompt, begun)
 
 
-def after_reasoning(reasoning_parser: str | None, parser: OutputParser | None, prompt: str) -> OutputParser | None:
+def after_reasoning(
+    reasoning_parser: str | None, parser: OutputParser | None, prompt: str, begun: str | None = None
+) -> OutputParser | None:
     """`parser` for what follows the reasoning, where that is told apart."""
     if reasoning_parser is None:
         return parser
-    reasoning = REASONING_PARSERS[reasoning_parser](prompt)
+    reasoning = REASONING_PARSERS[reasoning_parser](prompt, begun)
     return reasoning if parser is None else _Chain(reasoning, parser)

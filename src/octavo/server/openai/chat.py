@@ -88,7 +88,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         ids = params.truncated(ids, self.context.max_model_len)
         default = self.context.generation_defaults.get("max_tokens")
         params = with_max_tokens(params, len(ids), default, self.context, names)
-        run.reasoning = self.tool_calling.marks(text, params)
+        run.reasoning = self.tool_calling.marks(body, text, params)
         run.add(text, ids, params, names)
 
     async def prompt_of(self, body: ChatBody) -> tuple[str, list[int]]:

@@ -31,7 +31,8 @@ class OutputFormat:
     """How the outputs of one request are to be parsed. functions: those that may be called.
 
     constrained: after its reasoning, the output is held to a schema, so that it is calls and nothing else; of `named`
-    alone, where that is given. strict: it may be anything, but calls in it are held to their schemas.
+    alone, where that is given. strict: it may be anything, but calls in it are held to their schemas. begun: the text
+    of the message that the output continues, if any.
     """
 
     tool_parser: str | None
@@ -40,6 +41,7 @@ class OutputFormat:
     constrained: bool = False
     named: str | None = None
     strict: bool = False
+    begun: str | None = None
 
     @property
     def needs_special_tokens(self) -> bool:
@@ -49,10 +51,12 @@ class OutputFormat:
     def parser(self, prompt: str) -> OutputParser | None:
         """A new one, for one output that follows `prompt`; None where the text is the content."""
         if self.named is not None:
-            return after_reasoning(self.reasoning_parser, NamedCallParser(self.functions, self.named), prompt)
+            return after_reasoning(
+                self.reasoning_parser, NamedCallParser(self.functions, self.named), prompt, self.begun
+            )
         if self.constrained:
-            return after_reasoning(self.reasoning_parser, RequiredCallsParser(self.functions), prompt)
-        return output_parser(self.tool_parser, self.reasoning_parser, self.functions, prompt, self.strict)
+            return after_reasoning(self.reasoning_parser, RequiredCallsParser(self.functions), prompt, self.begun)
+        return output_parser(self.tool_parser, self.reasoning_parser, self.functions, prompt, self.strict, self.begun)
 
 
 class ToolCalling:
@@ -101,12 +105,13 @@ class ToolCalling:
             except ValueError as error:
                 raise invalid(f"{error} (--reasoning-parser NAME)", "thinking_token_budget") from None
 
-    def marks(self, prompt: str, params: SamplingParams) -> ReasoningMarks | None:
-        """The marks that outputs after `prompt` are to be watched for; None where these decide nothing."""
+    def marks(self, body: ChatBody, prompt: str, params: SamplingParams) -> ReasoningMarks | None:
+        """The marks that outputs after `prompt`, made of the body, are to be watched for; None where these decide
+        nothing."""
         parser = self._options.reasoning_parser
         if parser is None or (params.structured_outputs is None and params.thinking_token_budget is None):
             return None
-        return reasoning_marks(parser, prompt)
+        return reasoning_marks(parser, prompt, _begun(body))
 
     def format(self, body: ChatBody) -> OutputFormat:
         """For a body that has been checked."""
@@ -118,6 +123,7 @@ class ToolCalling:
             constrained=calls and _is_constrained(body),
             named=body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None,
             strict=_first_strict(body) is not None,
+            begun=_begun(body),
         )
 
     def wish(self, body: ChatBody) -> Wish | None:
@@ -191,3 +197,11 @@ def _first_strict(body: ChatBody) -> int | None:
 
 def _functions(body: ChatBody) -> Functions:
     return {tool.function.name: tool.function.parameters for tool in body.tools or ()}
+
+
+def _begun(body: ChatBody) -> str | None:
+    """The text of the message that the output continues."""
+    if not body.continue_final_message:
+        return None
+    content = body.messages[-1].content
+    return content if content is None or isinstance(content, str) else "".join(part.text for part in content)

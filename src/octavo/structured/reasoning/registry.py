@@ -1,10 +1,13 @@
 """The reasoning parsers by name, and the marks they look for. Each is told the prompt's text, whose end may have opened
-or closed the reasoning."""
+or closed the reasoning, and the text with which the output's own message has begun, where that is continued."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
+
+import msgspec
 
 from octavo.protocol.reasoning import ReasoningMarks
 from octavo.structured.events import OutputParser
@@ -54,15 +57,16 @@ SPECIAL_MARKS = frozenset({"mistral", "openai_gptoss"})
 FORCIBLE = tuple(sorted(set(_MARKS) - {"openai_gptoss"}))
 
 
-def reasoning_marks(parser: str, prompt: str) -> ReasoningMarks | None:
+def reasoning_marks(parser: str, prompt: str, begun: str | None = None) -> ReasoningMarks | None:
     """The marks of an output that follows `prompt`; None where that has closed the reasoning.
 
-    Raises ValueError for an unknown parser.
+    begun: the last message's text, which the output continues; None for a message of its own. Raises ValueError for an
+    unknown parser.
     """
     if parser not in _MARKS:
         raise ValueError(f"reasoning_parser={parser!r} is unknown; allowed: {', '.join(sorted(_MARKS))}")
-    marks = _MARKS[parser](prompt)
-    closed = any(_ends(prompt, closing + marks.header_end) for closing in marks.closings)
+    marks = _marks(parser, prompt, begun)
+    closed = bool(begun) or any(_ends(prompt, closing + marks.header_end) for closing in marks.closings)
     return None if closed and not marks.is_open else marks
 
 
@@ -77,14 +81,31 @@ def check_budget(parser: str | None) -> None:
         )
 
 
-def _parser(name: str, prompt: str) -> OutputParser:
+def _marks(name: str, prompt: str, begun: str | None) -> ReasoningMarks:
+    """A message that has begun reasons on where its text has opened the reasoning and not closed it, and else no
+    more."""
+    marks = _MARKS[name](prompt)
+    if not begun:
+        return marks
+    opened = max((begun.rfind(mark) for mark in marks.openings), default=-1)
+    closed = max(begun.rfind(mark) for mark in marks.closings)
+    return msgspec.structs.replace(marks, openings=(), is_open=opened > closed)
+
+
+class _MakesParser(Protocol):
+    def __call__(self, prompt: str, begun: str | None = None) -> OutputParser:
+        """For one output; see reasoning_marks."""
+        ...
+
+
+def _parser(name: str, prompt: str, begun: str | None = None) -> OutputParser:
     if name == "openai_gptoss":
         return HarmonyParser(None)
-    marks = _MARKS[name](prompt)
+    marks = _marks(name, prompt, begun)
     return TaggedReasoning(marks.openings, marks.closings, marks.is_open)
 
 
-REASONING_PARSERS: dict[str, Callable[[str], OutputParser]] = {name: partial(_parser, name) for name in _MARKS}
+REASONING_PARSERS: dict[str, _MakesParser] = {name: partial(_parser, name) for name in _MARKS}
 
 
 def _ends(prompt: str, mark: str) -> bool:

@@ -11,7 +11,8 @@ class TaggedReasoning(IncrementalParser):
     Without a closing mark, all that follows the opening one is reasoning."""
 
     def __init__(self, openings: tuple[str, ...], closings: tuple[str, ...], is_open: bool) -> None:
-        """is_open: the prompt has opened the reasoning, or the model needs no mark for it."""
+        """openings: none where reasoning cannot begin any more. is_open: the prompt has opened it, or the model needs
+        no mark for it."""
         super().__init__()
         self._openings = openings
         self._closings = Markers(*closings)
@@ -20,7 +21,8 @@ class TaggedReasoning(IncrementalParser):
 
     def _parse(self) -> Script[None]:
         space = yield from self._spaces()
-        if (yield from self._accept(*self._openings)) or self._is_open:
+        opened = (yield from self._accept(*self._openings)) if self._openings else False
+        if opened or self._is_open:
             yield from self._spaces()
             yield from self._until(self._closings, self._reasoning)
             yield from self._spaces()
