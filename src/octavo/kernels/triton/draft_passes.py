@@ -150,8 +150,7 @@ def draft_rows(
 )
 def _read_drafts_kernel(
     slots_ptr, wanted_ptr, lengths_ptr, token_ids_ptr, drafts_ptr, found_ptr, num_groups, stride,
-    MOST: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    MOST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     _after_previous(OVERLAP)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -158,8 +158,7 @@ def verify_rows(
 @triton.jit(do_not_specialize=["num_groups", "stride"], do_not_specialize_on_alignment=["group_slots_ptr", "asked_ptr"])
 def _place_kernel(
     group_slots_ptr, drafts_ptr, found_ptr, asked_ptr, lengths_ptr, counts_ptr, ready_ptr, token_ids_ptr, verdict_ptr,
-    num_groups, stride, MOST: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    num_groups, stride, MOST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     _after_previous(OVERLAP)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
