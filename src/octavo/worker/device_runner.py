@@ -319,7 +319,7 @@ class DeviceRunner:
                 self._speculation.verify(buffers, shape)
             asked = self._asked(step.plan, plan_rows)
             self._activate(None)  # what guesses has no adapters, also where it shares layers with the model
-            if not step.plan.decodes:
+            if not decodes:
                 stage.sampled.record()
                 step.tells_draft_time = True
             guessing = asked, self._slots.token_ids, computed.features

@@ -24,8 +24,9 @@ from octavo.kernels.triton.launch import _after_previous, _overlap
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
 # Floats of partial results that a program holds at once while it merges. Where rows may share items there is code for
-# one row and for several, and more would take the registers that let three programs stand on a multiprocessor.
-_COMBINE_TILE, _COMBINE_TILE_BESIDE, _COMBINE_TILE_SHARED = 8192, 4096, 8192
+# several rows and, beside it, for one: more there would take the registers that let three programs stand on a
+# multiprocessor.
+_COMBINE_TILE, _COMBINE_TILE_BESIDE = 8192, 4096
 _MOST_UNROLLED = 32  # pieces whose merging is written out one by one: more take seconds to compile
 _FEW_PROGRAMS = tl.constexpr(96)  # those of a sequence by itself: so many let the next kernel in at once
 
@@ -191,7 +192,7 @@ def _constants(
         "TILE": config.tile,
         "SLIDING_WINDOW": sliding_window or 0,
         "COMBINE_ITEMS": max(1, min(_MOST_UNROLLED, tile // (group_size_padded * head_dim_padded))),
-        "COMBINE_ITEMS_SHARED": max(1, _COMBINE_TILE_SHARED // (queries * group_size_padded * head_dim_padded)),
+        "COMBINE_ITEMS_SHARED": max(1, _COMBINE_TILE // (queries * group_size_padded * head_dim_padded)),
         # bfloat16 queries meet an fp8 cache in float16: Hopper converts two fp8 numbers to float16 in one instruction
         # (exactly), and to bfloat16 in five, which would take longer than loading them.
         "VIA_FLOAT16": cache_dtype.itemsize == 1 and query_dtype == torch.bfloat16,

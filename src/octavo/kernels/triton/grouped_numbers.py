@@ -29,8 +29,6 @@ _BF16 = _NUMBERS.replace("MAGIC", "0x43004300")  # 128 + code
 _BF16_NUMBERS = tl.constexpr(_BF16 + "}")
 _BF16_LESS = tl.constexpr(_BF16 + _LESS.replace("TYPE", "bf16x2") + "}")
 _FP16_LESS = tl.constexpr(_NUMBERS.replace("MAGIC", "0x64006400") + _LESS.replace("TYPE", "f16x2") + "}")  # 1024 + code
-
-
 _BF16_ONES = tl.constexpr("mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;")
 _FP16_ONES = tl.constexpr("mov.b32 $0, 0x3C003C00; mov.b32 $1, 0x3C003C00;")
 
@@ -207,6 +205,7 @@ def _scaled(w, scale, FAST: tl.constexpr):
 
 @triton.jit
 def _scaled_first(w, scale, minimum, HAS_MINIMUM: tl.constexpr, FAST: tl.constexpr):
+    """The weight itself, of a group's numbers w [BLOCK_N, H], rounded to w's dtype; the rest as for _scaled."""
     w = _scaled(w, scale, FAST)
     if HAS_MINIMUM:
         w = (w.to(tl.float32) + minimum[:, None]).to(w.dtype)

@@ -125,9 +125,9 @@ class DraftPasses:
         self._describe(batch.rows, asked, self._buffers[size])
         most = max(each.wanted for each in asked)
         self._launch(size, width, 1, batch.lengths, batch.token_ids)
-        together = most - 1 if size <= _FEW else 1
-        for _ in range(0, most - 1, max(1, together)):
-            self._launch(size, 0, together, batch.lengths, batch.token_ids)
+        further = [most - 1] if size <= _FEW and most > 1 else [1] * (most - 1)
+        for count in further:
+            self._launch(size, 0, count, batch.lengths, batch.token_ids)
         self._copies.read()
         return most
 
