@@ -3,12 +3,13 @@
 probability, whatever they are.
 
     python benchmarks/gpu/speculation.py --model FOLDER [--draft FOLDER] [--acceptance 0.8] [--tokens 5] [--fixed]
-                                         [--plain-draft] [--batches 1,8,64,256] [--out FILE]
+                                         [--plain-draft] [--batches 1,8,64,256] [--sequences 48] [--out FILE]
 
 Random weights of the folders' config.json, the draft's in FP8 unless --plain-draft; --acceptance none: no speculation.
-Each batch: prompts of 512 random tokens and 192 output tokens, twice to warm up, then timed as often as makes 8
-sequences, or 48 where they guess: how often guesses come true is luck (at 0.8, five guesses each, 192 tokens take 44 to
-61 steps). Seconds are of the whole batch, ms of a token of one sequence, means both.
+All CUDA graphs are recorded first, as a server does while it has nothing else to do. Each batch: prompts of 512 random
+tokens and 192 output tokens, twice to warm up, then timed as often as makes --sequences (48; 8 without speculation):
+how often guesses come true is luck (at 0.8, five guesses each, 192 tokens take 44 to 61 steps). Seconds are of the whole
+batch, ms of a token of one sequence, means both.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import random
 import time
 from pathlib import Path
 from typing import Any
+
+import stepping
 
 from octavo import LLM, SamplingParams
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--fixed", action="store_true", help="always as many guesses as --tokens")
     parser.add_argument("--plain-draft", action="store_true", help="the draft's weights as its config.json has them")
     parser.add_argument("--batches", default="1,8,64,256")
+    parser.add_argument("--sequences", type=int, help="timed of each batch, as whole batches, one at least")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     options: dict[str, Any] = {}
@@ -51,12 +55,14 @@ def main() -> None:
     began = time.perf_counter()
     llm = LLM(str(args.model), load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, **options)
     print(f"ready in {time.perf_counter() - began:.1f} s", flush=True)
+    stepping.warm_up(llm)
+    sequences = args.sequences or (48 if options else 8)
     for batch in map(int, args.batches.split(",")):
         rng = random.Random(batch)
         vocabulary = range(1000, 100_000)
         seconds: list[float] = []
         before = llm.stats()
-        timed = max(1, (48 if options else 8) // batch)
+        timed = max(1, sequences // batch)
         for run in range(WARM_UPS + timed):
             prompts = [{"prompt_token_ids": rng.choices(vocabulary, k=PROMPT)} for _ in range(batch)]
             tokens = 1 if run == 0 else OUTPUT

@@ -21,9 +21,9 @@ _FIND_STEP = 1.25  # growth of that estimate at which drafts are ranked anew
 _UNBIASED_AGE = 12  # steps without a draft after which a row counts as chosen without regard to its acceptance
 _NEW_TRIED = 8.0  # drafts before which a row has not been chosen for its own sake
 
-_BUDGET = 0.006  # part of all time that probing may cost
-_PROMPT_BUDGET = 0.003  # part of all time that prompts may cost which nothing is expected of
-_FIRST_BUDGET, _MOST_BUDGET, _MOST_PROMPT_BUDGET = 3.0, 4.0, 3.0  # steps' worth of time
+_BUDGET = 0.003  # part of all time that probing may cost
+_PROMPT_BUDGET = 0.0015  # part of all time that prompts may cost which nothing is expected of
+_FIRST_BUDGET, _MOST_BUDGET, _MOST_PROMPT_BUDGET = 3.0, 2.0, 1.5  # steps' worth of time
 _PROBE_EVERY = 4  # steps between two probes: what the former brought is known by then
 _FIRST_PLAIN, _PLAIN_EVERY = 12, 48  # steps after which a step without drafts is tried again: at first, later
 _FAR, _PLAIN_SELDOM = 1.3, 4  # times the throughput of none from which on steps without drafts are tried so much less
@@ -31,7 +31,10 @@ _PLAIN_STEPS = 2  # in a row: the first verifies the drafts of before
 _MOST_SAMPLED = 8  # rows that a probe of acceptance takes
 _KEPT = 2  # steps for which a choice is kept
 _TYPICAL_OUTPUT = 256  # tokens that a sequence is expected to bring, unless it is allowed fewer
-_PROMPT_MARGIN = 2.5  # drafts must be expected to save so many times what the prompt costs
+# Drafts must be expected to save so many times what the prompt costs: before a pass was measured beside as many rows as
+# there are, and after.
+_FIRST_PROMPT_MARGIN, _PROMPT_MARGIN = 2.5, 1.75
+_TRIAL_STEPS, _MOST_TRIALS = 64, 4  # no more than so many prompts in so many steps of which nothing is expected
 _TELLING_PROMPT = 256  # tokens from which on the time of prompts tells what one costs
 _NUM_PROMPT_COSTS = 8  # of those measurements that are kept
 
@@ -105,6 +108,7 @@ class SpeculationPolicy:
         # Seconds that the draft model took for a prompt's token. Accidents make it long, none makes it short: the
         # least counts.
         self._prompt_costs: deque[float] = deque(maxlen=_NUM_PROMPT_COSTS)
+        self._trials_at, self._num_trials = 0, 0  # prompts of which nothing is expected, since that step
         self._saving = 0.0  # seconds that drafts save of a token, of _saving_rows rows in step _saving_at
         self._saving_rows, self._saving_at = 0, -_KEPT
         self._memory = [_MEMORY**seen for seen in range(max_drafts + 1)]
@@ -130,10 +134,19 @@ class SpeculationPolicy:
             self._saving = 1.0 / (plain.rate * (1.0 + MARGIN)) - 1.0 / best.rate  # without that they are not used
             self._saving_rows, self._saving_at = num_rows, self._now
         cost = num_prompt_tokens * min(self._prompt_costs)
-        loss = _PROMPT_MARGIN * cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
-        if loss > self._prompt_credit:
+        margin = _PROMPT_MARGIN if self._cost.knows_passes(num_rows) else _FIRST_PROMPT_MARGIN
+        loss = margin * cost - min(num_more, _TYPICAL_OUTPUT) * self._saving
+        if loss <= 0.0:
+            return True
+        # A few may be tried, to learn what passes beside as many rows take. More would be no use: a pass takes about as
+        # long for some of the rows as for all, so as a rule they get no drafts.
+        if self._now >= self._trials_at + _TRIAL_STEPS:
+            self._trials_at, self._num_trials = self._now, 0
+        price = max(loss, cost)
+        if price > self._prompt_credit or self._num_trials >= _MOST_TRIALS:
             return False
-        self._prompt_credit -= max(loss, 0.0)
+        self._num_trials += 1
+        self._prompt_credit -= price
         return True
 
     def num_to_propose(self, num_chosen: int) -> int:

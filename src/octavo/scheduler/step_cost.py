@@ -57,6 +57,7 @@ class StepCost:
         self._measured = [False] * _NUM_CORNERS
         self._most_tokens = 0  # in a step measured so far
         self._slopes: deque[float] = deque(maxlen=_NUM_SLOPES)  # seconds of a token in steps with prompts
+        self._rows_with_passes: set[int] = set()  # binary digits of numbers of rows that steps with passes had
         self._pass_rows = 0  # of the last step with passes
         self._noise = _FIRST_NOISE
         self._num_observed = 0
@@ -90,6 +91,7 @@ class StepCost:
             if not is_alike(num_rows, self._pass_rows):
                 variance[_PASS_SHARE] += _SHARE_SHIFT**2
             self._pass_rows = num_rows
+            self._rows_with_passes.add(num_rows.bit_length())
         estimate = sum(weight * mean[index] for index, weight in features)
         for index, _ in features:
             variance[index] += _DRIFT * self._scale[index] ** 2 * (now - self._seen[index])
@@ -146,6 +148,10 @@ class StepCost:
     def plain(self, num_rows: int) -> float:
         """Seconds that a step of so many rows takes without drafts."""
         return self._plain_seconds if self._knows_plain(num_rows) else self.estimate(num_rows, num_rows, 0, 0)[0]
+
+    def knows_passes(self, num_rows: int) -> bool:
+        """Whether passes have been measured in steps of about so many rows."""
+        return num_rows.bit_length() in self._rows_with_passes
 
     def _knows_plain(self, num_rows: int) -> bool:
         is_recent = self._num_observed - self._plain_at <= _PLAIN_LIFE

@@ -52,7 +52,7 @@ class DeviceHeadDrafter:
         self._attention = attention
         self._widest = reach_of(most)
         self._begins: dict[int, int] = {}  # by slot: the first position with features
-        passes = PassSizes(*sizes, most, sorted({2, (most + 3) // 2, most + 1}), self._widest, lag=1)
+        passes = PassSizes(*sizes, most, sorted({2, (most + 3) // 2, most + 1, self._widest}), lag=1)
         self._passes = DraftPasses(self._compute, attention, block_tables, passes, use_graphs)
         self._kernels = triton.get()
         device, count = block_tables.device, self._passes.max_sequences

@@ -22,7 +22,7 @@ from octavo.worker.drafters.device_passes import (
 )
 from octavo.worker.step_buffers import NUM_PARAMS
 
-_WIDTHS = (2, 3)  # tokens of each sequence in the first pass, on average, that graphs are recorded for
+_WIDTHS = 2, 3  # tokens of each sequence in the first pass, on average, where guesses are made in every step
 
 
 class DeviceModelDrafter:
@@ -53,7 +53,7 @@ class DeviceModelDrafter:
         self._widest = reach_of(most)
         # By slot: how many of the last known tokens have no KV yet, at most; negative after guesses, which have theirs.
         self._missing: dict[int, int] = {}
-        passes = PassSizes(*sizes, most, _WIDTHS, self._widest)
+        passes = PassSizes(*sizes, most, sorted({*_WIDTHS, self._widest}))
         self._passes = DraftPasses(self._compute, attention, block_tables, passes, use_graphs)
         self._kernels = triton.get()
         device, most_sequences = block_tables.device, self._passes.max_sequences

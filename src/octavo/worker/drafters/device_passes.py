@@ -21,8 +21,8 @@ from octavo.worker.staging import EarlyCopies, upload
 
 Ints = NDArray[np.int32]
 
-# Sequences up to which the widest first pass is recorded too, and further passes in one: of more, the device's part is
-# longer, and microseconds between two passes count for less.
+# Sequences up to which further passes are recorded in one: of more, the device's part is longer, and microseconds
+# between two passes count for less.
 _FEW = 16
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # sequences that passes are padded to
 
@@ -30,14 +30,13 @@ _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)  # s
 class PassSizes(NamedTuple):
     """block_size: tokens of a KV block. max_sequences: that are served in a step, beyond which none is. most: guesses
     of a sequence. widths: ascending, tokens of each sequence in the first pass, on average, that graphs are recorded
-    for; widest: the most of one sequence. lag: how far the last token that the first pass takes is behind the last that
-    is known."""
+    for; the last is the most of one sequence. lag: how far the last token that the first pass takes is behind the last
+    that is known."""
 
     block_size: int
     max_sequences: int
     most: int
     widths: Sequence[int]
-    widest: int
     lag: int = 0
 
 
@@ -91,8 +90,8 @@ class DraftPasses:
     """The first pass goes over the last known tokens of each sequence, and each further one over one token of each.
 
     The host knows upper bounds of where sequences end, by which work is planned; the device knows the ends. The first
-    pass is a CUDA graph, of as many sequences as it is padded to, and of as many tokens of each, unless both are many;
-    so is each further one, or of few sequences all of them together.
+    pass is a CUDA graph, of as many sequences and tokens as it is padded to; so is each further one, or of few
+    sequences all of them together.
     """
 
     def __init__(
@@ -102,13 +101,13 @@ class DraftPasses:
         self._compute = compute
         self._attention = attention
         self._block_tables = block_tables
-        self._block_size, max_sequences, self._most, self._widths, self._widest, self._lag = sizes
+        self._block_size, max_sequences, self._most, self._widths, self._lag = sizes
         self._sizes = [size for size in _SIZES if size <= max_sequences]
         self._kernels = triton.get()
         self.max_sequences = largest = self._sizes[-1]
         device = block_tables.device
         self._buffers = {size: self._buffers_for(size, device) for size in self._sizes}
-        self.numbers = torch.arange(largest * self._widest + 1, dtype=torch.int32, device=device)
+        self.numbers = torch.arange(largest * self._widths[-1] + 1, dtype=torch.int32, device=device)
         """int32 [>= N + 1]: 0, 1, 2 and so on."""
         self._copies = EarlyCopies(device)
         self._use_graphs = use_graphs
@@ -121,7 +120,7 @@ class DraftPasses:
         """All passes for these sequences, max_sequences of them at most. Returns how many: the most guesses wanted."""
         size = next(size for size in self._sizes if size >= len(asked))
         total = sum(each.width for each in asked)
-        width = next((width for width in self._widths if width * size >= total), self._widest)
+        width = next(width for width in self._widths if width * size >= total)
         self._describe(batch.rows, asked, self._buffers[size])
         most = max(each.wanted for each in asked)
         self._launch(size, width, 1, batch.lengths, batch.token_ids)
@@ -138,9 +137,8 @@ class DraftPasses:
                 buffers = self._buffers[size]
                 buffers.words.fill_(-1)
                 buffers.last_rows.zero_()
-                widths = (*([self._widest] if size <= _FEW else []), *reversed(self._widths))
                 further = range(1, self._most if size <= _FEW else min(2, self._most))
-                passes = [*((width, 1) for width in widths), *((0, count) for count in further)]
+                passes = [*((width, 1) for width in reversed(self._widths)), *((0, count) for count in further)]
                 for width, count in passes:
                     buffers.made.count.fill_(-1)  # a further pass is then the first one, for which everybody has room
                     self._launch(size, width, count, lengths, token_ids)
@@ -203,7 +201,7 @@ class DraftPasses:
         self._attention.prepare(DeviceBatch(*where, made.items, none, rows=None))
 
     def _buffers_for(self, size: int, device: torch.device) -> _Buffers:
-        rows = size * self._widest
+        rows = size * self._widths[-1]
         window, chain = (self._attention.max_items(count, count)[0] for count in (rows, size))
         return _Buffers(size, rows, (window, chain), device)
 
@@ -243,7 +241,7 @@ class DraftPasses:
             self._graphs[key].replay()
             return
         compute()  # which also compiles, and sets up libraries
-        if self._use_graphs and (width in (0, *self._widths) or size <= _FEW):
+        if self._use_graphs:
             self._graphs[key], _ = record_graph(compute, self._pool, self._stream)
 
 
