@@ -8,8 +8,8 @@ probability, whatever they are.
 Random weights of the folders' config.json, the draft's in FP8 unless --plain-draft; --acceptance none: no speculation.
 All CUDA graphs are recorded first, as a server does while it has nothing else to do. Each batch: prompts of 512 random
 tokens and 192 output tokens, twice to warm up, then timed as often as makes --sequences (48; 8 without speculation):
-how often guesses come true is luck (at 0.8, five guesses each, 192 tokens take 44 to 61 steps). Seconds are of the whole
-batch, ms of a token of one sequence, means both.
+how often guesses come true is luck (at 0.8, five guesses each, 192 tokens take 44 to 61 steps). Seconds are of the
+whole batch, ms of a token of one sequence, means both.
 """
 
 from __future__ import annotations
