@@ -56,12 +56,13 @@ def draw_batch(axes: Axes, batch: int, rows: list[Row], costs: tuple[float, floa
     if base is None:
         raise ValueError(f"batch {batch} has no row of acceptance none")
     guessing = [row for row in rows if row["acceptance"] != "none"]
-    for is_fixed, marker, color in ((True, "s", "tab:orange"), (False, "o", "tab:blue")):
-        some = [row for row in guessing if row["fixed"] == is_fixed]
-        points = sorted((float(row["acceptance"]), base / row["ms_a_token"]) for row in some)
-        if points:
-            label = f"always {some[0]['tokens']}, measured" if is_fixed else "adaptive, measured"
-            axes.plot(*zip(*points), marker, color=color, label=label)
+    for is_fixed, color in ((True, "tab:orange"), (False, "tab:blue")):
+        for marker, draft in zip("os^vD", sorted({row["draft"] for row in guessing})):
+            some = [row for row in guessing if row["fixed"] == is_fixed and row["draft"] == draft]
+            points = sorted((float(row["acceptance"]), base / row["ms_a_token"]) for row in some)
+            if points:
+                how = f"always {some[0]['tokens']}" if is_fixed else "adaptive"
+                axes.plot(*zip(*points), marker, color=color, label=f"{how}, {draft}")
     if costs is not None and guessing:
         most = guessing[0]["tokens"]
         fixed = [expected(a, most, *costs) for a in _POINTS]
@@ -99,7 +100,7 @@ def draw_kinds(axes: Axes, rows: list[Row], value: str, base: str | None) -> Non
 
 def draw(rows: list[Row], given_costs: list[str], out: Path) -> None:
     """Raises ValueError where there is nothing to draw, or no base to compare with."""
-    gpu = {(row["batch"], row["acceptance"], row["fixed"]): row for row in rows if "acceptance" in row}
+    gpu = {(row["batch"], row["acceptance"], row["fixed"], row["draft"]): row for row in rows if "acceptance" in row}
     kinds: dict[str, dict[tuple[str, str], Row]] = {}  # by device
     for row in rows:
         if row.get("benchmark") == "by_kind":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "speculation"
-GPU: dict[str, Any] = {"batch": 1, "fixed": True, "tokens": 5, "ms_a_token": 4.0}
+GPU: dict[str, Any] = {"batch": 1, "draft": None, "fixed": True, "tokens": 5, "ms_a_token": 4.0}
 KIND: dict[str, Any] = {"benchmark": "by_kind", "kind": "chat", "plain_tokens_s": 20.0, "drafts": 4}
 
 
@@ -34,7 +34,7 @@ def test_the_expected_speed_up(plot: Any) -> None:
 
 def test_the_picture(plot: Any, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
-    gpu = [GPU | {"acceptance": "none"}, GPU | {"acceptance": "0.8", "ms_a_token": 2.5}]
+    gpu = [GPU | {"acceptance": "none"}, GPU | {"acceptance": "0.8", "ms_a_token": 2.5, "draft": "small"}]
     kinds = [KIND | {"method": method, "tokens_a_step": 1.5, "tokens_s": 25.0} for method in ("ngram", "eagle")]
     plot.draw([*gpu, *kinds], ["1:0.2:0.1"], out)
     assert out.read_bytes().startswith(b"\x89PNG")

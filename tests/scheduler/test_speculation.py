@@ -228,6 +228,20 @@ def test_a_draft_model_is_shown_the_prompts_that_it_will_repay() -> None:
     assert SpeculationPolicy(4, adaptive=False).track(4096, 10_000_000, 1).is_enrolled
 
 
+def test_few_prompts_are_read_on_trial() -> None:
+    """Four in 64 steps, however cheap they are: guesses for few of many rows do not pay."""
+    policy = taught()
+    record = policy.track()
+    for _ in range(100):
+        policy.observe_row(record, 1, 0, 1)
+    for _ in range(2):
+        policy.observe_prompts(1000, 0.0, 1000, 1e-12)
+    for _ in range(3):
+        assert sum(policy.track(64, 1000, 200).is_enrolled for _ in range(100)) == 4
+        for _ in range(64):
+            policy.choose([record])
+
+
 def test_fixed_is_fixed() -> None:
     policy = SpeculationPolicy(3, adaptive=False)
     rows = [policy.track(), policy.track()]
