@@ -235,9 +235,9 @@ def test_few_prompts_are_read_on_trial() -> None:
     for _ in range(100):
         policy.observe_row(record, 1, 0, 1)
     for _ in range(2):
-        policy.observe_prompts(1000, 0.0, 1000, 1e-12)
+        policy.observe_prompts(1000, 0.0, 1000, 1e-6)
     for _ in range(3):
-        assert sum(policy.track(64, 1000, 200).is_enrolled for _ in range(100)) == 4
+        assert sum(policy.track(64, 1000, 1).is_enrolled for _ in range(100)) == 4
         for _ in range(64):
             policy.choose([record])
 
