@@ -180,7 +180,7 @@ class LLM:
         searches: dict[str, _Search] = {}
         batch = as_list(prompts)
         for prompt, lora in zip(batch, self._adapters(lora_request, len(batch))):
-            _, token_ids, _ = self._read(prompt)
+            token_ids = self._read(prompt).token_ids
             own = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, self._room(token_ids)))
             search = BeamSearch(own, self._eos_token_ids)
             searches[str(next(self._request_ids))] = _Search(search, token_ids, lora)
@@ -209,10 +209,7 @@ class LLM:
         """
         tokenizer = self.get_tokenizer()
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
-        texts = rendered_chats(tokenizer, conversations, rendering)
-        prompts: list[Prompt] = [
-            {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts
-        ]
+        prompts = rendered_chats(tokenizer, conversations, rendering)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def embed(
@@ -241,7 +238,7 @@ class LLM:
         wanted = PoolingParams(pooling or self._outputs.pooling, normalizes, dimensions)
         jobs = [(self._read(prompt, self._outputs.prefix), str(next(self._request_ids))) for prompt in as_list(prompts)]
         requests = []
-        for ((_, token_ids, cache_salt), request_id), lora in zip(jobs, self._adapters(lora_request, len(jobs))):
+        for ((_, token_ids, cache_salt, _), request_id), lora in zip(jobs, self._adapters(lora_request, len(jobs))):
             self._room(token_ids)
             requests.append(
                 Request(
@@ -264,7 +261,7 @@ class LLM:
                 EmbeddingOutput(floats(found[request_id].embedding or b"")),
                 found[request_id].num_cached_tokens,
             )
-            for (text, token_ids, _), request_id in jobs
+            for (text, token_ids, _, _), request_id in jobs
         ]
 
     def _embed(self, requests: list[Request], use_tqdm: bool) -> dict[str, TokenOutput]:
@@ -301,13 +298,13 @@ class LLM:
     def _prepare(
         self, prompt: Prompt, sampling: SamplingParams, priority: int, lora: LoRARequest | None
     ) -> tuple[_Job, list[Request]]:
-        text, token_ids, cache_salt = self._read(prompt)
+        text, token_ids, cache_salt, begun = self._read(prompt)
         sampling = spell_bad_words(sampling, self._tokenizer)
         sampling.check_vocabulary(self._vocab_size)
         token_ids = sampling.truncated(token_ids, self._max_model_len)
         room = self._room(token_ids)
         grammar = self._grammar(sampling)
-        reasoning = self._marks(sampling, text, token_ids)
+        reasoning = self._marks(sampling, text, token_ids, begun)
         job = _Job(str(next(self._request_ids)), text, token_ids, sampling, num_unfinished=sampling.num_completions)
         requests: list[Request] = []
         if sampling.use_beam_search:
@@ -352,7 +349,9 @@ class LLM:
         self._engine.open_grammars()  # meanwhile
         return self._grammars.compile(sampling.structured_outputs)
 
-    def _marks(self, sampling: SamplingParams, text: str | None, token_ids: list[int]) -> ReasoningMarks | None:
+    def _marks(
+        self, sampling: SamplingParams, text: str | None, token_ids: list[int], begun: str | None
+    ) -> ReasoningMarks | None:
         """The marks that the outputs are to be watched for. Raises ValueError for a budget without them."""
         if sampling.thinking_token_budget is not None:
             check_budget(self._reasoning_parser)
@@ -362,7 +361,7 @@ class LLM:
             return None
         if text is None:
             text = self.get_tokenizer().decode(token_ids, skip_special_tokens=False)
-        return reasoning_marks(self._reasoning_parser, text)
+        return reasoning_marks(self._reasoning_parser, text, begun)
 
     def _read(self, prompt: Prompt, prefix: str = "") -> ReadPrompt:
         """prefix: stands before a text."""

@@ -80,3 +80,21 @@ def test_what_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="thinking_token_budget=3 is refused with use_beam_search"):
         SamplingParams(thinking_token_budget=3, use_beam_search=True, temperature=0)
     assert SamplingParams(thinking_token_budget=-1).thinking_token_budget is None
+
+
+def test_a_continued_message_reasons_on_where_its_own_text_does(llm: LLM) -> None:
+    """The last message's text tells, not the prompt's end; contents may be parts."""
+
+    def continued(begun: str | list[dict[str, str]]) -> str:
+        conversation = [{"role": "user", "content": "Is 7 a prime?"}, {"role": "assistant", "content": begun}]
+        wishes = SamplingParams(max_tokens=24, seed=3, structured_outputs=WISH, thinking_token_budget=3)
+        open_end: Any = {"add_generation_prompt": False, "continue_final_message": True}
+        return llm.chat(conversation, wishes, use_tqdm=False, **open_end)[0].outputs[0].text
+
+    for opened in ("<think>\nSeven is", [{"type": "text", "text": "<think>\nSeven"}, {"type": "text", "text": " is"}]):
+        reasoning, mark, answer = continued(opened).partition("</think>")
+        assert reasoning
+        assert mark
+        assert set(json.loads(answer)) == {"prime"}
+    for closed in ("My answer: ", "<think>\nSeven is.\n</think>\n\n"):
+        assert set(json.loads(continued(closed))) == {"prime"}

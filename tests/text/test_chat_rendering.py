@@ -15,12 +15,16 @@ SOURCE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %};{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}"
 )
-TOKENIZER: Any = SimpleNamespace(chat_template=SOURCE, bos_token="<s>", eos_token=None)
+TOKENIZER: Any = SimpleNamespace(
+    chat_template=SOURCE, bos_token="<s>", eos_token=None, encode=lambda text, **_: list(text.encode())
+)
 
 
 def prompt(messages: Any, **rendering: Any) -> str:
-    [text] = rendered_chats(TOKENIZER, [messages], rendering)  # type: ignore[arg-type]
-    return text
+    [found] = rendered_chats(TOKENIZER, [messages], rendering)  # type: ignore[arg-type]
+    assert found.text is not None
+    assert found.token_ids == list(found.text.encode())
+    return found.text
 
 
 def test_tools_are_shown_where_the_template_knows_none() -> None:

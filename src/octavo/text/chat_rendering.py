@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from octavo.text.chat_template import RESERVED_VARIABLES, ChatTemplate, ContentFormat, Message
+from octavo.text.prompts import ReadPrompt
 from octavo.text.tokenizer import Tokenizer
 
 
@@ -34,7 +35,7 @@ class ChatRendering(TypedDict, total=False):
 
 def rendered_chats(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], rendering: ChatRendering
-) -> list[str]:
+) -> list[ReadPrompt]:
     """The prompt of each conversation. Raises TypeError for a field that is not known, ValueError for one that cannot
     be, for a template that refuses a conversation, or where there is no template."""
     known = ChatRendering.__annotations__
@@ -53,16 +54,24 @@ def rendered_chats(
     _check_tools(tools)
     content_format = rendering.get("chat_template_content_format", "auto")
     template = ChatTemplate.of(tokenizer, rendering.get("chat_template"), content_format)
-    return [
-        template.render(
+    continues = rendering.get("continue_final_message", False)
+    prompts = []
+    for conversation in conversations:
+        text = template.render(
             list(conversation),
             add_generation_prompt=rendering.get("add_generation_prompt", True),
-            continue_final_message=rendering.get("continue_final_message", False),
+            continue_final_message=continues,
             tools=tools or None,
             **variables,
         )
-        for conversation in conversations
-    ]
+        begun = _text_of(conversation[-1]) if continues else None
+        prompts.append(ReadPrompt(text, tokenizer.encode(text, add_special_tokens=False), begun=begun))
+    return prompts
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _check_tools(tools: object) -> None:

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-Prompt = str | dict[str, Any] | list[int]
-
 _KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 
 class ReadPrompt(NamedTuple):
-    """text: None of a prompt that came as token ids."""
+    """text: None of a prompt that came as token ids. begun: of a conversation whose last message is to be continued,
+    that message's text."""
 
     text: str | None
     token_ids: list[int]
-    cache_salt: str | None
+    cache_salt: str | None = None
+    begun: str | None = None
+
+
+Prompt = str | dict[str, Any] | list[int] | ReadPrompt
 
 
 def read_prompt(prompt: Prompt, encode: Callable[[str], list[int]], vocab_size: int) -> ReadPrompt:
     """A prompt in any of its forms. encode: text to token ids. Raises ValueError naming what it cannot have."""
     fields: dict[str, Any]
+    if isinstance(prompt, ReadPrompt):
+        return prompt
     if isinstance(prompt, str):
         fields = {"prompt": prompt}
     elif isinstance(prompt, dict):
