@@ -40,9 +40,10 @@ class Device:
 
     def __init__(self, draft: DraftTimes, acceptance: float, num_drafts: int, seed: int) -> None:
         self._draft = draft
+        self.seconds = self.plain_seconds = 0.0  # of decode steps with guesses; of their tokens without
         self._random, self._noise = random.Random(seed), random.Random(seed + 1)
         self._acceptance = acceptance
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=256,
                 max_num_batched_tokens=8192,
@@ -56,7 +57,7 @@ class Device:
 
     def run(self, name: str, num_requests: int, num_tokens: int) -> float:
         """Seconds until all have ended."""
-        scheduler, seconds = self._scheduler, 0.0
+        scheduler, seconds = self.scheduler, 0.0
         sampling = SamplingParams(ignore_eos=True, detokenize=False)
         for index in range(num_requests):
             prompt = [self._random.randrange(100_000) for _ in range(PROMPT)]
@@ -91,6 +92,10 @@ class Device:
         guessing = passes * (self._draft.one_pass + self._draft.row * len(decodes))
         guessing += self._draft.prompt_token * sum(length for length, asked in prompts if asked)
         own, guessing = (each * self._noise.uniform(0.98, 1.02) / 1000 for each in (own, guessing))
+        if plan.decodes and (passes or any(row.num_drafts for row in plan.rows)):
+            num_tokens = sum(len(row.token_ids) for row in rows)
+            self.seconds += own + guessing
+            self.plain_seconds += self._decode(len(decodes), len(decodes)) / 1000 * num_tokens / len(decodes)
         return StepResult(plan.step_id, rows, own + guessing, guessing)
 
     @staticmethod
@@ -126,3 +131,13 @@ def test_it_pays_or_stays_out(draft: DraftTimes, acceptance: float) -> None:
             assert speed[64] >= 1.03 or draft == AWQ, speed
         if acceptance >= 0.6:
             assert speed[8] >= 1.05
+
+
+def test_the_speed_of_steps_with_guesses_is_told() -> None:
+    device = Device(FP8, 0.8, MOST_DRAFTS, 0)
+    for run in range(4):
+        device.run(f"8-{run}", 8, OUTPUT if run else 1)
+    stats = device.scheduler.stats()
+    told, true = stats.plain_seconds_total / stats.guessing_seconds_total, device.plain_seconds / device.seconds
+    assert true > 1.4
+    assert told == pytest.approx(true, rel=0.05)

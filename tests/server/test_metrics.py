@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_rig import FakeEngine, Script, running, until
@@ -194,3 +195,7 @@ async def test_speculation_is_counted_where_there_is_any() -> None:
     line, _ = describe(SchedulerStats(), stats, 10.0)
     assert line is not None
     assert line.endswith(", Draft acceptance: 40.0%, 2.20 tokens a row with drafts")
+    timed = msgspec.structs.replace(stats, guessing_seconds_total=4.0, plain_seconds_total=7.0)
+    line, _ = describe(SchedulerStats(), timed, 10.0)
+    assert line is not None
+    assert line.endswith("2.20 tokens a row with drafts, 1.75x the speed of none")

@@ -57,3 +57,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     num_draft_tokens_total: int = 0  # guesses
     num_accepted_tokens_total: int = 0  # of these, those that came true
     num_accepted_by_position_total: tuple[int, ...] = ()  # the same by place in the row; none without speculation
+    # Of decode steps that verified or made guesses, as far as steps without are known: seconds, and those that their
+    # tokens would have taken without.
+    guessing_seconds_total: float = 0.0
+    plain_seconds_total: float = 0.0

@@ -101,6 +101,10 @@ class Drafts:
             return
         num_drafts = sum(row.num_drafts for row in plan.rows)
         num_passes = 0 if self._are_free else max(plan.drafts, default=0)
+        plain = self._policy.plain_seconds(len(plan.rows)) if num_drafts or num_passes else None
+        if plain is not None:
+            self._stats.seconds += result.seconds
+            self._stats.plain_seconds += plain * sum(len(row.token_ids) for row in result.rows) / len(plan.rows)
         self._policy.observe_step(len(plan.rows), plan.num_tokens, num_drafts, num_passes, result.seconds)
 
     def observe(self, sequence: Sequence, row: PlanRow, result: RowResult) -> None:
@@ -119,4 +123,6 @@ class Drafts:
             "num_draft_tokens_total": self._stats.num_draft_tokens,
             "num_accepted_tokens_total": self._stats.num_accepted_tokens,
             "num_accepted_by_position_total": tuple(self._stats.num_accepted_tokens_per_pos),
+            "guessing_seconds_total": self._stats.seconds,
+            "plain_seconds_total": self._stats.plain_seconds,
         }

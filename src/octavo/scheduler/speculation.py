@@ -215,6 +215,10 @@ class SpeculationPolicy:
             self._plain_at = self._now + self._plain_every
         self._cost.observe(num_rows, num_tokens, num_passes, num_drafts, seconds)
 
+    def plain_seconds(self, num_rows: int) -> float | None:
+        """What a step of so many rows takes without drafts, where such were measured lately."""
+        return self._cost.plain(num_rows) if self._cost.knows_plain(num_rows) else None
+
     def observe_prompts(
         self, num_tokens: int, seconds: float, num_draft_tokens: int = 0, draft_seconds: float = 0.0
     ) -> None:
@@ -313,12 +317,21 @@ class SpeculationPolicy:
 class SpeculationStats:
     """Counters of verified drafts since the start."""
 
-    __slots__ = ("num_accepted_tokens", "num_accepted_tokens_per_pos", "num_draft_tokens", "num_drafts")
+    __slots__ = (
+        "num_accepted_tokens",
+        "num_accepted_tokens_per_pos",
+        "num_draft_tokens",
+        "num_drafts",
+        "plain_seconds",
+        "seconds",
+    )
 
     def __init__(self, max_drafts: int) -> None:
         self.num_drafts = 0  # rows that verified drafts
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
+        self.seconds = 0.0  # of steps with drafts, where it is known what they would have taken without
+        self.plain_seconds = 0.0  # that
         self.num_accepted_tokens_per_pos = [0] * max_drafts
 
     def add(self, num_drafts: int, num_accepted: int) -> None:

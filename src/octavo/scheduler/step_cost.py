@@ -81,7 +81,7 @@ class StepCost:
         self._num_observed += 1
         self._most_tokens = max(self._most_tokens, num_tokens)
         if num_tokens == num_rows and not num_passes:
-            known = self._plain_seconds if self._knows_plain(num_rows) else seconds
+            known = self._plain_seconds if self.knows_plain(num_rows) else seconds
             gain = _SHORTER_GAIN if seconds < known else _LONGER_GAIN
             self._plain_seconds = known + gain * (min(seconds, _PLAIN_CLIP * known) - known)
             self._plain_rows, self._plain_at = num_rows, self._num_observed
@@ -147,13 +147,14 @@ class StepCost:
 
     def plain(self, num_rows: int) -> float:
         """Seconds that a step of so many rows takes without drafts."""
-        return self._plain_seconds if self._knows_plain(num_rows) else self.estimate(num_rows, num_rows, 0, 0)[0]
+        return self._plain_seconds if self.knows_plain(num_rows) else self.estimate(num_rows, num_rows, 0, 0)[0]
 
     def knows_passes(self, num_rows: int) -> bool:
         """Whether passes have been measured in steps of about so many rows."""
         return num_rows.bit_length() in self._rows_with_passes
 
-    def _knows_plain(self, num_rows: int) -> bool:
+    def knows_plain(self, num_rows: int) -> bool:
+        """Whether steps of about so many rows were measured lately without drafts."""
         is_recent = self._num_observed - self._plain_at <= _PLAIN_LIFE
         return is_recent and is_alike(num_rows, self._plain_rows)
 
