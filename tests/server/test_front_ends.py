@@ -199,7 +199,7 @@ async def test_all_drain(smollm2_path: Path, tmp_path: Path) -> None:
         await asyncio.sleep(0.2)
         server.process.send_signal(signal.SIGTERM)
         assert all(_done(text) for text in await asyncio.gather(*streams))
-        assert await asyncio.to_thread(server.process.wait, 10) == 0
+        assert await asyncio.to_thread(server.process.wait, 30) == 0
         assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
