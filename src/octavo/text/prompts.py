@@ -24,9 +24,11 @@ Prompt = str | dict[str, Any] | list[int] | ReadPrompt
 def read_prompt(prompt: Prompt, encode: Callable[[str], list[int]], vocab_size: int) -> ReadPrompt:
     """A prompt in any of its forms. encode: text to token ids. Raises ValueError naming what it cannot have."""
     fields: dict[str, Any]
+    begun = None
     if isinstance(prompt, ReadPrompt):
-        return prompt
-    if isinstance(prompt, str):
+        text, token_ids, cache_salt, begun = prompt
+        fields = {"prompt": text, "prompt_token_ids": token_ids, "cache_salt": cache_salt}
+    elif isinstance(prompt, str):
         fields = {"prompt": prompt}
     elif isinstance(prompt, dict):
         fields = prompt
@@ -43,7 +45,7 @@ def read_prompt(prompt: Prompt, encode: Callable[[str], list[int]], vocab_size: 
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"prompt_token_ids has {token_id}; allowed: 0..{vocab_size - 1}")
-    return ReadPrompt(text, token_ids, fields.get("cache_salt"))
+    return ReadPrompt(text, token_ids, fields.get("cache_salt"), begun)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
