@@ -31,6 +31,8 @@ CLOSED = {**POINT, "additionalProperties": False}
         (S(regex="a/b|\\."), ["a/b", "."], ["x"]),
         (S(choice=["yes", "no", 'say "é"\n\\']), ["yes", "no", 'say "é"\n\\'], ["ye", "yesno", ""]),
         (S(choice=["a", "a", "<eos>"]), ["a", "<eos>"], ["b"]),
+        (S(choice=["a", "ab", "abcd"]), ["a", "ab", "abcd"], ["abc", "b"]),
+        (S(choice=[str(number) for number in range(3000)]), ["0", "299", "2999"], ["3000", "01"]),
         (S(grammar='start: "x" NUM+\nNUM: /[0-9]/'), ["x1", "x123"], ["x", "1"]),
         (S(grammar='root ::= item ("," item)*\nitem ::= [a-c]+ | "(" root ")"'), ["a,bc", "(a,(b))"], ["", "a,", "(a"]),
         (tag(structures=[{"begin": "<f=a>", "schema": CLOSED, "end": "</f>"}], triggers=["<f"]),

@@ -32,6 +32,15 @@ def test_each_kind_alone_is_accepted_and_crosses_processes() -> None:
         assert params.completions(lambda: 1)[0].structured_outputs == params.structured_outputs
 
 
+def test_a_number_of_any_size_crosses_processes() -> None:
+    """MessagePack has 64 bits for an integer: a schema with larger ones becomes its text."""
+    assert S(json={"maximum": 2**64 - 1, "minimum": -(2**63)}).json == {"maximum": 2**64 - 1, "minimum": -(2**63)}
+    for number in (2**64, -(2**63) - 1, 10**23):
+        params = S(json={"properties": {"a": {"maximum": number}}})
+        assert params.json == f'{{"properties":{{"a":{{"maximum":{number}}}}}}}'
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=S) == params
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

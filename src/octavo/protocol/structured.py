@@ -49,6 +49,12 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             raise ValueError(f"structured_outputs.{kind} cannot be written as JSON: {error}") from None
         if size > MAX_TEXT_BYTES:
             raise ValueError(f"structured_outputs.{kind} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed")
+        if isinstance(self.json, dict):
+            # Between processes it goes as MessagePack, whose integers have 64 bits; a text holds any.
+            try:
+                msgspec.msgpack.encode(self.json)
+            except OverflowError:
+                msgspec.structs.force_setattr(self, "json", msgspec.json.encode(self.json).decode())
 
     @property
     def kind(self) -> str:

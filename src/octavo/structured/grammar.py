@@ -23,8 +23,9 @@ def grammar_of(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
     if kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(params.regex or ""))
     if kind == "choice":
-        choices = dict.fromkeys(params.choice or ())
-        return _lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+        # A terminal, of which any number of texts may be: rules are held to 2,000 that are possible at a time.
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(params.choice or ()))
+        return _lark(f"start: CHOICE\nCHOICE: {choices}")
     if kind == "grammar":
         return _lark(_lark_from(params.grammar or ""))
     options = json_options(params)
