@@ -34,7 +34,7 @@ def test_a_step_is_submitted_before_the_one_that_runs_ends(rows: list[int], host
     pacer, now = Pacer(), 0.0
     for _ in range(200):
         pacer.submitted(True, host, now, alone=False)
-    pacer.finished(rows[0], True, seconds(rows[0]), now)
+    pacer.finished(rows[0], rows[0], True, seconds(rows[0]), now)
     for before, running in itertools.pairwise(rows):
         began = now
         spare = pacer.spare(running, now)
@@ -42,17 +42,17 @@ def test_a_step_is_submitted_before_the_one_that_runs_ends(rows: list[int], host
         if before == running:
             assert spare > seconds(running) - 2 * host - 0.001
         now = began + seconds(running)
-        pacer.finished(running, True, seconds(running), now)
+        pacer.finished(running, running, True, seconds(running), now)
 
 
 def test_nothing_is_known_without_a_measured_decode_step() -> None:
     pacer = Pacer()
     pacer.submitted(True, 0.0, 0.0, alone=True)
     assert pacer.spare(1, 0.0) == 0
-    pacer.finished(1, True, None, 1.0)
-    pacer.finished(1, False, 0.1, 1.0)
+    pacer.finished(1, 1, True, None, 1.0)
+    pacer.finished(1, 9, False, 0.1, 1.0)
     assert pacer.spare(1, 1.0) == 0
-    pacer.finished(1, True, 0.005, 1.0)
+    pacer.finished(1, 1, True, 0.005, 1.0)
     assert 0.004 < pacer.spare(1, 1.0) < 0.005
     assert pacer.spare(1, 1.005) == 0
     # What runs alone began when it was submitted, not when the last step ended.
@@ -67,6 +67,7 @@ class Device:
     now: float = 0.0
     free_at: float = 0.0
     waited: float = 0.0  # how long it had nothing to do, between steps
+    preparing: list[float] = field(default_factory=list)  # host's seconds for what is yet to be prepared, last first
     plans: list[StepPlan] = field(default_factory=list)
     runner: FakeRunner = field(default_factory=FakeRunner)
 
@@ -75,11 +76,13 @@ class Device:
             self.waited += max(0.0, self.now - self.free_at)
         self.plans.append(plan)
         began = max(self.now, self.free_at)
-        self.free_at = began + seconds(len(plan.rows))
+        self.free_at = began + seconds(plan.num_tokens)
         return Running(self, self.runner.execute(plan), self.free_at - began, self.free_at)
 
     def warm_up(self) -> bool:
-        return False
+        if self.preparing:
+            self.now += self.preparing.pop()
+        return bool(self.preparing)
 
     def shutdown(self) -> None:
         pass
@@ -143,3 +146,41 @@ def test_a_request_joins_the_next_step_and_the_device_never_waits() -> None:
     assert device.waited == 0
     outputs = [o for message in channel.sent if isinstance(message, Outputs) for o in message.outputs]
     assert [t for o in outputs if o.request_id == "2" for t in o.new_token_ids] == expected([1, 2, 3], 5)
+
+
+def run_prompts(device: Device, lengths: list[int], most: int) -> None:
+    """All at once, in steps of up to so many tokens; then each decodes a little."""
+    config = SchedulerConfig(
+        max_num_seqs=16, max_num_batched_tokens=most, max_model_len=4096, block_size=16, num_blocks=8192
+    )
+    engine = Engine(Scheduler(config), device, 2, clock=lambda: device.now)
+    sampling = SamplingParams(max_tokens=4, seed=0)
+    for index, length in enumerate(lengths):
+        prompt = [index + 1] * length
+        engine.add(Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling, max_tokens=4))
+    while engine.has_work:
+        engine.step()
+
+
+@given(
+    st.lists(st.integers(1, 4000), min_size=1, max_size=12),
+    st.sampled_from([64, 512, 2048]),
+    st.lists(st.floats(0.001, 0.05), min_size=1, max_size=30),
+)
+def test_preparing_makes_no_device_wait(lengths: list[int], most: int, preparing: list[float]) -> None:
+    """As long as each preparation takes no longer than was to be expected."""
+    alone, device = Device(), Device(preparing=sorted(preparing))
+    run_prompts(alone, lengths, most)
+    run_prompts(device, lengths, most)
+    assert device.waited <= alone.waited + 1e-9
+    assert [plan.num_tokens for plan in device.plans] == [plan.num_tokens for plan in alone.plans]
+
+
+def test_long_prompts_leave_time_to_prepare() -> None:
+    """Steps of 2,048 tokens take 0.2 s, all but the last two of which a host could use for what takes 0.04."""
+    device = Device(preparing=[0.04] * 20)
+    run_prompts(device, [2048] * 12, 2048)
+    assert (device.preparing, device.waited) == ([], 0)
+    short = Device(preparing=[0.04] * 20)
+    run_prompts(short, [128] * 12, 128)
+    assert len(short.preparing) == 20

@@ -28,6 +28,7 @@ class _Step(NamedTuple):
     handle: StepHandle
     num_tokens: int
     decodes: bool
+    submitted: float  # when it was, on the engine's clock
 
 
 def _refusal(request: Request, error: Exception) -> TokenOutput:
@@ -62,6 +63,7 @@ class Engine:
         self._digests: dict[str, bytes] = {}  # of adapters, by id of a request that is yet to reach the scheduler
         self._pacer = Pacer()
         self._in_flight: deque[_Step] = deque()
+        self._has_more_to_prepare = True  # False once the executor said so; written by warm_up()
         self.num_step_tokens = 0  # tokens computed in the last step committed; written by step()
 
     @property
@@ -124,6 +126,8 @@ class Engine:
             pass
         if not self._in_flight:
             return self._released(refused)
+        if self._has_more_to_prepare and len(self._in_flight) > 1:
+            self._prepare()
         step = self._in_flight.popleft()
         plan, self.num_step_tokens = step.plan, step.num_tokens
         try:
@@ -131,9 +135,15 @@ class Engine:
         except Exception as error:
             _log.exception("step %d failed: its %d requests end with an error", plan.step_id, len(plan.rows))
             message = f"the step that computed this request failed: {type(error).__name__}"
+            self._finished(step, None)
             return self._released(refused + self._scheduler.fail(plan, message))
-        self._pacer.finished(len(plan.rows), step.decodes, result.seconds, self._clock())
+        self._finished(step, result.seconds)
         return self._released(refused + self._scheduler.commit(plan, result))
+
+    def _finished(self, step: _Step, seconds: float | None) -> None:
+        following = self._in_flight[0].submitted if self._in_flight else None
+        rows = len(step.plan.rows)
+        self._pacer.finished(rows, step.num_tokens, step.decodes, seconds, self._clock(), following)
 
     def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
         """The same outputs. Requests that end with one of them need their adapter no more."""
@@ -181,11 +191,20 @@ class Engine:
         plan = self._scheduler.schedule(began)
         if plan is None:
             return False
-        step = _Step(plan, self._executor.submit(plan), plan.num_tokens, plan.decodes)
+        handle, now = self._executor.submit(plan), self._clock()
+        step = _Step(plan, handle, plan.num_tokens, plan.decodes, now)
         self._in_flight.append(step)
-        now = self._clock()
         self._pacer.submitted(step.decodes, now - began, now, alone=len(self._in_flight) == 1)
         return True
+
+    def _prepare(self) -> None:
+        """Prepare what later steps need for as long as the device is kept busy by prompts in flight."""
+        num_tokens = sum(step.num_tokens for step in self._in_flight if not step.decodes)
+        began = self._clock()
+        while self._pacer.may_prepare(num_tokens, began) and self.warm_up():
+            now = self._clock()
+            self._pacer.prepared(now - began)
+            began = now
 
     def spare_seconds(self) -> float:
         """How long the next `step` may be put off, so that requests yet to come take part in it, without the device
@@ -196,7 +215,8 @@ class Engine:
 
     def warm_up(self) -> bool:
         """Prepare a little of what steps need. False: nothing is left to prepare."""
-        return self._executor.warm_up()
+        self._has_more_to_prepare = self._executor.warm_up()
+        return self._has_more_to_prepare
 
     def open_grammars(self) -> None:
         """Make ready for grammars, beside the loop."""

@@ -1,9 +1,9 @@
 """Steps recorded as CUDA graphs: one launch in place of some three hundred.
 
 Recording a size takes tens of milliseconds, during which everybody waits. So as many as a second allows are recorded
-when the engine starts, the most useful first; a server records the others before it answers, and `LLM` each at its
-first use: launched one by one, a step of a small model takes 16 ms of the host's time, so that to wait for a better
-moment costs more (docs/performance.md).
+when the engine starts, the most useful first; a server records the others before it answers, and `LLM` while the device
+is busy with long prompts, or each at its first use: launched one by one, a step of a small model takes 16 ms of the
+host's time, so that to wait for a better moment costs more (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -217,22 +217,25 @@ class StepGraphs:
     def _record(self, key: _Key) -> None:
         began = time.perf_counter()
         shape = self._shape(key)
-        self._clear()
         kind = shape.decodes, shape.adapters
         if kind not in self._ran:
-            self._compute(shape)  # compiles, and sets up libraries: neither may happen while recording
+            self._run(shape)  # compiles, and sets up libraries: neither may happen while recording
             self._ran.add(kind)
         try:
             graph, computed = self._capture(shape)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # this size needs what no other of its kind did
-            self._compute(shape)
+            self._run(shape)
             graph, computed = self._capture(shape)
         features = None if computed.features is None else borrowed(computed.features)
         computed = Computed(borrowed(computed.hidden), borrowed(computed.logits), features)
         self._graphs[key] = StepGraph(shape, graph, computed)
         _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
+
+    def _run(self, shape: StepShape) -> None:
+        self._clear()
+        self._compute(shape)
 
     def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Computed]:
         return record_graph(lambda: self._compute(shape), self._pool, self._stream)
@@ -242,9 +245,8 @@ def record_graph(
     compute: Callable[[], _Result], pool: tuple[int, int], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, _Result]:
     """A graph of what `compute` launches, and what it returned, which lies in the pool. stream: to record in, not the
-    current one."""
+    current one. Nothing is launched on the device, which may be busy."""
     graph = torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:

@@ -334,6 +334,8 @@ class DeviceRunner:
 
     def _compute(self, shape: StepShape, rows: list[PlanRow] | None = None) -> Computed:
         """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None."""
+        if rows is None and self._adapters is not None:
+            self._adapters.set_replaces(())
         buffers, slots, kernels = self._buffers, self._slots, self._kernels
         num_rows, num_tokens = shape.num_rows, shape.num_tokens
         row_slots, starts, cu_q = buffers.row_slots[:num_rows], buffers.starts[:num_rows], buffers.cu_q[: num_rows + 1]
@@ -384,8 +386,6 @@ class DeviceRunner:
         buffers.adapters.fill_(NO_ADAPTER)
         buffers.offsets.fill_(-1)
         buffers.num_drafts.fill_(-1)
-        if self._adapters is not None:
-            self._adapters.set_replaces(())
         buffers.decode_items.fill_(-1)
         buffers.prefill_items.fill_(-1)
 
