@@ -207,7 +207,7 @@ def test_a_launch_looks_up_the_kernel_once_for_each_kind_of_arguments(monkeypatc
     kernel, x = FakeKernel(), torch.zeros(32, device=DEVICE)
     for programs in (3, 4, 0):
         launch._launch(kernel, programs, (x,), (), (1, 2), 4)
-    assert (kernel.looked_up, kernel.launched) == ([((3,), (1, 2))], [((4, 1, 1), (1, 2))])
+    assert (kernel.looked_up, kernel.launched) == ([((3, 1, 1), (1, 2))], [((4, 1, 1), (1, 2))])
     launch._launch(kernel, 1, (x,), (), (1, 3), 4)  # other constants
     launch._launch(kernel, 1, (x.bfloat16(),), (), (1, 2), 4)  # another dtype
     launch._launch(kernel, 1, (x,), (), (1, 2), 8)  # other warps

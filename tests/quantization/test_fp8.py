@@ -107,14 +107,22 @@ def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
         called.append((tuple(x.shape), tuple(scale_a.shape), tuple(scale_b.shape)))
         return torch.empty(len(x), 32)
 
-    kernels = SimpleNamespace(SKINNY_MAX_M=4, skinny_linear_fp8=skinny, quantize_fp8=quantize)
+    def own(x: Tensor, *_others: Any, plan: str) -> Tensor:
+        called.append(plan)
+        return torch.empty(len(x), 32)
+
+    plans = SimpleNamespace(of=lambda m, n, k, _device: f"{m}, {n}, {k}" if m == 6 else None)
+    kernels = SimpleNamespace(
+        SKINNY_MAX_M=4, skinny_linear_fp8=skinny, quantize_fp8=quantize, Fp8Plan=plans, linear_fp8=own
+    )
     monkeypatch.setattr(device_kernels, "get", lambda: kernels)
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     layer, _ = filled()
     FP8.apply(layer.layers[0], weight(4, 16).as_subclass(OnGpu))
     assert called == ["skinny"]
     FP8.apply(layer.layers[0], weight(5, 16).as_subclass(OnGpu))
-    assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32))]
+    FP8.apply(layer.layers[0], weight(6, 16).as_subclass(OnGpu))
+    assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32)), "quantize", "6, 32, 16"]
     del called[:]
     assert layer.gated(weight(5, 16).as_subclass(OnGpu)) is None
     assert layer.gated(weight(4, 16).as_subclass(OnGpu)) is not None
@@ -136,6 +144,7 @@ def test_what_makes_the_activations_quantises_them(monkeypatch: pytest.MonkeyPat
 
     kernels = SimpleNamespace(
         SKINNY_MAX_M=4,
+        Fp8Plan=SimpleNamespace(of=lambda *_: None),
         quantize_fp8=quantize,
         rms_norm_fp8=lambda *args: norm_reference.rms_norm_fp8(*args)[1:],
         silu_and_mul_fp8=activation_reference.silu_and_mul_fp8,

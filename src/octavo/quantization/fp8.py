@@ -104,6 +104,10 @@ class Fp8Scheme:
         if self.quantizes_tokens and shape.dtype == torch.bfloat16:
             tokens = torch.zeros(1, shape.in_features, dtype=shape.dtype, device=shape.device)
             found["quantize", shape.in_features] = lambda: kernels.quantize_fp8(tokens)
+            for m in range(kernels.SKINNY_MAX_M + 1, kernels.FP8_MAX_M + 1):
+                plan = kernels.Fp8Plan.of(m, shape.out_features, shape.in_features, shape.device)
+                if plan is not None:
+                    found["fp8", plan] = partial(_launch_fp8, shape, plan)
         return found
 
     def takes_fp8(self, layer: LinearLayer, like: Tensor) -> bool:
@@ -124,6 +128,10 @@ class Fp8Scheme:
         if isinstance(x, Tensor) and self.takes_fp8(layer, x):
             x = Fp8Tokens(*kernels.quantize_fp8(x.contiguous()))
         if isinstance(x, Fp8Tokens):
+            plan = kernels.Fp8Plan.of(len(x.values), *weight.shape, weight.device)
+            if plan is not None:
+                made: Tensor = kernels.linear_fp8(x.values, x.scale, weight, scale, bias, plan=plan)
+                return made
             return torch._scaled_mm(
                 x.values,
                 weight.t(),
@@ -149,6 +157,15 @@ class Fp8Scheme:
         kernels = device_kernels.get()
         product: Tensor = kernels.skinny_linear_fp8(x, layer.weight, layer.weight_scale, layer.bias, gated=True)
         return product
+
+
+def _launch_fp8(shape: LinearShape, plan: Any) -> None:
+    """A tile of a product that is cut up by this plan."""
+    k = plan.block_k * plan.split_k
+    x = torch.zeros(plan.tokens, k, dtype=torch.float8_e4m3fn, device=shape.device)
+    weight = torch.zeros(plan.rows, k, dtype=torch.float8_e4m3fn, device=shape.device)
+    x_scale, scale = (torch.zeros(size, device=shape.device) for size in (plan.tokens, plan.rows))
+    device_kernels.get().linear_fp8(x, x_scale, weight, scale, plan=plan)
 
 
 @dataclass(frozen=True)

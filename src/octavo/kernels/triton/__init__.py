@@ -17,6 +17,7 @@ _MODULES = (
     "draft_passes",
     "embedding",
     "fp8",
+    "fp8_gemm",
     "grouped_gemm",
     "lookup",
     "lora",

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _launch
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _silu_and_mul_fp8_kernel(
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    _after_previous(OVERLAP)
+    _after_previous(OVERLAP, FEW=_FEW_BEFORE_FP8)
     gate = tl.load(gate_up_ptr + row * (2 * SIZE) + offsets, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * (2 * SIZE) + SIZE + offsets, mask=mask, other=0.0)
     rounded = _silu_times(gate, up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)

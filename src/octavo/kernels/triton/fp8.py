@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _launch
 
 _FP8_MAX = tl.constexpr(448.0)  # the largest finite float8_e4m3fn
 _AMAX_MIN = tl.constexpr(1e-12)  # a row of zeros gets a tiny scale, not none
+FP8_MAX_M = 384  # tokens that `linear_fp8` may be asked to multiply
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, SIZE: tl.constexpr, BLOCK: t
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    _after_previous(OVERLAP)
+    _after_previous(OVERLAP, FEW=_FEW_BEFORE_FP8)
     x = tl.load(x_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     _store_fp8_row(x, offsets, mask, out_ptr + row * SIZE, scale_ptr + row)
 
@@ -44,8 +45,9 @@ def _row_warps(block: int) -> int:
 
 
 def _fp8_outputs(num_tokens: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the quantised rows, float8_e4m3fn [num_tokens, size], and their scales, float32 [num_tokens, 1]."""
-    out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=device)
+    """Room for the quantised rows, float8_e4m3fn [num_tokens, size], and their scales, float32 [num_tokens, 1]. Behind
+    few rows lies memory for FP8_MAX_M, which `linear_fp8` may read."""
+    out = torch.empty(max(num_tokens, FP8_MAX_M), size, dtype=torch.float8_e4m3fn, device=device)[:num_tokens]
     return out, torch.empty(num_tokens, 1, dtype=torch.float32, device=device)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _FEW_PROGRAMS = tl.constexpr(16)
+_FEW_BEFORE_FP8 = tl.constexpr(64)  # before `linear_fp8`, which has one program for a multiprocessor
 # (kernel, device, dtypes, constants, warps) -> the compiled kernel. Written by `_launch` only.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -69,13 +70,26 @@ def _launch(
         return
     dtypes = tuple([tensor.dtype for tensor in tensors])
     key = id(kernel), tensors[0].get_device(), dtypes, constants, num_warps  # kernels live as long as their module
+    _launch_compiled(key, kernel, (programs, 1, 1), (*tensors, *numbers, *constants), tensors[0], num_warps=num_warps)
+
+
+def _launch_compiled(
+    key: tuple[Any, ...],
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    tensor: Tensor,
+    **options: int,
+) -> None:
+    """kernel[grid](*arguments, OVERLAP, **options), by way of what was compiled for the key, which names the kernel,
+    the device of `tensor` and all that Triton compiles for."""
     found = _compiled.get(key)
     if found is not None:
-        if programs:
+        if grid[0]:
             compiled, overlaps = found
-            compiled[(programs, 1, 1)](*tensors, *numbers, *constants, overlaps)
+            compiled[grid](*arguments, overlaps)
         return
-    options = _overlap(tensors[0])
-    compiled = kernel[(programs,)](*tensors, *numbers, *constants, num_warps=num_warps, **options)
+    overlap = _overlap(tensor)
+    compiled = kernel[grid](*arguments, **options, **overlap)
     if compiled is not None:
-        _compiled[key] = compiled, options["OVERLAP"]
+        _compiled[key] = compiled, overlap["OVERLAP"]

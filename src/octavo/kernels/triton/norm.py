@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _FEW_PROGRAMS, _after_previous, _launch
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _rms_norm_kernel(
     mask = offsets < SIZE
     dtype = residual_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    _after_previous(OVERLAP)
+    _after_previous(OVERLAP, FEW=_FEW_BEFORE_FP8 if FP8 else _FEW_PROGRAMS)
     x = tl.load(residual_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         total = (x + tl.load(delta_ptr + row * SIZE + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype)
