@@ -143,7 +143,8 @@ _ENDING = (
           "The longest output, in tokens. Not given: what the context holds."),
     Field(_MESSAGES, "max_tokens", _LENGTH, REQUIRED, "anthropic", "output", "The longest output, in tokens."),
     Field(_DRAWN, "min_tokens", Integer(0, within="max_tokens"), 0, "vllm", "output",
-          "The shortest output, in tokens: what could end it before is barred."),
+          "The shortest output, in tokens, as far as a grammar lets the text go on: what could end it before is "
+          "barred."),
     Field(_ALSO_RESPONSES, "stop", _STRINGS, None, "openai", "host",
           "Strings that end the text and are not part of it."),
     Field(_MESSAGES, "stop_sequences", Items(Text(1, 16384), 0, 64), None, "anthropic", "host",
@@ -152,7 +153,8 @@ _ENDING = (
           "Tokens that end the output, besides the model's own."),
     Field(_DRAWN, "include_stop_str_in_output", Flag(), False, "vllm", "none",
           "Leave what ended the output in the text."),
-    Field(_EVERYWHERE, "ignore_eos", Flag(), False, "vllm", "output", "Go on after the model's end of sequence."),
+    Field(_EVERYWHERE, "ignore_eos", Flag(), False, "vllm", "output",
+          "Go on after the model's end of sequence, as far as a grammar lets the text go on."),
     Field(_DRAWN, "repetition_detection", Shape("an object"), None, "vllm", "step",
           "End the output once its last tokens are min_count copies of a pattern of min_pattern_size..max_pattern_size "
           "(0..256) tokens."),
