@@ -48,3 +48,15 @@ async def test_two_names_of_one_field_may_be_equal() -> None:
         body = {"model": "fake", "messages": messages, "max_tokens": 5, "max_completion_tokens": 5}
         assert (await rig.http.post("/v1/chat/completions", json=body)).status_code == 200
         assert rig.engine.requests[0].max_tokens == 5
+
+
+@pytest.mark.parametrize("key", ["01", "00", "1 ", "1\n", "+1", "१"])
+async def test_a_token_id_has_one_spelling(key: str) -> None:
+    async with running() as rig:
+        for logit_bias in ({key: 1, "1": 2}, {key: 1}):
+            param, message = await refusal(rig, "CompletionBody", {"logit_bias": logit_bias})
+            assert param == "logit_bias"
+            assert f"{key!r}, which is not a token id; allowed: digits, without leading zeros" in message
+        body = {**BASE["CompletionBody"], "logit_bias": {"0": 1, "10": 2}}
+        assert (await rig.http.post("/v1/completions", json=body)).status_code == 200
+        assert rig.engine.requests[0].sampling.logit_bias == {0: 1, 10: 2}

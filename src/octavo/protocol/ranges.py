@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from octavo.protocol import checks
 
 INT64_MAX = 2**63 - 1
 MAX_TOKEN_ID = 2**31 - 1
+_IN_DIGITS = re.compile(r"^(0|[1-9][0-9]{0,9})$")  # one spelling of each token id
 
 # JSON type -> the keywords that bound values of that type.
 Keywords = dict[str, dict[str, Any]]
@@ -200,7 +202,8 @@ class TokenIds(Range):
 
 @dataclass(frozen=True)
 class Biases(Range):
-    """Token ids to numbers that `each` allows, at most `high` of them. Over HTTP, the ids are strings of digits."""
+    """Token ids to numbers that `each` allows, at most `high` of them. Over HTTP, the ids are strings of digits without
+    leading zeros: two spellings of one id would be two entries for it."""
 
     each: Real
     high: int
@@ -209,8 +212,9 @@ class Biases(Range):
         _check_length(name, value, "entries", 0, self.high)
         for token_id, number in value.items():
             if isinstance(token_id, str):
-                if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
-                    raise ValueError(f"{name} has {token_id[:32]!r}, which is not a token id; allowed: digits")
+                if not _IN_DIGITS.fullmatch(token_id):
+                    allowed = "digits, without leading zeros"
+                    raise ValueError(f"{name} has {token_id[:32]!r}, which is not a token id; allowed: {allowed}")
                 token_id = int(token_id)
             checks.integer(name, token_id, 0, MAX_TOKEN_ID)
             self.each.check(f"{name}[{token_id}]", number)
@@ -220,7 +224,7 @@ class Biases(Range):
         return f"{_count(0, self.high)}, token id to {self.each.words}"
 
     def keywords(self) -> Keywords:
-        names = {"propertyNames": {"pattern": r"^[0-9]{1,10}$"}, "maxProperties": self.high}
+        names = {"propertyNames": {"pattern": _IN_DIGITS.pattern}, "maxProperties": self.high}
         return {"object": {**names, "additionalProperties": {"type": "number", **self.each.keywords()["number"]}}}
 
 
