@@ -42,6 +42,71 @@ async def test_two_names_of_one_field_do_not_differ(
         assert rig.engine.requests == []
 
 
+# What msgspec finds, of a struct's own types.
+SHAPES: list[Case] = [
+    ("ChatBody", {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role",
+     ("'wizard'", "allowed: assistant, developer, system, tool, user")),
+    ("ChatBody", {"messages": [{"role": 5, "content": "x"}]}, "messages[0].role", ("got `int`; allowed: assistant,",)),
+    ("ChatBody", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type",
+     ("'image_url'; allowed: text",)),
+    ("ChatBody", {"tool_choice": "some"}, "tool_choice", ("'some'; allowed: auto, none, required, an object",)),
+    ("ChatBody", {"tool_choice": {"type": "tool"}}, "tool_choice.type", ("'tool'; allowed: function",)),
+    ("ChatBody", {"response_format": {"type": "xml"}}, "response_format.type",
+     ("'xml'; allowed: text, json_object, json_schema, structural_tag",)),
+    ("ChatBody", {"response_format": {}}, "response_format.type", ("missing", "; allowed: text, json_object,")),
+    ("EmbeddingsBody", {"encoding_format": "hex"}, "encoding_format", ("'hex'; allowed: base64, float",)),
+    *[(struct, {"pooling": "cls"}, "pooling", ("'cls'; allowed: last, mean",))
+      for struct in ("EmbeddingsBody", "ScoreBody", "RerankBody")],
+    ("ResponsesBody", {"text": {"verbosity": "high"}}, "text.verbosity", ("'high'; allowed: medium",)),
+    ("ResponsesBody", {"text": {"format": {"type": "xml"}}}, "text.format.type",
+     ("'xml'; allowed: text, json_object, json_schema",)),
+    ("ResponsesBody", {"input": [{"type": "image"}]}, "input[0].type",
+     ("'image'; allowed: function_call, function_call_output, message, reasoning",)),
+    ("ResponsesBody", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type",
+     ("'input_image'; allowed: input_text, output_text, reasoning_text, summary_text",)),
+    ("ResponsesBody", {"tools": [{"type": "web_search"}]}, "tools[0].type",
+     ("'web_search'; allowed: function (the server has no tools of its own)",)),
+    ("MessagesBody", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type",
+     ("'image'; allowed: text, tool_use, tool_result, thinking",)),
+    ("MessagesBody", {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
+     "messages[0].content[0].type", ("'thinking'", "the role user; allowed: text, tool_result")),
+    ("MessagesBody", {"tools": [{"type": "bash", "name": "f", "input_schema": {}}]}, "tools[0].type",
+     ("'bash'; allowed: custom (the server has no tools of its own)",)),
+    ("MessagesBody", {"tools": [{"name": "f", "input_schema": {}, "eager_input_streaming": False}]},
+     "tools[0].eager_input_streaming", ("allowed: true",)),
+    ("CompletionBody", {"metadata": {"good": "x", "k\n": 5}}, r"metadata['k\n']", (r"['k\n']: expected", "got `int`")),
+    ("CompletionBody", {"metadata": {"good": "x", "k": "x" * 600}}, "metadata['k']", ("of length <= 512",)),
+    ("CompletionBody", {"metadata": {"good": "x", "k" * 70: "x"}}, f"metadata['{'k' * 64}']", ("of length <= 64",)),
+    ("ResponsesBody", {"metadata": {"good": "x", "k": None}}, "metadata['k']", ("expected `str`, got `null`",)),
+    ("CompletionBody", {"logit_bias": {"5": 1, "6": "2"}}, "logit_bias['6']", ("expected `float`, got `str`",)),
+    ("CompletionBody", {"repetition_detection": {"max_pattern_size": 300}}, "repetition_detection.max_pattern_size",
+     ("repetition_detection.max_pattern_size=300 is out of range; allowed: 0..256",)),
+    ("CompletionBody", {"suffix": "x" * 99}, "suffix", (f'suffix="{"x" * 63}… is not', 'allowed: null, ""')),
+    ("ChatBody", {"modalities": ["text", "audio"]}, "modalities", ('=["text","audio"]', 'allowed: null, ["text"]')),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("struct", "fields", "param", "words"), SHAPES, ids=[str(case[1])[:60] for case in SHAPES])
+async def test_what_is_allowed_there_is_said(
+    struct: str, fields: dict[str, Any], param: str, words: tuple[str, ...]
+) -> None:
+    async with running() as rig:
+        found, message = await refusal(rig, struct, fields)
+        assert found == param
+        assert all(word in message for word in words), message
+        assert not message.startswith("repetition_detection: ")  # which is in the path that follows
+        assert rig.engine.requests == []
+
+
+async def test_a_key_that_cannot_be_found_again_is_left_open() -> None:
+    async with running() as rig:
+        headers = {"Content-Type": "application/json"}
+        for pairs in ('"k": 5, "k": "x"', '"k": 1e999'):
+            body = f'{{"model": "fake", "prompt": "a", "metadata": {{{pairs}}}}}'
+            answer = await rig.http.post("/v1/completions", content=body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata[...]"), answer.text
+
+
 async def test_two_names_of_one_field_may_be_equal() -> None:
     async with running() as rig:
         messages = [{**SAID, "reasoning_content": "b"}, USER]

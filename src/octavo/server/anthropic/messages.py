@@ -111,7 +111,7 @@ def decode_body(raw: bytes, kind: type[B], ignored: Ignored) -> B:
         return decode(raw, kind, ignored)
     except APIError as error:
         if error.param is not None and _BUILT_IN.fullmatch(error.param):
-            error.message += "; allowed: custom (the server has no tools of its own)"
+            error.message += " (the server has no tools of its own)"
         raise
 
 

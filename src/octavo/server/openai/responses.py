@@ -164,7 +164,7 @@ def _decoded(raw: bytes, ignored: Ignored) -> ResponsesBody:
         return decode(raw, ResponsesBody, ignored)
     except APIError as error:
         if error.param is not None and _BUILT_IN.fullmatch(error.param):
-            error.message += "; allowed: function (the server has no tools of its own)"
+            error.message += " (the server has no tools of its own)"
             error.code = "unsupported_parameter"
         raise
 
