@@ -85,8 +85,28 @@ SHAPES: list[Case] = [
     ("ChatBody", {"modalities": ["text", "audio"]}, "modalities", ('=["text","audio"]', 'allowed: null, ["text"]')),
 ]  # fmt: skip
 
+# What the table of fields finds, and what depends on several of them.
+RANGES: list[Case] = [
+    ("CompletionBody", {"top_p": 1.0000001}, "top_p", ("top_p=1.0000001 is out of range; allowed: (0, 1]",)),
+    ("CompletionBody", {"temperature": 2.000000001}, "temperature", ("temperature=2.000000001 is",)),
+    ("CompletionBody", {"use_beam_search": True, "temperature": 1e-7}, "temperature", ("=1e-07 is refused",)),
+    *[("CompletionBody", {name: [5, value]}, name, (f"={value} is out of range; allowed: 0..256",))
+      for name in ("stop_token_ids", "allowed_token_ids") for value in (-1, 257, 2**31, 2**70)],
+    *[("DetokenizeBody", {"tokens": [5, value]}, "tokens", (f"={value} is out of range; allowed: 0..256",))
+      for value in (-1, 257)],
+    ("CompletionBody", {"logit_bias": {"257": 1}}, "logit_bias", ("=257 is out of range; allowed: 0..256",)),
+    ("CompletionBody", {"logit_bias": {"5": 101}}, "logit_bias", ("logit_bias[5]=101", "allowed: [-100, 100]")),
+    *[("CompletionBody", {"truncate_prompt_tokens": value}, "truncate_prompt_tokens",
+       (f"={value} is out of range; allowed: -1..9223372036854775807 except 0",)) for value in (-2, 0, 2**63)],
+    ("CompletionBody", {"max_tokens": -1}, "max_tokens", ("=-1 is", "within the model's context")),
+    ("CompletionBody", {"max_tokens": 0, "echo": True, "stream": True}, "max_tokens", ("without stream; allowed: 1",)),
+    ("CompletionBody", {"max_tokens": 0}, "max_tokens", ("max_tokens=0", "needs echo", "allowed: 1 or more")),
+    ("ChatBody", {"use_beam_search": True, "logprobs": True}, "logprobs", ("logprobs=true is refused with use_beam",)),
+]  # fmt: skip
+WORDS = SHAPES + RANGES
 
-@pytest.mark.parametrize(("struct", "fields", "param", "words"), SHAPES, ids=[str(case[1])[:60] for case in SHAPES])
+
+@pytest.mark.parametrize(("struct", "fields", "param", "words"), WORDS, ids=[str(case[1])[:60] for case in WORDS])
 async def test_what_is_allowed_there_is_said(
     struct: str, fields: dict[str, Any], param: str, words: tuple[str, ...]
 ) -> None:

@@ -126,6 +126,8 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        if body.use_beam_search and body.logprobs:
+            raise invalid("logprobs=true is refused with use_beam_search; allowed: false", "logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         skips = False if self.tool_calling.format(body).needs_special_tokens else None

@@ -64,9 +64,9 @@ def read_query(scope: Scope, strict: bool, known: Collection[str] = ()) -> Ignor
     return ignored
 
 
-def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:
+def decode(body: bytes, kind: type[Body], ignored: Ignored, vocab_size: int) -> Body:
     """`body` as a `kind`, whose fields are in their ranges. A field that is not known goes to `ignored`; a repeated
-    key counts with its last value.
+    key counts with its last value. vocab_size: what token ids lie below.
 
     Raises APIError 400 for bad JSON, a wrong type, a value out of range, a field that is not supported
     (`kind.UNSUPPORTED`, or that of schema.py), and, where `ignored` is strict, one that is not known.
@@ -81,11 +81,11 @@ def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:
         raise _bad_json(body, error) from None
     except RecursionError:
         raise invalid("the body is nested too deeply", code="invalid_json") from None
-    _check_ranges(values, decoded)
+    _check_ranges(values, decoded, vocab_size)
     return decoded
 
 
-def _check_ranges(names: Iterable[str], body: msgspec.Struct) -> None:
+def _check_ranges(names: Iterable[str], body: msgspec.Struct, vocab_size: int) -> None:
     """Hold the fields that were given to their rows of the table."""
     rows = fields_of(type(body).__name__)
     for name in names:
@@ -93,7 +93,7 @@ def _check_ranges(names: Iterable[str], body: msgspec.Struct) -> None:
         if row is None or (value := getattr(body, name)) is None:
             continue
         try:
-            row.range.check(name, value)
+            row.range.in_vocabulary(vocab_size).check(name, value)
         except ValueError as error:
             raise invalid(str(error), name) from None
         if row.new_name:
