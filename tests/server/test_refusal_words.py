@@ -121,7 +121,8 @@ async def test_what_is_allowed_there_is_said(
 async def test_a_key_that_cannot_be_found_again_is_left_open() -> None:
     async with running() as rig:
         headers = {"Content-Type": "application/json"}
-        for pairs in ('"k": 5, "k": "x"', '"k": 1e999'):
+        many = ", ".join(f'"{n}": ""' for n in range(1024))
+        for pairs in ('"k": 5, "k": "x"', '"k": 1e999', f'{many}, "k": 5'):
             body = f'{{"model": "fake", "prompt": "a", "metadata": {{{pairs}}}}}'
             answer = await rig.http.post("/v1/completions", content=body, headers=headers)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata[...]"), answer.text

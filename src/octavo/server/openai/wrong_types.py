@@ -6,6 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, get_type_hints
 
 import msgspec
@@ -19,6 +20,7 @@ _NAMED_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
 _STEP = re.compile(r"\[(?:\d+|\.\.\.)\]|[^.\[\]]+")
 _OWN_PATH = re.compile(r"[\w.]+(?==)")  # of a struct that checks itself: its message begins with it
 _ANY_KEY = "[...]"
+_MAX_ENTRIES = 1024  # that are looked at, one by one; no map in a body may have more
 
 
 def wrong_type(message: str, kind: type[msgspec.Struct], body: bytes) -> APIError:
@@ -102,7 +104,7 @@ def _with_key(path: str, kind: type[msgspec.Struct], body: bytes) -> str:
         values = msgspec.json.decode(body, type=dict[str, Any])[name]
     except (msgspec.MsgspecError, RecursionError):  # of a number that is too large, say
         return path
-    for key, value in values.items():
+    for key, value in islice(values.items(), _MAX_ENTRIES):
         try:
             msgspec.convert({key: value}, hint)
         except msgspec.ValidationError:
