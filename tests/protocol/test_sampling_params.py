@@ -39,7 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"skip_reading_prefix_cache": False, "prompt_logprobs": 1}, "skip_reading_prefix_cache=False is refused with"),
     ({"length_penalty": 2.0}, "length_penalty=2.0 needs use_beam_search=True; allowed without: 1.0"),
     ({"early_stopping": True}, "early_stopping=True needs use_beam_search=True"),
-    ({"use_beam_search": True}, "temperature=1.0 is refused with use_beam_search; allowed: 0"),
+    ({"use_beam_search": True}, "temperature=1 is refused with use_beam_search; allowed: 0"),
     ({"use_beam_search": True, "temperature": 0, "top_p": 0.5}, "top_p=0.5 is refused with use_beam_search"),
     ({"use_beam_search": True, "temperature": 0, "stop": ["x"]}, r"stop=\['x'\] is refused with use_beam_search"),
     ({"use_beam_search": True, "temperature": 0, "logprobs": 1}, "logprobs=1 is refused with use_beam_search"),

@@ -95,7 +95,7 @@ RANGES: list[Case] = [
     *[("DetokenizeBody", {"tokens": [5, value]}, "tokens", (f"={value} is out of range; allowed: 0..256",))
       for value in (-1, 257)],
     ("CompletionBody", {"logit_bias": {"257": 1}}, "logit_bias", ("=257 is out of range; allowed: 0..256",)),
-    ("CompletionBody", {"logit_bias": {"5": 101}}, "logit_bias", ("logit_bias[5]=101", "allowed: [-100, 100]")),
+    ("CompletionBody", {"logit_bias": {"5": 101}}, "logit_bias", ("logit_bias[5]=101 is", "allowed: [-100, 100]")),
     *[("CompletionBody", {"truncate_prompt_tokens": value}, "truncate_prompt_tokens",
        (f"={value} is out of range; allowed: -1..9223372036854775807 except 0",)) for value in (-2, 0, 2**63)],
     ("CompletionBody", {"max_tokens": -1}, "max_tokens", ("=-1 is", "within the model's context")),

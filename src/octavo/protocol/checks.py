@@ -23,7 +23,12 @@ def real(name: str, value: object, low: float, high: float, *, open_low: bool = 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in _INFINITIES:
         raise ValueError(f"{name}={value!r} is not a finite number; allowed: {bracket}")
     if not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name}={value!r} is out of range; allowed: {bracket}")
+        raise ValueError(f"{name}={shown(value)} is out of range; allowed: {bracket}")
+
+
+def shown(number: float) -> str:
+    """All its digits: one just out of a range is not to be read as its end."""
+    return repr(number).removesuffix(".0")
 
 
 def interval(low: float, high: float, *, open_low: bool = False) -> str:

@@ -156,7 +156,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     raise ValueError(f"{name}={value!r} needs use_beam_search=True; allowed without: {default}")
             return
         if self.temperature != 0:
-            raise ValueError(f"temperature={self.temperature!r} is refused with use_beam_search; allowed: 0")
+            shown = checks.shown(self.temperature)
+            raise ValueError(f"temperature={shown} is refused with use_beam_search; allowed: 0")
         for name in self.__struct_fields__:
             value, default = getattr(self, name), _DEFAULTS[name]
             if name not in _WITH_BEAMS and value not in (default, None, []):
