@@ -80,6 +80,7 @@ CASES: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="some"), 400, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema"),
     (CHAT, chat(guided_regex="("), 400, "guided_regex"),
+    (CHAT, chat(guided_grammar='start: "a" start', stream=True), 400, "guided_grammar"),
     (CHAT, chat(guided_json={"type": "string", "maxLength": 10**23}), 400, "guided_json"),
 ]
 

@@ -126,7 +126,7 @@ FIELDS = [
     (PLAIN, {"use_beam_search": True, "stream": True}, "use_beam_search", None),
     (PLAIN, {"use_beam_search": True, "temperature": 0.5}, "temperature", None),
     (PLAIN, {"use_beam_search": True, "echo": True, "logprobs": 1}, "logprobs", None),
-    (CHAT, {"use_beam_search": True, "logprobs": True}, "top_logprobs", None),
+    (CHAT, {"use_beam_search": True, "logprobs": True}, "logprobs", None),
     (PLAIN, {"use_beam_search": True, "early_stopping": "often"}, "early_stopping", None),
     *[(PLAIN, {"use_beam_search": True, name: 0.5}, name, None) for name in ("top_p", "min_p", "presence_penalty")],
     *[(PLAIN, {"length_penalty": value}, "length_penalty", None) for value in (2.0, "x")],

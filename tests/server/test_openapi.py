@@ -58,6 +58,11 @@ def test_every_route_is_described_and_every_description_has_a_route() -> None:
         assert served == described, "a route needs an Operation in server/openapi.py"
 
 
+def test_the_page_names_every_route_by_its_method() -> None:
+    for operation in OPERATIONS + ADAPTER_OPERATIONS:
+        assert f"{operation.method.upper()} {operation.path}" in page()
+
+
 def test_the_page_is_what_the_table_gives() -> None:
     assert PAGE.read_text() == page(), "run `make docs`"
 

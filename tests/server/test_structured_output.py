@@ -176,9 +176,16 @@ async def test_without_a_tokenizer_it_is_refused() -> None:
 @pytest.mark.parametrize("path", [CHAT, PLAIN])
 async def test_a_stream_that_is_refused_is_a_plain_400(path: str) -> None:
     async with running() as rig:
-        answer = await rig.http.post(path, json={**BASE[path], "stream": True, "guided_regex": "("})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == "guided_regex"
+        for name, value in (
+            ("guided_regex", "("),
+            ("guided_grammar", 'start: "a" start'),
+            ("guided_grammar", "start: start"),
+            ("guided_json", {"$ref": "#"}),
+        ):
+            answer = await rig.http.post(path, json={**BASE[path], "stream": True, name: value})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == name
+        assert rig.engine.requests == []
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -99,6 +99,52 @@ def test_what_needs_a_text_that_no_tokens_spell_is_refused() -> None:
         compiler.close()
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        S(grammar="start: start"),
+        S(grammar='start: x "c"\nx: x "a"'),
+        S(json={"$ref": "#"}),
+        S(regex=r"[^\x00-\x{10FFFF}]"),
+    ],
+    ids=lambda wish: wish.kind,
+)
+def test_what_no_text_satisfies_is_refused_in_words(compiler: GrammarCompiler, wish: StructuredOutputsParams) -> None:
+    with pytest.raises(ValueError, match=rf"structured_outputs\.{wish.kind} cannot be used: no text satisfies it"):
+        compiler.compile(wish)
+
+
+SELF = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        S(grammar='start: "a" start'),
+        S(grammar='start: "ab" x\nx: "cd" start'),
+        S(grammar='start: "x"? start'),
+        S(grammar='root ::= "a" root'),
+        S(json=SELF, disable_any_whitespace=True, disable_additional_properties=True),
+    ],
+    ids=lambda wish: wish.kind,
+)
+def test_what_only_endless_texts_satisfy_is_refused(compiler: GrammarCompiler, wish: StructuredOutputsParams) -> None:
+    with pytest.raises(ValueError, match=rf"structured_outputs\.{wish.kind} cannot be used: every text of it is end"):
+        compiler.compile(wish)
+
+
+def test_what_is_long_or_may_go_on_for_ever_is_none_of_that(compiler: GrammarCompiler) -> None:
+    for wish in (
+        S(choice=["b" * 70_000]),
+        S(json={"const": "b" * 70_000}),
+        S(grammar='start: x{20000} "c"?\nx: "ab"'),
+        S(grammar='start: "a" start | "b"'),
+        S(grammar='start: ""'),
+        S(json={"type": "object", "properties": {"a": {"$ref": "#"}}}),
+    ):
+        assert compiler.compile(wish)
+
+
 def test_options_are_part_of_what_is_remembered(compiler: GrammarCompiler) -> None:
     loose, tight = S(json_object=True), S(json_object=True, disable_any_whitespace=True)
     assert compiler.compile(loose) != compiler.compile(tight)

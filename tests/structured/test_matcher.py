@@ -217,6 +217,14 @@ def test_a_grammar_beyond_a_limit_is_an_error_in_words(
             matcher(wish)
 
 
+def test_what_goes_on_for_ever_behind_a_choice_ends_in_words() -> None:
+    state = matcher(StructuredOutputsParams(grammar='start: x | "b"\nx: "a" x'))
+    assert took(state, ids("b")) is None
+    state.rollback(1)
+    assert took(state, ids("a")) is None
+    assert "beyond a limit, or never ends" in (took(state, ids("a")) or "")
+
+
 def test_masks_made_together_are_those_made_alone() -> None:
     """Some matchers of one store move at once, others do not; one of them fails."""
     wish = StructuredOutputsParams(regex="[ab]{1,4}c?")

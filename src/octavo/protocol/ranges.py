@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.protocol import checks
 
 INT64_MAX = 2**63 - 1
 MAX_TOKEN_ID = 2**31 - 1
+_IN_DIGITS = re.compile(r"^(0|[1-9][0-9]{0,9})$")  # one spelling of each token id
 
 # JSON type -> the keywords that bound values of that type.
 Keywords = dict[str, dict[str, Any]]
@@ -23,6 +25,10 @@ class Range(ABC):
     @abstractmethod
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError with the name, the value and what is allowed."""
+
+    def in_vocabulary(self, size: int) -> Range:  # noqa: ARG002 (that of token ids does)
+        """The same, of a model with so many token ids."""
+        return self
 
     @property
     @abstractmethod
@@ -71,9 +77,8 @@ class Integer(Range):
     within: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        checks.integer(name, value, self.low, self.high)
-        if value == self.hole:
-            raise ValueError(f"{name}={value} is out of range; allowed: {self.low}..{self.high} except {self.hole}")
+        limits = f", within {self.within}" if self.within else ""
+        checks.integer(name, value, self.low, self.high, hole=self.hole, limits=limits)
 
     @property
     def words(self) -> str:
@@ -180,19 +185,22 @@ class Items(Range):
 
 @dataclass(frozen=True)
 class TokenIds(Range):
-    """Lists of token ids. within: what else bounds them."""
+    """Lists of token ids. vocab_size: the model's, once it is known."""
 
     low: int
     high: int = INT64_MAX
-    within: str = "the vocabulary"
+    vocab_size: int | None = None
 
     def check(self, name: str, value: Any) -> None:
         _check_length(name, value, "token ids", self.low, self.high)
-        checks.token_ids(name, value, MAX_TOKEN_ID)
+        _check_token_ids(name, value, self.vocab_size)
+
+    def in_vocabulary(self, size: int) -> TokenIds:
+        return replace(self, vocab_size=size)
 
     @property
     def words(self) -> str:
-        return f"{_count(self.low, self.high)} token ids, within {self.within}"
+        return f"{_count(self.low, self.high)} token ids, within the vocabulary"
 
     def keywords(self) -> Keywords:
         return {"array": _array(self.low, self.high, {"minimum": 0, "maximum": MAX_TOKEN_ID})}
@@ -200,28 +208,41 @@ class TokenIds(Range):
 
 @dataclass(frozen=True)
 class Biases(Range):
-    """Token ids to numbers that `each` allows, at most `high` of them. Over HTTP, the ids are strings of digits."""
+    """Token ids to numbers that `each` allows, at most `high` of them. Over HTTP, the ids are strings of digits without
+    leading zeros: two spellings of one id would be two entries for it."""
 
     each: Real
     high: int
+    vocab_size: int | None = None
 
     def check(self, name: str, value: Mapping[Any, Any]) -> None:
         _check_length(name, value, "entries", 0, self.high)
         for token_id, number in value.items():
             if isinstance(token_id, str):
-                if not (token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
-                    raise ValueError(f"{name} has {token_id[:32]!r}, which is not a token id; allowed: digits")
+                if not _IN_DIGITS.fullmatch(token_id):
+                    allowed = "digits, without leading zeros"
+                    raise ValueError(f"{name} has {token_id[:32]!r}, which is not a token id; allowed: {allowed}")
                 token_id = int(token_id)
-            checks.integer(name, token_id, 0, MAX_TOKEN_ID)
+            _check_token_ids(name, (token_id,), self.vocab_size)
             self.each.check(f"{name}[{token_id}]", number)
+
+    def in_vocabulary(self, size: int) -> Biases:
+        return replace(self, vocab_size=size)
 
     @property
     def words(self) -> str:
         return f"{_count(0, self.high)}, token id to {self.each.words}"
 
     def keywords(self) -> Keywords:
-        names = {"propertyNames": {"pattern": r"^[0-9]{1,10}$"}, "maxProperties": self.high}
+        names = {"propertyNames": {"pattern": _IN_DIGITS.pattern}, "maxProperties": self.high}
         return {"object": {**names, "additionalProperties": {"type": "number", **self.each.keywords()["number"]}}}
+
+
+def _check_token_ids(name: str, ids: Collection[int], vocab_size: int | None) -> None:
+    if vocab_size is None:
+        checks.token_ids(name, ids, MAX_TOKEN_ID, ", within the vocabulary")
+    else:
+        checks.token_ids(name, ids, vocab_size - 1)
 
 
 def _check_length(name: str, value: Sequence[Any] | Mapping[Any, Any], what: str, low: int, high: int) -> None:

@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: (0, 1]; top_k: 0 or -1 for off, else >= 1; min_p: 0..1, relative to the largest probability.
     presence_penalty, frequency_penalty: -2..2, over the output tokens.
     repetition_penalty: > 0, over prompt and output tokens (Keskar et al. 2019, CTRL).
-    seed: the same seed gives the same tokens, alone or in any batch; -1 counts as None.
+    seed: the same seed gives the same tokens, alone or in any batch, up to near ties in bfloat16; -1 counts as None.
     max_tokens: >= 1, or None for as many as the context holds; min_tokens: 0..max_tokens.
     stop: strings that end the text and are not part of it, unless include_stop_str_in_output.
     stop_token_ids: ids that end the output besides the model's end-of-sequence ids.
@@ -156,7 +156,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     raise ValueError(f"{name}={value!r} needs use_beam_search=True; allowed without: {default}")
             return
         if self.temperature != 0:
-            raise ValueError(f"temperature={self.temperature:g} is refused with use_beam_search; allowed: 0")
+            shown = checks.shown(self.temperature)
+            raise ValueError(f"temperature={shown} is refused with use_beam_search; allowed: 0")
         for name in self.__struct_fields__:
             value, default = getattr(self, name), _DEFAULTS[name]
             if name not in _WITH_BEAMS and value not in (default, None, []):

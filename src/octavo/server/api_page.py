@@ -34,7 +34,7 @@ def page() -> str:
         if operation.body is not None:
             bodies.setdefault(operation.body.__name__, []).append(operation)
     parts = [_HEAD, *("\n".join(_section(operations)) + "\n" for operations in bodies.values())]
-    plain = [f"| `GET {operation.path}` | {operation.summary} |" for operation in OPERATIONS if operation.body is None]
+    plain = [f"| `{_route(operation)}` | {operation.summary} |" for operation in OPERATIONS if operation.body is None]
     parts.append("\n".join(["## Without a body", "", "| route | answer |", "|---|---|", *plain]) + "\n")
     return "\n".join(parts)
 
@@ -42,7 +42,7 @@ def page() -> str:
 def _section(operations: list[Operation]) -> Iterator[str]:
     body = operations[0].body
     assert body is not None
-    yield "## " + ", ".join(f"POST {operation.path}" for operation in operations)
+    yield "## " + ", ".join(map(_route, operations))
     yield ""
     needs = ", where the server runs with `--allow-runtime-lora`" if operations[0] in ADAPTER_OPERATIONS else ""
     yield f"{operations[0].summary}{needs}."
@@ -54,6 +54,10 @@ def _section(operations: list[Operation]) -> Iterator[str]:
     if refused:
         yield ""
         yield "Refused, but for values that ask for nothing: " + ", ".join(f"`{name}`" for name in refused) + "."
+
+
+def _route(operation: Operation) -> str:
+    return f"{operation.method.upper()} {operation.path}"
 
 
 def _row(row: Field) -> str:

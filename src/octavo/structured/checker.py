@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 
 from octavo.protocol.structured import StructuredOutputsParams
-from octavo.structured.compilation import check_forced_text, compiled_matcher, ll_tokenizer, reason
+from octavo.structured.compilation import check_beginning, compiled_matcher, ll_tokenizer
 from octavo.structured.frames import Verdict, read_frame, write_frame
 from octavo.structured.grammar import grammar_of
 from octavo.structured.vocabulary import Vocabulary
@@ -34,11 +34,8 @@ def main(source: BinaryIO, target: BinaryIO) -> int:
         params = msgspec.msgpack.decode(frame, type=StructuredOutputsParams)
         try:
             grammar = grammar_of(params, vocabulary)
-            matcher = compiled_matcher(tokenizer, grammar)
-            matcher.compute_bitmask()  # what the lexer puts off until the first mask is part of the cost
-            if not matcher.is_error():
-                check_forced_text(matcher, spelled)
-            verdict = Verdict(error=reason(matcher)) if matcher.is_error() else Verdict(grammar=grammar)
+            check_beginning(compiled_matcher(tokenizer, grammar), spelled)
+            verdict = Verdict(grammar=grammar)
         except ValueError as error:
             verdict = Verdict(error=str(error))
         except RecursionError:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 
 import llguidance
 
+from octavo.structured.masks import first_of
 from octavo.structured.vocabulary import Vocabulary
 
 # Fuel, items and states are counted, not timed: what compiled once compiles again. Errors stay short.
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+
+NO_TOKEN = "NoExtensionBias"  # llguidance's reason where a mask is empty
+_NO_TEXT = "no text satisfies it: its beginning is itself again, or impossible, or no token of the model spells it"
 
 
 class _Wrapper:
@@ -58,14 +62,24 @@ def compiled_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguida
     return matcher
 
 
-def check_forced_text(matcher: llguidance.LLMatcher, spelled: Collection[int]) -> None:
-    """Raises ValueError where all texts of a fresh matcher's grammar begin with bytes that are not in `spelled`: some
-    vocabularies lack bytes that no text they were made from had."""
+def check_beginning(matcher: llguidance.LLMatcher, spelled: Collection[int]) -> None:
+    """Put a fresh matcher's grammar to its first test, which leaves the matcher of no further use.
+
+    Raises ValueError where no text begins, where all texts begin with bytes that are not in `spelled` (some
+    vocabularies lack bytes that no text they were made from had), and where what all begin with has no end. A grammar
+    that goes on for ever behind a choice is not found: its outputs end with max_tokens, or as `refused`.
+    """
+    mask = matcher.compute_bitmask()  # what the lexer puts off until now is part of the cost
+    if matcher.is_error():
+        raise ValueError(_NO_TEXT if reason(matcher) == NO_TOKEN else reason(matcher))
     forced = matcher.compute_ff_bytes()
     lacking = next((at for at, byte in enumerate(forced) if byte not in spelled), None)
     if lacking is not None:
         text = forced[max(0, lacking - 32) : lacking + 32].decode(errors="replace")
         raise ValueError(f"no tokens of the model spell {text!r}")
+    # With its first token, the parser takes in all that is forced.
+    if forced and not matcher.consume_token(first_of(mask)):
+        raise ValueError(f"every text of it is endless, or longer than can be forced: {reason(matcher)}")
 
 
 def reason(matcher: llguidance.LLMatcher) -> str:

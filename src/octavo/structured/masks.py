@@ -37,3 +37,9 @@ def without(mask: bytes, token_ids: Iterable[int]) -> bytes:
 def admits(mask: bytes, token_id: int) -> bool:
     """Whether the mask has the token."""
     return bool(mask[token_id >> 3] >> (token_id & 7) & 1)
+
+
+def first_of(mask: bytes) -> int:
+    """The lowest token that the mask has; it has some."""
+    bits = int.from_bytes(mask, "little")
+    return (bits & -bits).bit_length() - 1

@@ -9,7 +9,7 @@ import llguidance
 import numpy as np
 
 from octavo.protocol.sampling import SamplingParams
-from octavo.structured.compilation import reason
+from octavo.structured.compilation import NO_TOKEN, reason
 from octavo.structured.masks import admits, without
 
 _MAX_THREADS = 16
@@ -105,7 +105,9 @@ class GrammarMatcher:
         """Take in tokens of the output. One that the grammar does not allow is an `error`."""
         for token_id in token_ids:
             if not self.state.consume_token(token_id):
-                self._error = f"the grammar cannot take token {token_id}: {reason(self.state)}"
+                said = reason(self.state)
+                beyond = "(limit " in said  # the token may have been allowed
+                self._error = _why(said) if beyond else f"the grammar cannot take token {token_id}: {said}"
                 return
             self.num_accepted += 1
         self._move()
@@ -149,6 +151,6 @@ class GrammarMatcher:
 
 
 def _why(llguidance_says: str) -> str:
-    if llguidance_says == "NoExtensionBias":
+    if llguidance_says == NO_TOKEN:
         return "no token of the model spells what the grammar needs next"
-    return f"the grammar went beyond a limit: {llguidance_says}"
+    return f"the grammar went beyond a limit, or never ends: {llguidance_says}"

@@ -60,7 +60,7 @@ class Messages(ConversationEndpoint[ChatBody]):
             await super().__call__(scope, receive, send)
 
     def read(self, raw: bytes, ignored: Ignored) -> ChatBody:
-        body = decode_body(raw, MessagesBody, ignored)
+        body = decode_body(raw, MessagesBody, ignored, self.context.engine.ready.vocab_size)
         shared = {name: getattr(body, name) for name in SHARED}
         return self.as_chat(body, **shared, stop=body.stop_sequences)
 
@@ -105,13 +105,13 @@ class CountTokens(JsonEndpoint[CountBody]):
         return TokenCount(await self._messages.num_prompt_tokens(self._messages.as_chat(body)))
 
 
-def decode_body(raw: bytes, kind: type[B], ignored: Ignored) -> B:
+def decode_body(raw: bytes, kind: type[B], ignored: Ignored, vocab_size: int) -> B:
     """See `decode`."""
     try:
-        return decode(raw, kind, ignored)
+        return decode(raw, kind, ignored, vocab_size)
     except APIError as error:
         if error.param is not None and _BUILT_IN.fullmatch(error.param):
-            error.message += "; allowed: custom (the server has no tools of its own)"
+            error.message += " (the server has no tools of its own)"
         raise
 
 

@@ -38,8 +38,12 @@ from octavo.server.openai.schema import (
 )
 from octavo.server.openai.structured import JsonSchemaFormat, NamedSchema
 
-# The blocks besides text that a role's turn may have.
-_OWN_BLOCKS: dict[Role, tuple[type, ...]] = {"user": (ToolResult,), "assistant": (ToolUse, Thinking), "system": ()}
+# The blocks that a role's turn may have.
+_BLOCKS: dict[Role, tuple[type[msgspec.Struct], ...]] = {
+    "user": (TextBlock, ToolResult),
+    "assistant": (TextBlock, ToolUse, Thinking),
+    "system": (TextBlock,),
+}
 
 
 def as_chat(body: CountBody, reasons: bool, **fields: Any) -> ChatBody:
@@ -76,10 +80,11 @@ def as_chat(body: CountBody, reasons: bool, **fields: Any) -> ChatBody:
 def _check_blocks(role: Role, turns: list[Turn], first: int) -> None:
     for index, turn in enumerate(turns, start=first):
         for number, block in enumerate(turn.content if isinstance(turn.content, list) else ()):
-            if not isinstance(block, (TextBlock, *_OWN_BLOCKS[role])):
+            if not isinstance(block, _BLOCKS[role]):
                 kind = block.__struct_config__.tag
                 path = f"messages[{index}].content[{number}].type"
-                raise invalid(f"{path}={kind!r} is not allowed for the role {role}", path)
+                allowed = ", ".join(str(own.__struct_config__.tag) for own in _BLOCKS[role])
+                raise invalid(f"{path}={kind!r} is not allowed for the role {role}; allowed: {allowed}", path)
 
 
 def _messages(role: Role, turns: list[Turn]) -> list[Message]:

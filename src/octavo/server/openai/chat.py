@@ -81,6 +81,7 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
         return self.tool_calling.wish(body)
 
     async def prepare(self, body: ChatBody, run: Run) -> None:
+        _check_max_tokens(body)
         max_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"logprobs": "top_logprobs", "max_tokens": max_name, "prompt": "messages"}
         params = self._params(body, names, run.wish)
@@ -125,6 +126,8 @@ class ChatCompletions(GenerationEndpoint[ChatBody]):
     def _params(self, body: ChatBody, names: dict[str, str], wish: Wish | None) -> SamplingParams:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        if body.use_beam_search and body.logprobs:
+            raise invalid("logprobs=true is refused with use_beam_search; allowed: false", "logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         skips = False if self.tool_calling.format(body).needs_special_tokens else None
@@ -258,6 +261,16 @@ class ChatFrames(Frames):
         return stream.push(delta)
 
 
+def _check_max_tokens(body: ChatBody) -> None:
+    new, old = body.max_completion_tokens, body.max_tokens
+    if new is not None and old is not None and new != old:
+        raise invalid(
+            f"max_tokens={old} is not max_completion_tokens={new}, whose old name it is; allowed: one of them, or "
+            "equal values",
+            "max_tokens",
+        )
+
+
 def _check_messages(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         at = f"messages[{index}]"
@@ -268,6 +281,9 @@ def _check_messages(messages: list[Message]) -> None:
         for name in ("reasoning", "reasoning_content"):
             if getattr(message, name) is not None and message.role != "assistant":
                 raise invalid(f"{at}.{name} is only allowed for the role assistant", f"{at}.{name}")
+        if message.reasoning_content not in (None, message.reasoning) and message.reasoning is not None:
+            old = f"{at}.reasoning_content"
+            raise invalid(f"{old} differs from {at}.reasoning, whose old name it is; allowed: one of them", old)
         if (message.tool_call_id is not None) != (message.role == "tool"):
             raise invalid(f"{at}.tool_call_id belongs to the role tool, which needs it", f"{at}.tool_call_id")
         for number, call in enumerate(message.tool_calls or ()):

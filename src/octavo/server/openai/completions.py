@@ -54,6 +54,9 @@ class Completions(GenerationEndpoint[CompletionBody]):
     async def prepare(self, body: CompletionBody, run: Run) -> None:
         if body.stream and body.echo and body.logprobs is not None:
             raise invalid("echo with logprobs is not available with stream", "echo")
+        if body.max_tokens == 0 and not _only_scores(body):
+            message = "max_tokens=0 only scores the prompt: it needs echo, and goes without stream; allowed: 1 or more"
+            raise invalid(message, "max_tokens")
         names = {"prompt": "prompt"}
         params = sampling_params(
             body,

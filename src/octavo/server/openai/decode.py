@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import re
@@ -17,6 +16,7 @@ from starlette.types import Scope
 from octavo.protocol.fields import fields_of
 from octavo.server.openai.errors import APIError, invalid, unsupported
 from octavo.server.openai.schema import UNSUPPORTED
+from octavo.server.openai.wrong_types import unknown_field, wrong_type
 
 logger = logging.getLogger("octavo.server")
 
@@ -29,8 +29,6 @@ _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 _MARKER = b"\\ue0f8\\uf8e0"
-_PATH = re.compile(r" - at `\$\.?(.*)`\Z")
-_NAMED_FIELD = re.compile(r"(?:unknown|required) field `(.*?)`")
 
 
 @dataclass
@@ -66,9 +64,9 @@ def read_query(scope: Scope, strict: bool, known: Collection[str] = ()) -> Ignor
     return ignored
 
 
-def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:
+def decode(body: bytes, kind: type[Body], ignored: Ignored, vocab_size: int) -> Body:
     """`body` as a `kind`, whose fields are in their ranges. A field that is not known goes to `ignored`; a repeated
-    key counts with its last value.
+    key counts with its last value. vocab_size: what token ids lie below.
 
     Raises APIError 400 for bad JSON, a wrong type, a value out of range, a field that is not supported
     (`kind.UNSUPPORTED`, or that of schema.py), and, where `ignored` is strict, one that is not known.
@@ -78,16 +76,16 @@ def decode(body: bytes, kind: type[Body], ignored: Ignored) -> Body:
         _check_names(values, kind, ignored)
         decoded = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error), kind) from None
+        raise wrong_type(str(error), kind, body) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _bad_json(body, error) from None
     except RecursionError:
         raise invalid("the body is nested too deeply", code="invalid_json") from None
-    _check_ranges(values, decoded)
+    _check_ranges(values, decoded, vocab_size)
     return decoded
 
 
-def _check_ranges(names: Iterable[str], body: msgspec.Struct) -> None:
+def _check_ranges(names: Iterable[str], body: msgspec.Struct, vocab_size: int) -> None:
     """Hold the fields that were given to their rows of the table."""
     rows = fields_of(type(body).__name__)
     for name in names:
@@ -95,7 +93,7 @@ def _check_ranges(names: Iterable[str], body: msgspec.Struct) -> None:
         if row is None or (value := getattr(body, name)) is None:
             continue
         try:
-            row.range.check(name, value)
+            row.range.in_vocabulary(vocab_size).check(name, value)
         except ValueError as error:
             raise invalid(str(error), name) from None
         if row.new_name:
@@ -116,40 +114,16 @@ def _check_names(values: dict[str, msgspec.Raw], kind: type[Body], ignored: Igno
             continue
         if name not in refused:
             if ignored.strict:
-                raise _unknown_field(name, name, known)
+                raise unknown_field(name, name, known)
             ignored.names.append(name)
             continue
         value = msgspec.json.decode(raw)
         if value is not None and not any(_same(value, harmless) for harmless in refused[name]):
-            raise unsupported(name)
+            raise unsupported(name, value, refused[name])
 
 
 def _same(value: object, harmless: object) -> bool:
     return value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
-
-
-def _unknown_field(name: str, path: str, known: tuple[str, ...]) -> APIError:
-    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return invalid(f"unknown field {name[:64]!r}{hint}", path[:128], "unknown_parameter")
-
-
-def _wrong_type(message: str, kind: type[Body]) -> APIError:
-    """msgspec says "what - at `$.path`"; a field that is missing or unknown is named in `what`."""
-    where = _PATH.search(message)
-    path = where[1] if where else ""
-    what = message[: where.start()] if where else message
-    named = _NAMED_FIELD.search(what)
-    if named is not None:
-        path = f"{path}.{named[1]}" if path else named[1]
-        if "unknown field" in what:
-            return _unknown_field(named[1], path, kind.__struct_fields__ if "." not in path else ())
-        return invalid(f"missing required field {path!r}", path, "missing_required_parameter")
-    if not path:
-        return invalid(f"the body must be a JSON object: {what}", code="invalid_type")
-    is_type = what.startswith("Expected") and " of length " not in what and " matching " not in what
-    code = "invalid_type" if is_type else "invalid_value"
-    return invalid(f"{path}: {what[:1].lower()}{what[1:]}", path, code)
 
 
 def _bad_json(body: bytes, error: Exception) -> APIError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from starlette.responses import Response
@@ -54,8 +54,12 @@ def invalid(message: str, param: str | None = None, code: str | None = "invalid_
     return APIError(400, message, param=param, code=code)
 
 
-def unsupported(param: str) -> APIError:
-    return invalid(f"{param!r} is not supported by this server yet", param, "unsupported_parameter")
+def unsupported(param: str, value: object, harmless: Iterable[object]) -> APIError:
+    """harmless: the values that ask for nothing, and pass."""
+    shown, *allowed = (msgspec.json.encode(each).decode() for each in (value, None, *harmless))
+    shown = shown if len(shown) <= 64 else f"{shown[:64]}…"
+    message = f"{param}={shown} is not supported by this server yet; allowed: {', '.join(allowed)}"
+    return invalid(message, param, "unsupported_parameter")
 
 
 def context_too_long(message: str, param: str) -> APIError:

@@ -56,7 +56,7 @@ class Responses(ConversationEndpoint[ResponseRequest]):
         self.store = None if self.context.group.count > 1 else store or ResponseStore()
 
     def read(self, raw: bytes, ignored: Ignored) -> ResponseRequest:
-        source = _decoded(raw, ignored)
+        source = _decoded(raw, ignored, self.context.engine.ready.vocab_size)
         items = [InputItem("message", "user", source.input)] if isinstance(source.input, str) else source.input
         for index, item in enumerate(items):
             check_item(item, f"input[{index}]")
@@ -159,12 +159,12 @@ class Responses(ConversationEndpoint[ResponseRequest]):
         return len(tokenizer.encode(text, False)) if text and tokenizer is not None else 0
 
 
-def _decoded(raw: bytes, ignored: Ignored) -> ResponsesBody:
+def _decoded(raw: bytes, ignored: Ignored, vocab_size: int) -> ResponsesBody:
     try:
-        return decode(raw, ResponsesBody, ignored)
+        return decode(raw, ResponsesBody, ignored, vocab_size)
     except APIError as error:
         if error.param is not None and _BUILT_IN.fullmatch(error.param):
-            error.message += "; allowed: function (the server has no tools of its own)"
+            error.message += " (the server has no tools of its own)"
             error.code = "unsupported_parameter"
         raise
 

@@ -167,7 +167,7 @@ class NamedToolChoice(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ChatBody(GenerationBody, kw_only=True, frozen=True):
-    """POST /v1/chat/completions. max_completion_tokens wins over max_tokens.
+    """POST /v1/chat/completions. max_tokens is the old name of max_completion_tokens: both are equal, or one.
 
     parallel_tool_calls: false keeps the first call of an answer only.
     include_reasoning: false leaves reasoning out of the answer.
