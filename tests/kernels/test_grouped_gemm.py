@@ -155,7 +155,9 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return registers
 
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # by nibble of a word: its number, of the low half's four, then of the high half's
+# By nibble of a word: its number, of the four bytes' low codes, then of their high ones. Each byte's numbers stand
+# where the byte does, so that it does not matter which bytes a layout puts together.
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def test_instructions_that_take_codes_apart() -> None:

@@ -71,10 +71,8 @@ class GroupedWeight(NamedTuple):
     """What is kept: W[n, k] = scale * (code - half - zero) + minimum, where half = 2**(bits - 1), g = k // group_size;
     with a table, scale * table[code].
 
-    packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j. 4 bits: bytes 4 i to 4 i + 3
-    hold columns 4 i to 4 i + 3 of the chunk's low half and of its high half, two by two in the order in which shifts of
-    the four as one word bring them 16 bits apart: low 0 and 2 (in the upper bits of the byte), high 0 and 2, low 1 and
-    3, high 1 and 3. Either half of a chunk (8 bits: the chunk) is in one group.
+    packed: uint8 [chunks, N, chunk * bits / 8]. 8 bits: column j of its chunk in byte j; 4 bits: column j in the low
+    half of byte j, column j + chunk / 2 in the high half. Either half of a chunk (8 bits: the chunk) is in one group.
     scale: [groups, N], float32, or of 4 bits int32 that holds zero in its low byte and in the others those of a float32
     scale whose low byte is 0, as it is of float16 and bfloat16: one load, and one kernel for both. minimum: float32
     [groups, N], or None for 0; table, order: as in Codes.
@@ -107,9 +105,8 @@ def pack(code: Tensor, bits: int, chunk: int) -> Tensor:
     chunks = code.view(len(code), -1, chunk).transpose(0, 1)
     if bits == 8:
         return chunks.contiguous()
-    halves = chunks.unflatten(-1, (2, -1, 2, 2))  # [chunks, rows, half, quad, pair, column]
-    pairs = halves[..., 0, :] | halves[..., 1, :] << 4
-    return pairs.permute(0, 1, 3, 4, 2).flatten(2)
+    low, high = chunks.split(chunk // 2, -1)
+    return (low | high << 4).contiguous()
 
 
 def weight_of(codes: Codes, bits: int, group_size: int, chunk: int) -> GroupedWeight:

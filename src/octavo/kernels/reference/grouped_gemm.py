@@ -18,7 +18,7 @@ def dequantize_grouped(
 ) -> Tensor:
     """The weight [N, K] in `dtype`: scale * (code - half - zero) + minimum, or scale * table[code].
 
-    packed: uint8 [chunks, N, width], two 4-bit codes a byte, as GroupedWeight has them, or one of 8 bits;
+    packed: uint8 [chunks, N, width], two 4-bit codes a byte (columns j and j + width of a chunk) or one of 8 bits;
     scale: [groups, N], float32, or int32 with the zero in its low byte and the rest of a float32 in the others;
     minimum: float32 [groups, N]; table: float32 [16].
     """
@@ -27,10 +27,7 @@ def dequantize_grouped(
     if num_chunks * width == k:
         number = packed.double() - 128
     else:
-        # Of four bytes, two of the low half's codes, two of the high half's: each two in the low bits, then two above.
-        pairs = packed.view(num_chunks, n, -1, 2, 2)
-        low, high = (torch.stack((half & 15, half >> 4), -2).flatten(2) for half in pairs.unbind(-1))
-        code = torch.cat((low, high), -1)
+        code = torch.cat((packed & 15, packed >> 4), -1)
         number = code.double() - 8 if table is None else table.double()[code.int()]
     number = number.transpose(0, 1).reshape(n, -1, group_size)
     if scale.dtype == torch.int32:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from octavo.kernels.triton.grouped_numbers import (
     _bytes,
-    _codes,
     _low_and_high,
     _ones,
     _scaled_first,
@@ -333,9 +332,8 @@ def _dequantize_kernel(
     n, byte = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     mask = (n < N)[:, None]
     raw = tl.load(packed_ptr + chunk * N * WIDTH + n[:, None] * WIDTH + byte[None, :], mask=mask, other=0)
-    low, high = _codes(raw) if BITS == 4 else (raw, raw)
     for half in tl.static_range(8 // BITS):
-        code = (high if half else low).to(tl.int32)
+        code = ((raw >> 4 * half) & 15 if BITS == 4 else raw).to(tl.int32)
         column = chunk * CHUNK + half * WIDTH
         scale, zero, minimum = _group_of(scale_ptr, minimum_ptr, column // GROUP, n, N, n < N, HAS_MINIMUM)
         if HAS_TABLE:

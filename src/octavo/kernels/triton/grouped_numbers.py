@@ -6,17 +6,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Codes of four bytes to pairs of numbers: two of the low half, two of the high half. A magic byte in front of a code
-# makes it a number of a known exponent. Where there is an operand, it is taken off.
+# Four bytes to two pairs of numbers of their low bits, and two of their high bits. A magic byte in front of a code
+# makes it a number of a known exponent. Where there is an operand, it is taken off. As in all instructions for several
+# elements, each number must depend on its own byte alone: which elements stand together is for the layout to choose,
+# and that of a product's operand has others beside each other than memory has.
 _NUMBERS = """{
-    .reg .b32 a, b, c;
-    shr.b32 a, $4, 4;
-    shr.b32 b, $4, 8;
-    shr.b32 c, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $1, a, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $2, b, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $3, c, 0x000F000F, MAGIC, 0xEA;
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shr.b32 c, a, 4;
+    shr.b32 d, b, 4;
+    lop3.b32 $0, a, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 $1, b, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 $2, c, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 $3, d, 0x000F000F, MAGIC, 0xEA;
     """
 _LESS = """sub.rn.TYPE $0, $0, $5;
     sub.rn.TYPE $1, $1, $6;
@@ -66,9 +69,9 @@ def _bytes(raw, DTYPE: tl.constexpr, FAST: tl.constexpr):
 
 # The numbers of a table of 16, by permutations of bytes. Operands: four bytes with two codes each; then the table as
 # `_table_words` has it, every word four times, once for each byte. Bits 0 to 2 of a code choose among eight bytes, bit
-# 3 between two such choices; low and high bytes are chosen apart, put together, and paired with those 16 bits up.
+# 3 between two such choices; low and high bytes are chosen apart and then put together.
 _LOOKED_UP = tl.constexpr("""{
-    .reg .b32 index, upper, next_index, next_upper, a, b, c, d, e, f;
+    .reg .b32 index, upper, next_index, next_upper, a, b, c, d;
     and.b32 index, $4, 0x77777777;
     shr.b32 upper, $4, 1;
     lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;
@@ -80,22 +83,18 @@ _LOOKED_UP = tl.constexpr("""{
     prmt.b32 d, $29, $33, index;
     prmt.b32 a, a, b, upper;
     prmt.b32 c, c, d, upper;
-    prmt.b32 e, a, c, 0x5140;
-    prmt.b32 f, a, c, 0x7362;
+    prmt.b32 $0, a, c, 0x6240;
+    prmt.b32 $2, a, c, 0x7351;
     prmt.b32 a, $5, $9, next_index;
     prmt.b32 b, $13, $17, next_index;
     prmt.b32 c, $21, $25, next_index;
     prmt.b32 d, $29, $33, next_index;
     prmt.b32 a, a, b, next_upper;
     prmt.b32 c, c, d, next_upper;
-    prmt.b32 b, a, c, 0x5140;
-    prmt.b32 d, a, c, 0x7362;
-    prmt.b32 $0, e, b, 0x5410;
-    prmt.b32 $1, e, b, 0x7632;
-    prmt.b32 $2, f, d, 0x5410;
-    prmt.b32 $3, f, d, 0x7632;
+    prmt.b32 $1, a, c, 0x6240;
+    prmt.b32 $3, a, c, 0x7351;
     }""")
-_TABLE_REGISTERS = tl.constexpr("=r,=r,=r,=r" + 33 * ",r")
+_TABLE_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r" + 33 * ",r")
 
 
 @triton.jit
@@ -142,17 +141,6 @@ def _ones(raw, DTYPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _codes(raw):
-    """The codes [N, W] of a chunk's low half and of its high half. raw: uint8 [N, W], as GroupedWeight packs them."""
-    N: tl.constexpr = raw.shape[0]
-    W: tl.constexpr = raw.shape[1]
-    low, high = tl.split(tl.reshape(raw, (N, W // 4, 2, 2)))
-    low = tl.permute(tl.join(low & 15, low >> 4), (0, 1, 3, 2))
-    high = tl.permute(tl.join(high & 15, high >> 4), (0, 1, 3, 2))
-    return tl.reshape(low, (N, W)), tl.reshape(high, (N, W))
-
-
-@triton.jit
 def _low_and_high(
     raw, less, table_ptr, words, HAS_TABLE: tl.constexpr, PLUS: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr
 ):
@@ -165,8 +153,8 @@ def _low_and_high(
         )
         low, high = low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
     elif HAS_TABLE:
-        low, high = _codes(raw)
-        low, high = tl.load(table_ptr + low.to(tl.int32)).to(DTYPE), tl.load(table_ptr + high.to(tl.int32)).to(DTYPE)
+        low, high = (raw & 15).to(tl.int32), (raw >> 4).to(tl.int32)
+        low, high = tl.load(table_ptr + low).to(DTYPE), tl.load(table_ptr + high).to(DTYPE)
     elif FAST and PLUS:
         low, high = tl.inline_asm_elementwise(
             _BF16_NUMBERS, _REGISTERS, [raw], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -183,10 +171,9 @@ def _low_and_high(
                 _FP16_LESS, _LESS_REGISTERS, [raw, base], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
     else:
-        low, high = _codes(raw)
         less = -128 if PLUS else less[:, None]
-        low, high = (low.to(tl.int32) - less).to(tl.float32), (high.to(tl.int32) - less).to(tl.float32)
-        low, high = low.to(DTYPE), high.to(DTYPE)
+        low, high = (raw & 15).to(tl.int32) - less, (raw >> 4).to(tl.int32) - less
+        low, high = low.to(tl.float32).to(DTYPE), high.to(tl.float32).to(DTYPE)
     return low, high
 
 
