@@ -16,7 +16,7 @@ from octavo.kernels.reference import norm as norm_reference
 from octavo.layers.activation import silu_and_mul
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
-from octavo.quantization import values
+from octavo.quantization import fp8, values
 from octavo.quantization.fp8 import FP8, quantize_channels
 from octavo.quantization.scheme import Fp8Tokens
 from octavo.quantization.unquantized import PLAIN, EveryLayer
@@ -113,18 +113,20 @@ def test_kernels_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
 
     plans = SimpleNamespace(of=lambda m, n, k, _device: f"{m}, {n}, {k}" if m == 6 else None)
     kernels = SimpleNamespace(
-        SKINNY_MAX_M=4, skinny_linear_fp8=skinny, quantize_fp8=quantize, Fp8Plan=plans, linear_fp8=own
+        SKINNY_MAX_M=6, skinny_linear_fp8=skinny, quantize_fp8=quantize, Fp8Plan=plans, linear_fp8=own
     )
+    monkeypatch.setattr(fp8, "_FULL_MAX_M", 3)
     monkeypatch.setattr(device_kernels, "get", lambda: kernels)
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     layer, _ = filled()
     FP8.apply(layer.layers[0], weight(4, 16).as_subclass(OnGpu))
     assert called == ["skinny"]
-    FP8.apply(layer.layers[0], weight(5, 16).as_subclass(OnGpu))
+    FP8.apply(layer.layers[0], weight(7, 16).as_subclass(OnGpu))
     FP8.apply(layer.layers[0], weight(6, 16).as_subclass(OnGpu))
-    assert called[1:] == ["quantize", ((5, 16), (5, 1), (1, 32)), "quantize", "6, 32, 16"]
+    assert called[1:] == ["quantize", ((7, 16), (7, 1), (1, 32)), "quantize", "6, 32, 16"]
     del called[:]
-    assert layer.gated(weight(5, 16).as_subclass(OnGpu)) is None
+    assert layer.gated(weight(7, 16).as_subclass(OnGpu)) is None
+    assert layer.gated(weight(6, 16).as_subclass(OnGpu)) is None
     assert layer.gated(weight(4, 16).as_subclass(OnGpu)) is not None
     assert called == ["gated"]
     layer.adapters = SimpleNamespace(are_active=True)
@@ -151,6 +153,7 @@ def test_what_makes_the_activations_quantises_them(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(device_kernels, "get", lambda: kernels)
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    monkeypatch.setattr(fp8, "_FULL_MAX_M", 4)
     layer, _ = filled(bias=False)
     few, many = (weight(count, 16).as_subclass(OnGpu) for count in (4, 5))
     assert [layer.takes_fp8(x) for x in (few, many, many.float(), many.as_subclass(Tensor))] == [

@@ -23,6 +23,7 @@ from octavo.quantization.values import DUMMY_STD, TINY, check_scales, full, norm
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 SCALE_MIN = 1e-12  # a channel of zeros gets a tiny scale, not none
+_FULL_MAX_M = 8  # tokens that are multiplied as they are, where there is a kernel for more
 # AutoFP8's and compressed-tensors' names, and those of transformers.
 _SCALE_NAMES = "weight_scale", "weight_scale_inv"
 _INPUT_SCALE_NAMES = "input_scale", "activation_scale"
@@ -104,7 +105,7 @@ class Fp8Scheme:
         if self.quantizes_tokens and shape.dtype == torch.bfloat16:
             tokens = torch.zeros(1, shape.in_features, dtype=shape.dtype, device=shape.device)
             found["quantize", shape.in_features] = lambda: kernels.quantize_fp8(tokens)
-            for m in range(kernels.SKINNY_MAX_M + 1, kernels.FP8_MAX_M + 1):
+            for m in range(_FULL_MAX_M + 1, kernels.FP8_MAX_M + 1):
                 plan = kernels.Fp8Plan.of(m, shape.out_features, shape.in_features, shape.device)
                 if plan is not None:
                     found["fp8", plan] = partial(_launch_fp8, shape, plan)
@@ -115,9 +116,12 @@ class Fp8Scheme:
         if layer.weight is None or layer.weight_scale is None or not self.quantizes_tokens:
             return False
         kernels = device_kernels.get()
-        if kernels is None or not like.is_cuda or like.dtype != torch.bfloat16 or len(like) <= kernels.SKINNY_MAX_M:
+        if kernels is None or not like.is_cuda or like.dtype != torch.bfloat16 or len(like) <= _FULL_MAX_M:
             return False
-        return all(size % 16 == 0 for size in layer.weight.shape)
+        rows, columns = layer.weight.shape
+        if len(like) <= kernels.SKINNY_MAX_M and kernels.Fp8Plan.of(len(like), rows, columns, like.device) is None:
+            return False
+        return rows % 16 == 0 and columns % 16 == 0
 
     def apply(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor:
         """On a CPU, or where a shape or dtype suits no FP8 kernel, by the dequantised weight: right, and slow."""
@@ -152,7 +156,7 @@ class Fp8Scheme:
     def apply_gated(self, layer: LinearLayer, x: Tensor | Fp8Tokens) -> Tensor | None:
         if layer.weight is None or layer.weight_scale is None:
             return UNQUANTIZED.apply_gated(layer, x)
-        if not is_skinny(x):
+        if not is_skinny(x) or self.takes_fp8(layer, x):
             return None
         kernels = device_kernels.get()
         product: Tensor = kernels.skinny_linear_fp8(x, layer.weight, layer.weight_scale, layer.bias, gated=True)
