@@ -82,11 +82,12 @@ served() {
   record served "$file" "${command[@]}" -- ${flags[@]+"${flags[@]}"} && return "$status"
 }
 
-# checks: what checks.py leaves of the time is storm.py's.
+# checks: what one leaves of the time is the next one's.
 checks() {
   local end=$((SECONDS + limit)) status=0
   : "${CHECK_MODEL:?names a .gguf file or a folder}"
-  timeout -k 20 "$limit" python3 $gpu/checks.py --model "$CHECK_MODEL" || status=1
+  timeout -k 20 "$limit" python3 $gpu/check_quantized.py || status=1
+  timeout -k 20 $((end > SECONDS ? end - SECONDS : 1)) python3 $gpu/checks.py --model "$CHECK_MODEL" || status=1
   timeout -k 20 $((end > SECONDS ? end - SECONDS : 1)) python3 $gpu/storm.py --model "$CHECK_MODEL" || status=1
   return $status
 }
