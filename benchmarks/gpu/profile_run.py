@@ -30,9 +30,9 @@ def markdown(kernels: list[traces.Kernel], num_longest: int) -> str:
     """Milliseconds by kind, the idle time, and the kernels that took longest."""
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
-    for kernel in kernels:
-        by_kind[kind_of(kernel.name)] += (kernel.end - kernel.start) / 1e3
-        by_name[kernel.name].append((kernel.end - kernel.start) / 1e3)
+    for kernel, us in zip(kernels, traces.added(kernels), strict=True):
+        by_kind[kind_of(kernel.name)] += us / 1e3
+        by_name[kernel.name].append(us / 1e3)
     busy = sum(by_kind.values())
     idle = traces.idle_of(kernels, 1)
     lines = ["| kind | ms | share |", "|---|---|---|"]

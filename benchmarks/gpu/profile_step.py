@@ -7,7 +7,7 @@ Random weights of the folder's config.json; all sequences decode at about `conte
 names (KINDS below); the longest kernels are listed with their kind, so that a wrong one shows. GEMM moves the weights
 of the linear layers and of the output head once, attention the keys and values of every sequence; the limit is those
 bytes at the measured copy speed of an H200. With fp8 weights the linear layers have one byte a weight; the head keeps
-its two.
+its two. A kernel's time is what it adds to that of those before it: some start while these still run.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def summarize(kernels: Sequence[traces.Kernel], num_seqs: int, context: int, num
     """Group the kernels of `num_steps` steps."""
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
-    for kernel in kernels:
-        by_kind[kind_of(kernel.name)] += (kernel.end - kernel.start) / num_steps
-        by_name[kernel.name].append(kernel.end - kernel.start)
+    for kernel, us in zip(kernels, traces.added(kernels), strict=True):
+        by_kind[kind_of(kernel.name)] += us / num_steps
+        by_name[kernel.name].append(us)
     ranked = sorted(by_name.items(), key=lambda entry: -sum(entry[1]))
     longest = [(name, kind_of(name), sum(us) / num_steps, len(us) / num_steps) for name, us in ranked]
     idle = traces.idle_of(kernels, num_steps)

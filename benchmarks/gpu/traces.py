@@ -49,6 +49,17 @@ def gaps(kernels: Sequence[Kernel]) -> list[float]:
     return found
 
 
+def added(kernels: Sequence[Kernel]) -> list[float]:
+    """By how many microseconds each kernel makes the work longer: from the end of all before it, or from its start, to
+    its end; 0 if it ends sooner. One that is let in early waits for those ahead of it, which is no time of its own.
+    `kernels` in order of start."""
+    found, until = [], kernels[0].start
+    for kernel in kernels:
+        found.append(max(0.0, kernel.end - max(until, kernel.start)))
+        until = max(until, kernel.end)
+    return found
+
+
 class Idle(NamedTuple):
     """How long a GPU idled, in microseconds. Gaps of 1 us and less are the launch of the next kernel of a graph."""
 

@@ -213,3 +213,9 @@ def test_run_sh_refuses_an_unknown_section(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 1
     assert "unknown section nothing" in done.stderr
+
+
+def test_a_kernel_that_waits_for_others_adds_what_it_takes_beyond_them(load: Any) -> None:
+    traces = load("traces")
+    kernels = [traces.Kernel("product", 10, 30), traces.Kernel("norm", 12, 33), traces.Kernel("copy", 15, 20)]
+    assert traces.added([*kernels, traces.Kernel("next", 34, 40)]) == [20, 3, 0, 6]
