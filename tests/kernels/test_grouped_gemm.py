@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
+import ptx
 import pytest
 import torch
 import triton
@@ -124,37 +123,6 @@ def _store_table_words(table_ptr, out_ptr, DTYPE: tl.constexpr):
         tl.store(out_ptr + index + tl.zeros((1, 1), tl.int32), words[index])
 
 
-def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt.b32: byte i is that of the eight of b:a which bits 4i to 4i + 2 of the selector name; with bit 4i + 3 its
-    sign, eight times."""
-    bytes_of = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros_like(bytes_of)
-    for index in range(4):
-        chosen = selector.astype(np.uint64) >> np.uint64(4 * index) & np.uint64(15)
-        byte = bytes_of >> (chosen & np.uint64(7)) * np.uint64(8) & np.uint64(255)
-        byte = np.where(chosen & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(255), byte)
-        result |= byte << np.uint64(8 * index)
-    return result.astype(np.uint32)
-
-
-def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Registers, uint32, after the instructions that look codes up or take them apart."""
-    registers = dict(inputs)
-    for line in text.strip("{}").split(";"):
-        name, *operands = re.findall(r"[^\s,]+", line)[:6] or [""]
-        if name in ("", ".reg"):
-            continue
-        target, *read = operands
-        values = [registers[word] if word in registers else np.uint32(int(word, 0)) for word in read]
-        if name == "lop3.b32":
-            assert int(read[3], 0) == 0xEA  # (a & b) | c
-            registers[target] = values[0] & values[1] | values[2]
-        else:
-            compute = {"and.b32": np.bitwise_and, "shr.b32": np.right_shift, "prmt.b32": permuted}[name]
-            registers[target] = compute(*values)
-    return registers
-
-
 # By nibble of a word: its number, of the four bytes' low codes, then of their high ones. Each byte's numbers stand
 # where the byte does, so that it does not matter which bytes a layout puts together.
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -162,7 +130,7 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def test_instructions_that_take_codes_apart() -> None:
     words = np.random.default_rng(1).integers(0, 1 << 32, 200, dtype=np.uint32)
-    found = run_ptx(_BF16_NUMBERS.value, {"$4": words})
+    found = ptx.run(_BF16_NUMBERS.value, {"$4": words})
     for nibble, number in enumerate(_ORDER):
         bits = found[f"${number // 2}"] >> 16 * (number % 2) & 0xFFFF
         expected = torch.from_numpy((words >> 4 * nibble & 15).astype(np.int32) + 128).bfloat16()
@@ -179,7 +147,7 @@ def test_instructions_that_look_codes_up(name: CodeTable, dtype: torch.dtype) ->
     inputs = {"$4": codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24}
     for index, word in enumerate(words.cpu().numpy().view(np.uint32)):
         inputs |= {f"${5 + 4 * index + copy}": np.full(256, word) for copy in range(4)}
-    found = run_ptx(_LOOKED_UP.value, inputs)
+    found = ptx.run(_LOOKED_UP.value, inputs)
     expected = table.cpu().to(dtype).view(torch.int16).numpy().view(np.uint16)
     word = inputs["$4"]
     for nibble, number in enumerate(_ORDER):
