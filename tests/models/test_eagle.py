@@ -127,8 +127,9 @@ def test_an_eagle_head_and_its_chain(extra: str, target: Target, tmp_path: Path,
     ids, features = token_ids(VOCAB)[1:], states[:-1]
     for feature, scores in zip(made, logits, strict=True):
         expected = eagle_reference(table[ids], features, tensors)[-1:]
-        torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(scores, target.reference.lm_head(expected).detach(), atol=1e-3, rtol=1e-4)
+        # Rounding grows along the chain, and differs with the CPU's instructions; features are about 1.
+        torch.testing.assert_close(feature, expected, atol=5e-4, rtol=1e-4)
+        torch.testing.assert_close(scores, target.reference.lm_head(expected).detach(), atol=2e-3, rtol=1e-4)
         ids, features = torch.cat((ids, scores.argmax(-1))), torch.cat((features, expected))
 
 
