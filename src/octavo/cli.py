@@ -22,6 +22,7 @@ from octavo.config import DEFAULT_MODEL, DeviceFacts, EngineOptions, ModelFacts,
 from octavo.engine.client import EngineDeadError
 
 _MULTIPLIERS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+_BOOLEANS = {"true": True, "false": False}
 _FIELDS = {f.name: f for options in (EngineOptions, ServerOptions) for f in fields(options)}
 _NAMES = frozenset(_FIELDS) | {
     "input_file",
@@ -262,10 +263,16 @@ def _as_flag(message: str) -> str:
 
 
 def _spell_out(args: Sequence[str]) -> list[str]:
-    """Give booleans that may be None the value that tyro asks for: --x is --x=true, --no-x is --x=false."""
-    tristate = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
-    tristate |= {f"--no-{flag[2:]}": f"{flag}=false" for flag in list(tristate)}
-    return [tristate.get(arg.replace("_", "-"), arg) for arg in args]
+    """Give booleans that may be None the value that tyro asks for, where the next word is none: --x is --x=true, --no-x
+    is --x=false."""
+    yes = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
+    no = {f"--no-{flag[2:]}": f"{flag}=false" for flag in yes}
+    spelled: list[str] = []
+    for arg, following in zip(args, [*args[1:], ""]):
+        name = arg.replace("_", "-")
+        has_value = name in yes and following.lower() in _BOOLEANS
+        spelled.append(arg if has_value else (yes | no).get(name, arg))
+    return spelled
 
 
 def _gathered(args: Sequence[str]) -> list[str]:
@@ -358,10 +365,9 @@ def _integer(text: str) -> int:
 
 
 def _boolean(text: str) -> bool:
-    values = {"true": True, "false": False}
-    if text.lower() not in values:
+    if text.lower() not in _BOOLEANS:
         raise ValueError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
+    return _BOOLEANS[text.lower()]
 
 
 if __name__ == "__main__":

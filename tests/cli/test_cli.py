@@ -124,6 +124,8 @@ def test_booleans_are_pairs_and_underscores_are_hyphens(serving: FakeServing, fl
         (["--no-async-scheduling"], False),
         (["--no_async_scheduling"], False),
         (["--async-scheduling=false"], False),
+        (["--async-scheduling", "false"], False),
+        (["--async_scheduling", "True"], True),
     ],
 )
 def test_a_boolean_that_may_be_none_is_a_pair_too(serving: FakeServing, words: list[str], value: bool | None) -> None:

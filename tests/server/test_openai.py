@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -177,6 +178,25 @@ async def test_prompt_logprobs_and_token_ids() -> None:
         chat = await rig.openai.chat.completions.create(model="fake", messages=USER, extra_body=extra)
         assert chat.choices[0].model_extra["token_ids"] == [97, EOS]
         assert len(chat.model_extra["prompt_logprobs"]) == chat.usage.prompt_tokens
+
+
+async def test_a_streams_first_chunk_has_the_prompts_token_ids_and_every_chunk_its_usage() -> None:
+    async with running(FakeEngine(lambda _: Script(b"ab"))) as rig:
+        options: Any = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        extra = {"return_token_ids": True}
+        stream = await rig.openai.completions.create(model="fake", prompt=["x", "yz"], **options, extra_body=extra)
+        chunks = [chunk async for chunk in stream]
+        shown: list[list[Any]] = [[], []]
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            shown[choice.index].append((choice.model_extra or {}).get("prompt_token_ids"))
+        assert shown == [[[120], None, None], [[121, 122], None, None]]
+        whole = await rig.openai.chat.completions.create(model="fake", messages=USER, n=2, extra_body=extra)
+        prompt = whole.model_extra["prompt_token_ids"]
+        stream = await rig.openai.chat.completions.create(model="fake", messages=USER, n=2, **options, extra_body=extra)
+        chat = [chunk async for chunk in stream]
+        assert [chunk.model_extra.get("prompt_token_ids") for chunk in chat] == [prompt] + [None] * (len(chat) - 1)
+        assert [chunk.usage.prompt_tokens for chunk in chat] == [len(prompt)] * len(chat)
+        assert all(chunk.usage for chunk in chunks)
 
 
 async def test_fields_reach_the_engine() -> None:

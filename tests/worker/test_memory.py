@@ -38,9 +38,12 @@ def test_no_more_than_the_sequences_could_fill() -> None:
 def test_too_little_says_what_fits() -> None:
     with pytest.raises(
         ValueError,
-        match=r"max_model_len=1024 needs 2 MiB .* there are 1 MiB, 1 MiB too little: lower max_model_len to 496",
+        match=r"max_model_len=1024 needs 3 MiB .* there are 1 MiB, 2 MiB too little: lower max_model_len to 496",
     ):
         plan_memory(config(kv_cache_memory="1MiB"), weight_bytes=0, free_bytes=0)
+    with pytest.raises(ValueError, match=r"needs 3 MiB .* there are 2 MiB, 1 MiB too little: lower .* to 1008"):
+        plan_memory(config(kv_cache_memory="2MiB"), weight_bytes=0, free_bytes=0)
+    assert plan_memory(config(kv_cache_memory="3MiB"), weight_bytes=0, free_bytes=0).max_model_len == 1024
 
 
 def test_lines_name_tokens_and_whole_requests() -> None:

@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: (0, 1]; top_k: 0 or -1 for off, else >= 1; min_p: 0..1, relative to the largest probability.
     presence_penalty, frequency_penalty: -2..2, over the output tokens.
     repetition_penalty: > 0, over prompt and output tokens (Keskar et al. 2019, CTRL).
-    seed: the same seed gives the same tokens, alone or in any batch, up to near ties in bfloat16; -1 counts as None.
+    seed: the same seed gives the same tokens, alone or in any batch, up to near ties; -1 counts as None.
     max_tokens: >= 1, or None for as many as the context holds; min_tokens: 0..max_tokens.
     stop: strings that end the text and are not part of it, unless include_stop_str_in_output.
     stop_token_ids: ids that end the output besides the model's end-of-sequence ids.

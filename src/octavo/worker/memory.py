@@ -113,10 +113,12 @@ def _pool(config: EngineConfig, budget: int, option: str) -> dict[str, int]:
         max_model_len = min(max_model_len, fits)
     if fits < max_model_len:
         needs = (blocks_per_sequence + 1) * block_bytes
+        # Rounded so that what it needs is enough, and what is missing never 0.
+        needed, there, missing = -(-needs // _MIB), max(0, budget) // _MIB, -((budget - needs) // _MIB)
         raise ValueError(
-            f"max_model_len={max_model_len} needs {needs / _MIB:,.0f} MiB of KV cache, but there are "
-            f"{max(0, budget) / _MIB:,.0f} MiB, {(needs - budget) / _MIB:,.0f} MiB too little: lower max_model_len to "
-            f"{fits} or less, lower max_num_batched_tokens or max_num_seqs, or raise {option}"
+            f"max_model_len={max_model_len} needs {needed:,} MiB of KV cache, but there are {there:,} MiB, "
+            f"{missing:,} MiB too little: lower max_model_len to {fits} or less, lower max_num_batched_tokens or "
+            f"max_num_seqs, or raise {option}"
         )
     return {
         "kv_bytes": num_blocks * block_bytes,

@@ -218,10 +218,7 @@ class ChatFrames(Frames):
         opening = b""
         if not self._opened:
             self._opened = True
-            opening = b"".join(
-                self._encoder.chunk(ChunkChoice(each.index, ChatDelta("assistant", ""), None))
-                for each in self._run.choices
-            )
+            opening = b"".join(self._opening(each) for each in self._run.choices)
         if self._plain and delta.finish_reason is None:
             if not delta.text:
                 return opening
@@ -231,11 +228,21 @@ class ChatFrames(Frames):
         chunk = self._chunk(choice, delta)
         if chunk is None:
             return opening
-        return opening + self._encoder.chunk(chunk, self._run.usage() if self._options.continuous_usage_stats else None)
+        return opening + self._encoder.chunk(chunk, self._usage())
 
     def last(self) -> bytes:
         """See Frames.last."""
         return self._encoder.chunk(None, self._run.usage()) if self._options.include_usage else b""
+
+    def _usage(self) -> Usage | None:
+        """What every chunk says of it."""
+        return self._run.usage() if self._options.continuous_usage_stats else None
+
+    def _opening(self, choice: Choice) -> bytes:
+        """The chunk of a choice's role. That of the first choice has the prompt's tokens: they are all choices' own."""
+        shown = self._body.return_token_ids and choice.index == 0
+        chunk = ChunkChoice(choice.index, ChatDelta("assistant", ""), None)
+        return self._encoder.chunk(chunk, self._usage(), choice.request.prompt_token_ids if shown else None)
 
     def _chunk(self, choice: Choice, delta: Delta) -> ChunkChoice | None:
         shows_tokens = bool(delta.token_ids) and bool(delta.logprobs or self._body.return_token_ids)

@@ -143,7 +143,7 @@ class CompletionFrames(Frames):
                 "system_fingerprint": endpoint.fingerprint,
             }
         )
-        self._opened: set[int] = set()  # choices whose prompt was echoed
+        self._opened: set[int] = set()  # choices of which a chunk was made
         # Nothing but text in all chunks but each choice's last.
         self._plain = not (
             body.echo or body.return_token_ids or body.logprobs is not None or self._options.continuous_usage_stats
@@ -155,19 +155,21 @@ class CompletionFrames(Frames):
             if not delta.text:
                 return b""
             return self._encoder.text_chunk(b'{"index":%d,"text":' % choice.index, delta.text, _PLAIN_TAIL)
-        echoed = choice.prompt if self._body.echo and choice.index not in self._opened else ""
-        self._opened.add(choice.index)
-        chunk = self._chunk(choice, delta, echoed)
+        opens = choice.index not in self._opened
+        chunk = self._chunk(choice, delta, opens)
         if chunk is None:
             return b""
+        self._opened.add(choice.index)
         return self._encoder.chunk(chunk, self._run.usage() if self._options.continuous_usage_stats else None)
 
     def last(self) -> bytes:
         """See Frames.last."""
         return self._encoder.chunk(None, self._run.usage()) if self._options.include_usage else b""
 
-    def _chunk(self, choice: Choice, delta: Delta, echoed: str) -> CompletionChoice | None:
+    def _chunk(self, choice: Choice, delta: Delta, opens: bool) -> CompletionChoice | None:
+        """None: there is nothing to say yet. opens: of the choice's first chunk, which tells of the prompt."""
         body = self._body
+        echoed = choice.prompt if body.echo and opens else ""
         logprobs = None
         if delta.logprobs and body.logprobs is not None:
             logprobs, choice.text_offset = self._formatter.completion(
@@ -184,6 +186,7 @@ class CompletionFrames(Frames):
             logprobs=logprobs,
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if body.return_token_ids else None,
+            prompt_token_ids=choice.request.prompt_token_ids if body.return_token_ids and opens else None,
         )
 
 

@@ -39,11 +39,18 @@ class EventEncoder:
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
         self._encode = msgspec.json.Encoder().encode
 
-    def chunk(self, choice: msgspec.Struct | None, usage: msgspec.Struct | None = None) -> bytes:
-        """The frame for one choice, or for none, with a usage where one is given."""
+    def chunk(
+        self,
+        choice: msgspec.Struct | None,
+        usage: msgspec.Struct | None = None,
+        prompt_token_ids: list[int] | None = None,
+    ) -> bytes:
+        """The frame for one choice, or for none, with a usage and the prompt's token ids where they are given."""
         body = b"" if choice is None else self._encode(choice)
-        tail = b"]}\n\n" if usage is None else b'],"usage":' + self._encode(usage) + b"}\n\n"
-        return self._head + body + tail
+        said = b"" if usage is None else b',"usage":' + self._encode(usage)
+        if prompt_token_ids is not None:
+            said += b',"prompt_token_ids":' + self._encode(prompt_token_ids)
+        return b"%b%b]%b}\n\n" % (self._head, body, said)
 
     def text_chunk(self, before: bytes, text: str, after: bytes) -> bytes:
         """`chunk` for a choice whose JSON is known but for one string: what stands before it, and after it."""
