@@ -267,11 +267,11 @@ def _spell_out(args: Sequence[str]) -> list[str]:
     is --x=false."""
     yes = {_flag(name): _flag(name) + "=true" for name in _TRISTATES}
     no = {f"--no-{flag[2:]}": f"{flag}=false" for flag in yes}
-    spelled: list[str] = []
+    values, spelled = yes | no, []
     for arg, following in zip(args, [*args[1:], ""]):
         name = arg.replace("_", "-")
         has_value = name in yes and following.lower() in _BOOLEANS
-        spelled.append(arg if has_value else (yes | no).get(name, arg))
+        spelled.append(arg if has_value else values.get(name, arg))
     return spelled
 
 

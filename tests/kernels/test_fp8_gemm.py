@@ -79,6 +79,7 @@ def test_scales_that_are_not_aligned() -> None:
 
 @pytest.mark.parametrize(("m", "n", "k"), [(20, 64, 40), (20, 72, 64)])
 def test_sizes_that_are_no_multiple_of_16_are_refused(m: int, n: int, k: int) -> None:
+    assert Fp8Plan.of(m, n, k, DEVICE) is None
     with pytest.raises(ValueError, match="multiples of 16"):
         linear_fp8(*operands(m, n, k), plan=Fp8Plan(64, 32))
 

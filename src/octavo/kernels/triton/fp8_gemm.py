@@ -49,13 +49,15 @@ class Fp8Plan(NamedTuple):
 
     @classmethod
     def of(cls, m: int, n: int, k: int, device: torch.device) -> Fp8Plan | None:
-        """The plan for x [m, k] by a weight [n, k]; None where torch._scaled_mm is as fast or faster.
+        """The plan for x [m, k] by a weight [n, k]; None where torch._scaled_mm is as fast or faster, and for sizes
+        that `linear_fp8` does not take.
 
         Up to 132 tiles of a weight: one program for every multiprocessor, the smallest tiles that allow it, as many
         stages as the shared memory holds. Of weights with more rows only those are multiplied here whose number of
         tokens suits no tile of the library. Measured on an H200 by benchmarks/gpu/kernel_fp8.py.
         """
-        return _plan(m, n, k) if m <= FP8_MAX_M and _suits(device) else None
+        takes = m <= FP8_MAX_M and n % 16 == 0 and k % 16 == 0
+        return _plan(m, n, k) if takes and _suits(device) else None
 
 
 # The plan, for so many tokens, of weights with more tiles than there are multiprocessors and at least so many rows.
