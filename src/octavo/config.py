@@ -273,6 +273,8 @@ class SchedulerConfig:
     """Guess fewer where that is faster."""
     drafts_are_free: bool = False
     """Whether guesses cost next to nothing to make."""
+    levels_prompts: bool = False
+    """Whether the prompts of patient requests are spread over the steps that decoding takes; without speculation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +308,18 @@ class EngineConfig:
     lora: LoRASizes | None = None
     decisions: tuple[str, ...] = field(default=())
 
+    @property
+    def records_graphs(self) -> bool:
+        """Whether steps are recorded as CUDA graphs."""
+        eager = self.options.enforce_eager or self.options.attention_backend == "torch"
+        return self.device == "cuda" and not eager
+
+    @property
+    def _levels_prompts(self) -> bool:
+        """On a CPU each token makes a step longer; without graphs each step does."""
+        options = self.options
+        return self.records_graphs and options.enable_chunked_prefill and options.scheduling_policy == "fcfs"
+
     def scheduler(self, num_blocks: int, max_model_len: int) -> SchedulerConfig:
         """The scheduler's part, once the size of the KV pool is known, and with it the longest sequence."""
         cuda = self.device == "cuda"
@@ -320,6 +334,7 @@ class EngineConfig:
             # Where a step has room for one such chunk only, it would be cut short for nothing.
             chunk_alignment=LONG_CHUNK if cuda and self.max_num_batched_tokens >= 2 * LONG_CHUNK else 1,
             policy=self.options.scheduling_policy,
+            levels_prompts=self._levels_prompts,
             max_loras=0 if self.lora is None else self.lora.max_loras,
         )
 

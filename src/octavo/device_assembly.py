@@ -102,7 +102,7 @@ def build_cuda(
     torch.cuda.empty_cache()
     lap("largest step")
     ledger = plan_device_memory(config, model.weight_bytes, memory)
-    records = not config.options.enforce_eager and config.options.attention_backend != "torch"
+    records = config.records_graphs
     runner = make_runner(ledger.num_blocks, ledger.max_model_len, records)
     lap("KV cache")
     if runner.graphs is not None:

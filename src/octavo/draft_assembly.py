@@ -59,6 +59,7 @@ class Draft:
             "adaptive_speculation": self.config.adaptive,
             "drafts_are_free": self.config.method in LOOKUPS,
             "max_step_rows": max_num_seqs + self.num_draft_rows(max_num_seqs),
+            "levels_prompts": False,  # how many steps there will be is not known
         }
 
 

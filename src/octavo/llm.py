@@ -155,13 +155,12 @@ class LLM:
         default = self.get_default_sampling_params
         params = one_each("sampling_params", sampling_params, SamplingParams, len(batch), default)
         loras = self._adapters(lora_request, len(batch))
-        jobs, requests = [], []
-        for prompt, sampling, rank, lora in zip(batch, params, priorities, loras):
-            job, own = self._prepare(prompt, sampling, rank, lora)
-            jobs.append(job)
-            requests += own
+        prepared = [self._prepare(*each) for each in zip(batch, params, priorities, loras)]
+        jobs, requests = [job for job, _ in prepared], [request for _, own in prepared for request in own]
         self._search({job.request_id: job.search for job in jobs if job.search is not None})
         if requests:
+            if all(request.patient for request in requests):
+                requests.sort(key=lambda request: -request.max_tokens)  # the longest one's end is the batch's
             self._run([job for job in jobs if job.search is None], requests, use_tqdm)
         return [self._output(job) for job in jobs]
 
@@ -326,6 +325,7 @@ class LLM:
                 grammar=grammar,
                 reasoning=reasoning,
                 lora=lora,
+                patient=own.has_fixed_length,
             )
             job.completions[request.request_id] = Generation(self._tokenizer, own, token_ids)
             requests.append(request)

@@ -83,7 +83,7 @@ class Case:
         """The power of two that the kernel is to have room for."""
         return 1 << (max(self.shares, default=1) - 1).bit_length()
 
-    def check(self, window: int | None = None, config: DecodeConfig | None = None) -> None:
+    def check(self, window: int | None = None, config: DecodeConfig | None = None, beside: bool = False) -> None:
         """The kernel and the oracle agree at every token, those of rows without items (NaN) included."""
         scale, scratch = self.head_dim**-0.5, self.scratch()
         actual = torch.full(self.query.shape, torch.nan, dtype=self.dtype, device=DEVICE)
@@ -92,7 +92,7 @@ class Case:
         reference.paged_decode(on_cpu[0].double(), *on_cpu[1:], expected, scale, window)
         shared = (self.block_tables, self.row_slots, self.cu_q, self.items)
         for _ in range(2):  # the second launch finds the counters that the first left
-            paged_decode(self.query, self.cache, *shared, actual, scratch, scale, window, config, self.queries)
+            paged_decode(self.query, self.cache, *shared, actual, scratch, scale, window, config, self.queries, beside)
             tolerance = TOLERANCE[self.dtype]
             torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
             assert not scratch.arrivals.any()

@@ -13,7 +13,8 @@ import octavo
 _FOLDER = Path(octavo.__file__).parent / "kernels" / "triton"
 _ACCESSES = {"load", "store", "atomic_add", "atomic_cas", "atomic_xchg", "make_tensor_descriptor"}
 # What no kernel of a step writes, or its first ones do, many launches before those that read it.
-_BEFORE = {"weight_ptr", "items", "fields", "row_slots", "cu_q"}
+_BEFORE = {"weight_ptr", "items", "items_ptr", "fields", "row_slots", "cu_q"}
+_LAST_ACT = "_wait_for_previous(OVERLAP)"
 
 
 def _kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -22,7 +23,7 @@ def _kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
             if (
                 isinstance(node, ast.FunctionDef)
                 and "OVERLAP" in _parameters(node)
-                and "FILLS" not in _parameters(node)
+                and not node.name.startswith(("_after_", "_wait_"))
             ):
                 yield f"{path.stem}.{node.name}", node
 
@@ -80,3 +81,33 @@ def test_a_kernel_without_a_wait_is_found() -> None:
     assert isinstance(kernel, ast.FunctionDef)
     with pytest.raises(ValueError, match="never waits"):
         _early_accesses(kernel)
+
+
+def _exits_without_wait(kernel: ast.FunctionDef) -> int:
+    """Ways out of a kernel, its end among them, that the wait does not stand right before."""
+    blocks = [[*kernel.body, ast.Return()]]
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.If | ast.For | ast.While):
+            blocks += [node.body, node.orelse]
+    exits = [(block, at) for block in blocks for at, node in enumerate(block) if isinstance(node, ast.Return)]
+    return sum(at == 0 or ast.unparse(block[at - 1]) != _LAST_ACT for block, at in exits)
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in _KERNELS.items() if "beside" in _parameters(kernel)])
+def test_what_runs_beside_another_ends_after_it(name: str) -> None:
+    assert _exits_without_wait(_KERNELS[name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (f"{_LAST_ACT}", 0),
+        (f"if x:\n  return\n {_LAST_ACT}", 1),
+        (f"if x:\n  {_LAST_ACT}\n  return\n {_LAST_ACT}", 0),
+        (f"if x:\n  {_LAST_ACT}\n  return", 1),
+    ],
+)
+def test_an_exit_without_a_wait_is_found(body: str, count: int) -> None:
+    (kernel,) = ast.parse(f"def kernel(x, OVERLAP):\n {body}").body
+    assert isinstance(kernel, ast.FunctionDef)
+    assert _exits_without_wait(kernel) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from scheduler_rig import EOS, Rig, adapter_request, hash0, hash8, make_request
 
 from octavo.config import SchedulerConfig
+from octavo.scheduler import leveling
 from octavo.scheduler.prefix_cache import sha256
 
 # Long runs: OCTAVO_TEST_EXAMPLES=2000 python -m pytest tests/scheduler/test_state_machine.py
@@ -30,6 +32,7 @@ configs = st.builds(
     num_speculative_tokens=st.sampled_from([0, 3, 1, 7]),
     adaptive_speculation=st.booleans(),
     drafts_are_free=st.booleans(),
+    levels_prompts=st.booleans(),
 )
 # All prompts are of two tokens and most begin alike, so that many of their blocks are equal.
 prompts = st.tuples(st.sampled_from([17, 16, 5, 31, 36, 0]), st.lists(st.integers(0, 1), min_size=1, max_size=4)).map(
@@ -44,6 +47,7 @@ options = st.fixed_dictionaries(
         "stop_token_ids": st.just([4, EOS]),
         "prompt_logprobs": st.just(1),
         "min_tokens": st.just(1),
+        "patient": st.just(True),
         "lora": st.sampled_from([1, 2, 3, 4, 9]).map(adapter_request),
     },
 )
@@ -51,6 +55,11 @@ wishes = st.tuples(prompts, st.sampled_from([12, 1, 4, 20, 32]), st.one_of(st.ju
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.small_levels = patch.multiple(leveling, _LEAST=2, _MOST=64, _GRAIN=2)  # of such small steps
+        self.small_levels.start()
+
     @initialize(
         config=configs,
         depth=st.integers(1, 3),
@@ -123,8 +132,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.rig.check()
 
     def teardown(self):
-        if hasattr(self, "rig"):
-            self.rig.drain()
+        try:
+            if hasattr(self, "rig"):
+                self.rig.drain()
+        finally:
+            self.small_levels.stop()
 
 
 SchedulerMachine.TestCase.settings = settings(

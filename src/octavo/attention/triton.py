@@ -94,15 +94,16 @@ class TritonAttention(FusedAttentionBackend):
         query = self._kernels.qk_norm_rope_write_kv(qkv, *rotation, weight, eps, *where, *heads, scales)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         tables, scale = (batch.block_tables, batch.row_slots), layer.scale * scales[0]
+        has_prompts = len(batch.prefill_items) > 0
+        if has_prompts:
+            items = *tables, batch.starts, batch.cu_q, batch.prefill_items
+            self._kernels.paged_prefill(query, cache, *items, out, scale, layer.sliding_window)
         if len(batch.decode_items):
             items = batch.decode_items
             self._kernels.paged_decode(
                 query, cache, *tables, batch.cu_q, items, out, self._scratch, scale, layer.sliding_window,
-                queries=self._queries,
+                queries=self._queries, beside=has_prompts,
             )  # fmt: skip
-        if len(batch.prefill_items):
-            items = *tables, batch.starts, batch.cu_q, batch.prefill_items
-            self._kernels.paged_prefill(query, cache, *items, out, scale, layer.sliding_window)
         if batch.rows is not None and self._taken:
             self._long_prefill.forward(layer.layer_index, query, cache, out, scale)
         return out if scales[1] == 1.0 else out.mul_(scales[1])

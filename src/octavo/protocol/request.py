@@ -23,6 +23,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     grammar: what sampling.structured_outputs was compiled to by the front end; the text is llguidance's.
     lora: the adapter that the model runs with; None: the model as it is.
     max_tokens: >= 1, resolved: prompt + max_tokens <= max_model_len.
+    patient: it has max_tokens tokens in any case, and only the end of all requests like it is waited for, so that its
+    prompt may be computed later than it could be.
     pooling: the prompt's embedding is asked for, along with one token that means nothing; max_tokens is 1.
     """
 
@@ -38,3 +40,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: ReasoningMarks | None = None
     pooling: PoolingParams | None = None
     lora: LoRARequest | None = None
+    patient: bool = False

@@ -195,6 +195,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def has_fixed_length(self) -> bool:
+        """Whether the output has max_tokens tokens, whatever they are."""
+        may_end = self.stop or self.stop_token_ids or self.structured_outputs or self.repetition_detection
+        return self.ignore_eos and not may_end
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have: raises ValueError with the range."""
         for name, ids in (

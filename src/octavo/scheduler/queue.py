@@ -23,6 +23,8 @@ class RankedQueue:
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
+        self.num_tokens = 0  # of all, with the output that they may have at most
+        self.num_impatient = 0  # requests that are not patient
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -38,13 +40,22 @@ class RankedQueue:
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=_rank)
+        self._count(sequence, 1)
 
     def remove(self, sequence: Sequence) -> None:
         index = bisect_left(self._sequences, sequence.rank, key=_rank)
         require(self._sequences[index] is sequence, f"request {sequence.request.request_id!r} is not in its queue")
         del self._sequences[index]
+        self._count(sequence, -1)
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        self.num_tokens += sign * sequence.max_num_tokens
+        self.num_impatient += sign * (not sequence.request.patient)
 
     def audit(self) -> None:
-        """I9: in order, nothing twice."""
+        """I9: in order, nothing twice, sums right."""
         ranks = [sequence.rank for sequence in self._sequences]
         require(all(a < b for a, b in pairwise(ranks)), "I9: a queue is out of order or holds one twice")
+        num_tokens = sum(sequence.max_num_tokens for sequence in self._sequences)
+        num_impatient = sum(not sequence.request.patient for sequence in self._sequences)
+        require((num_tokens, num_impatient) == (self.num_tokens, self.num_impatient), "I9: a queue's sums are wrong")

@@ -10,10 +10,12 @@ from octavo.protocol.outputs import FinishReason, SchedulerStats, TokenOutput
 from octavo.protocol.plan import Masks, NewSequence, PlanRow, RowResult, StepPlan, StepResult
 from octavo.protocol.request import Request
 from octavo.scheduler.adapter_slots import AdapterSlots
+from octavo.scheduler.admission import check_request
 from octavo.scheduler.audit import require
 from octavo.scheduler.constraint import Constraint
 from octavo.scheduler.drafts import Drafts
 from octavo.scheduler.kv_manager import KVManager
+from octavo.scheduler.leveling import level_tokens
 from octavo.scheduler.prefix_cache import HashFunction, sha256
 from octavo.scheduler.queue import RankedQueue
 from octavo.scheduler.sequence import Sequence, Status
@@ -39,6 +41,9 @@ class Scheduler:
 
     One with an adapter (LoRA) is admitted when its adapter has, or gets, one of the device's slots; those behind it may
     go first meanwhile, which AdapterCache bounds.
+
+    With `levels_prompts` a step takes no more of prompts than brings it to the level of those to come (`leveling`), as
+    long as all requests are patient.
 
     With speculation a row may verify guesses at the tokens after its last known one. Counts are upper bounds while it
     is in flight; `commit` lowers them by what did not come true. Guesses take only budget and blocks that are left.
@@ -74,34 +79,11 @@ class Scheduler:
         constraint: fresh; from now on only the scheduler calls it. adapter_digest: of the weights that request.lora
         stands for, which the worker has; KV blocks are shared only between requests with the same.
         """
-        config = self._config
-        name, num_prompt, num_output = request.request_id, len(request.prompt_token_ids), request.max_tokens
+        name = request.request_id
         if name in self._sequences:
             raise ValueError(f"request_id={name!r} is in use by an unfinished request")
-        if not num_prompt:
-            raise ValueError("prompt_token_ids is empty; at least one token is needed")
-        if num_output < 1:
-            raise ValueError(f"max_tokens={num_output} is out of range; allowed: >= 1")
-        if request.lora is not None and not config.max_loras:
-            raise ValueError(f"lora_request={request.lora.lora_name!r} needs an engine with enable_lora")
-        if request.pooling is not None and num_output != 1:
-            raise ValueError(f"max_tokens={num_output} is out of range with pooling; allowed: 1")
-        wants = f"the prompt has {num_prompt} tokens and max_tokens={num_output}"
-        if num_prompt + num_output > config.max_model_len:
-            raise ValueError(f"{wants}: together more than max_model_len={config.max_model_len}")
-        # The last token is sampled, never computed.
-        num_computed = num_prompt + num_output - 1
-        num_blocks, available = self._kv.num_blocks_for(num_computed), config.num_blocks - 1
-        if num_blocks > available:
-            raise ValueError(
-                f"{wants}: they need {num_blocks} KV blocks of {config.block_size} tokens, the cache has {available}"
-            )
-        if not config.enable_chunked_prefill and num_computed > config.max_num_batched_tokens:
-            raise ValueError(
-                f"{wants}: without chunked prefill they must fit in one step of "
-                f"max_num_batched_tokens={config.max_num_batched_tokens}"
-            )
-        priority = request.priority if config.policy == "priority" else 0
+        check_request(request, self._config, self._kv)
+        priority = request.priority if self._config.policy == "priority" else 0
         sequence = Sequence(request, (priority, self._num_added), constraint, adapter_digest)
         self._num_added += 1
         self._sequences[name] = sequence
@@ -260,6 +242,10 @@ class Scheduler:
             elif not self._add_decode(step, sequence):
                 complete = False
                 break
+        if self._config.levels_prompts and (prompts or self._waiting):
+            level = level_tokens(self._running, self._waiting)
+            if level is not None:
+                step.budget = min(step.budget, max(0, level - len(step.rows)))
         for sequence in prompts:
             length = self._chunk_length(step, sequence)
             if length and sequence.status is Status.RUNNING and not self._add_row(step, sequence, length):

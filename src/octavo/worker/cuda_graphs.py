@@ -40,7 +40,9 @@ _DECODE_SIZES = (
 )
 # Numbers of tokens that mixed steps are padded to, and of rows.
 _MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_ROWS = (64, 256)
+_MIXED_ROWS = (64, 128, 256, 384, 512)
+# Prompts in a mixed step, whatever its rows: each program that attends and finds no prompt takes its turn all the same.
+_MIXED_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +200,8 @@ class StepGraphs:
     def _shape(self, key: _Key) -> StepShape:
         num_tokens, num_rows, adapters = key
         decodes = num_tokens == num_rows
-        num_decode_items, num_prefill_items = self._max_items(num_rows, num_tokens)
-        num_prefill_items = 0 if decodes else num_prefill_items
+        num_decode_items, _ = self._max_items(num_rows, num_tokens)
+        num_prefill_items = 0 if decodes else self._max_items(min(num_rows, _MIXED_PROMPTS), num_tokens)[1]
         return StepShape(num_tokens, num_rows, num_decode_items, num_prefill_items, decodes, adapters)
 
     def _try_record(self, key: _Key) -> None:

@@ -296,6 +296,9 @@ class DeviceRunner:
         if self.graphs is not None and not replaces:
             graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
+        if graph is not None and len(prefill_items) > graph.shape.num_prefill_items:
+            graph = None
+            decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=False)
         if graph is None:
             shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes, adapters)
         else:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.decode_merge import _combine
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _overlap, _wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
@@ -107,6 +107,7 @@ def paged_decode(
     sliding_window: int | None = None,
     config: DecodeConfig | None = None,
     queries: int = 1,
+    beside: bool = False,
 ) -> None:
     """Attend from the one query token of each row that has items to the keys it sees; fills `out` at those tokens.
 
@@ -122,9 +123,10 @@ def paged_decode(
     scratch: for at least I items and R rows. scale: what query-key products are multiplied by.
     sliding_window: the query at position p sees keys p - sliding_window < j <= p; None: all j <= p.
     config: how to compile it; None: by the table above. queries: a power of two, rows that share an item at most.
+    beside: whether the launch just before is `paged_prefill` of the same step, beside which this one then runs.
 
-    The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later. block_tables,
-    row_slots, cu_q and items are read before the kernel ahead has ended, which therefore must not be what writes them.
+    The launch depends on shapes only, so a recorded graph serves whatever the tensors hold later. The kernel ahead must
+    not write block_tables, row_slots, cu_q or items: they are read before it has ended.
     Raises ValueError where shapes or dtypes contradict this.
     """
     num_heads, head_dim = query.shape[1:]
@@ -154,6 +156,7 @@ def paged_decode(
         query.stride(0),
         query.stride(1),
         block_tables.stride(0),
+        int(beside),
         **_constants(num_heads, query.dtype, cache.shape, cache.dtype, sliding_window, config, queries, query.is_cuda),
         **_overlap(query),
     )
@@ -206,7 +209,7 @@ def _constants(
 
 # Nothing that changes from step to step, as where a step's metadata begins in its buffer, may compile it again.
 @triton.jit(
-    do_not_specialize=["table_stride"],
+    do_not_specialize=["table_stride", "beside"],
     do_not_specialize_on_alignment=["block_tables", "row_slots", "cu_q", "items"],
 )
 def _decode_kernel(
@@ -225,6 +228,7 @@ def _decode_kernel(
     query_stride_token,
     query_stride_head,
     table_stride,
+    beside,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUP_SIZE_PADDED: tl.constexpr,
@@ -274,8 +278,9 @@ def _decode_kernel(
             begin = tl.maximum(begin, first_visible // TILE * TILE)
     block_table = block_tables + slot.to(tl.int64) * table_stride
     blocks = _load_blocks(block_table, begin, tl.where(slot >= 0, end, begin), BLOCK_SIZE, TILE)
-    _after_previous(OVERLAP, FEW=_FEW_PROGRAMS)
+    _after_previous(OVERLAP, FEW=_FEW_PROGRAMS, beside=beside)
     if slot < 0:
+        _wait_for_previous(OVERLAP)
         return
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
@@ -291,26 +296,11 @@ def _decode_kernel(
         scales = scales * largest
 
     acc, running_max, running_sum = _attend(
-        q,
-        cache + kv_head * (BLOCK_SIZE * HEAD_DIM),
-        cache_pairs + kv_head * (BLOCK_SIZE * HEAD_DIM // 2),
-        block_table,
-        blocks,
-        begin,
-        end,
-        visible_ends,
-        scales,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        HEAD_DIM_PADDED,
-        BLOCK_SIZE,
-        TILE,
-        SLIDING_WINDOW,
-        QUERIES,
-        VALUE_PAIRS,
-        IN_PTX,
+        q, cache + kv_head * (BLOCK_SIZE * HEAD_DIM), cache_pairs + kv_head * (BLOCK_SIZE * HEAD_DIM // 2),
+        block_table, blocks, begin, end, visible_ends, scales,
+        NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, TILE, SLIDING_WINDOW, QUERIES, VALUE_PAIRS, IN_PTX,
         EVICT_FIRST,
-    )
+    )  # fmt: skip
     # An item wholly outside the window has a sum of 0: its output is 0 and its log-sum-exp -inf.
     saw_keys = running_sum > 0
     running_sum = tl.where(saw_keys, running_sum, 1.0)
@@ -369,6 +359,7 @@ def _decode_kernel(
                     HEAD_DIM_PADDED,
                     COMBINE_ITEMS,
                 )
+    _wait_for_previous(OVERLAP)
 
 
 @triton.jit

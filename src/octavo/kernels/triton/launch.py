@@ -30,7 +30,14 @@ def _overlap(tensor: Tensor) -> dict[str, bool]:
 
 
 @triton.jit
-def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False, FEW: tl.constexpr = _FEW_PROGRAMS):
+def _wait_for_previous(OVERLAP: tl.constexpr):
+    """Until all kernels before this one on the stream have ended, and what they wrote can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False, FEW: tl.constexpr = _FEW_PROGRAMS, beside=0):
     """Wait for all kernels before this one on the stream, then let the next one start.
 
     Every program of a kernel with OVERLAP calls this, and before it reads at most weights and what the step's first
@@ -38,9 +45,11 @@ def _after_previous(OVERLAP: tl.constexpr, FILLS: tl.constexpr = False, FEW: tl.
     the wait, never before: a third kernel would else run beside the first without knowing. FILLS: a kernel that keeps
     the device full, so that the next one's programs come in as its own leave, and is followed by a small one. Of the
     others only the smallest, of up to FEW programs, let the next one in: programs that wait beside many would be dealt
-    out unevenly.
+    out unevenly. beside: 1 where the kernel just ahead has OVERLAP and neither writes what this one reads nor touches
+    what it writes: then nothing is waited for here, but every program calls `_wait_for_previous` as its last act, so
+    that a kernel after this one waits for both.
     """
-    if OVERLAP:
+    if OVERLAP and beside == 0:
         tl.extra.cuda.gdc_wait()
         if FILLS or tl.num_programs(0) * tl.num_programs(1) <= FEW:
             tl.extra.cuda.gdc_launch_dependents()

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _after_previous, _overlap
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -153,11 +155,13 @@ def _paged_prefill(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Some queries of one KV head: grid (items, KV heads, programs of BLOCK_M rows in an item)."""
     item = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.load(items_ptr + 2 * item)
+    _after_previous(OVERLAP, FILLS=True)
     if row < 0:
         return
     TOKENS: tl.constexpr = BLOCK_M // GROUP_PADDED
@@ -289,6 +293,7 @@ def paged_prefill(
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         maxnreg=tuning.max_registers,
+        **_overlap(query),
     )
 
 
