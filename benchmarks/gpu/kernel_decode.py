@@ -25,8 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.attention.prefill_items import prefill_items
 from octavo.attention.work_items import ITEM_FIELDS, DecodePlanner
 from octavo.kernels.triton.decode_attention import DecodeConfig, DecodeScratch, decode_scratch, paged_decode
+from octavo.kernels.triton.prefill_attention import paged_prefill
 
 POOL_BYTES = 2_300_000_000  # holds the KV of 16 sequences of 32,000 tokens in bfloat16, and never fits the L2 cache
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
@@ -149,11 +151,17 @@ class Step:
         self.items.copy_(torch.from_numpy(padded))
 
     def launch(
-        self, query: Tensor, cache: Tensor, out: Tensor, window: int | None = None, config: DecodeConfig | None = None
+        self,
+        query: Tensor,
+        cache: Tensor,
+        out: Tensor,
+        window: int | None = None,
+        config: DecodeConfig | None = None,
+        beside: bool = False,
     ) -> None:
         scale = self.heads.head_dim**-0.5
         tables = (self.block_tables, self.row_slots, self.cu_q, self.items)
-        paged_decode(query, cache, *tables, out, self.scratch, scale, window, config)
+        paged_decode(query, cache, *tables, out, self.scratch, scale, window, config, beside=beside)
 
 
 def expected(step: Step, query: Tensor, cache: Tensor, window: int | None) -> Tensor:
@@ -225,6 +233,48 @@ def check_replays() -> float:
     return worst
 
 
+def check_beside() -> float:
+    """180 rows that decode beside three prompts, in 1,600 launches of a graph, must say bit for bit what they say one
+    after the other. What stands before and after them in the graph writes their queries and reads their outputs."""
+    chunks = [(300, 100), (0, 40), (17, 2)]  # tokens that are there, and new ones
+    lengths = np.random.default_rng(0).integers(200, 1900, 180).tolist()
+    starts = np.array([n - 1 for n in lengths] + [start for start, _ in chunks], np.int32)
+    counts = np.array([1] * len(lengths) + [count for _, count in chunks], np.int32)
+    num_blocks = int(sum(-(-(starts + counts) // 64))) + 7
+    step = Step(LLAMA, (starts + counts).tolist(), 64, num_blocks, planner_for(LLAMA))
+    step.plan(lengths)
+    step.cu_q = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device="cuda")
+    tiles = prefill_items(starts, counts, 4)
+    items = torch.from_numpy(np.concatenate((tiles, np.full((30, 2), -1, np.int32)))).cuda()
+    where = step.block_tables, step.row_slots, torch.from_numpy(starts).cuda(), step.cu_q, items
+    cache = torch.randn(num_blocks, 2, 8, 64, 128, device="cuda").bfloat16()
+    given = torch.randn(8, int(counts.sum()), 32, 128, device="cuda").bfloat16()
+    query, out, said = (torch.empty_like(tensor) for tensor in (given[0], given[0], given))
+
+    def launch(beside: bool) -> None:
+        paged_prefill(query, cache, *where, out, 128**-0.5)
+        step.launch(query, cache, out, beside=beside)
+
+    expected_outputs = []
+    for one in given:
+        query.copy_(one)
+        launch(False)
+        expected_outputs.append(out.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one, into in zip(given, said, strict=True):
+            query.copy_(one)
+            launch(True)
+            into.copy_(out)
+    want = torch.stack(expected_outputs)
+    for _ in range(200):
+        out.fill_(torch.nan)
+        graph.replay()
+        if not torch.equal(said, want):
+            return math.inf
+    return 0.0
+
+
 def check_all() -> bool:
     cases = [
         (LLAMA, [1, 16, 17, 512, 1024], 16, "bf16/bf16", None),
@@ -242,6 +292,7 @@ def check_all() -> bool:
     bad, worst = [], 0.0
     jobs = {f"{h.name} {n} bs{b} {t} window {w}": (check_shape, (h, n, b, t, w)) for h, n, b, t, w in cases}
     jobs["replays"] = (check_replays, ())
+    jobs["beside prompts"] = (check_beside, ())
     for name, (run, arguments) in jobs.items():
         try:
             error = run(*arguments)

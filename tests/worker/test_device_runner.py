@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,12 @@ from octavo.protocol.request import Request
 from octavo.protocol.sampling import SamplingParams
 from octavo.scheduler.scheduler import Scheduler
 from octavo.worker import device_runner
+from octavo.worker.cuda_graphs import Computed
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots, HostClock
 from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
 from octavo.worker.sampler.device_sampler import DeviceSampler
+from octavo.worker.step_buffers import StepShape
 
 CPU = torch.device("cpu")
 VOCAB = 97
@@ -153,6 +156,38 @@ class Dense:
 def test_greedy_tokens_are_those_of_the_whole_sequence(model: CausalLM, attention: str, depth: int) -> None:
     got = tokens(Rig(model, attention, depth).run(prompts(), SamplingParams(temperature=0)))
     assert got == [exact(model, prompt) for prompt in prompts()]
+
+
+class PaddedSteps:
+    """In the place of graphs: mixed steps of one prompt at most, whatever their tokens, each with a row more."""
+
+    num_recorded = 0
+
+    def __init__(self, rig: Rig) -> None:
+        self._runner = rig.runner
+        self._attention = rig.attention
+        self.num_found = self.num_replayed = 0
+
+    def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> Any:
+        if decodes or num_rows == LIMITS.max_num_seqs:
+            return None
+        self.num_found += 1
+        items = self._attention.max_items(num_rows + 1, num_tokens)[0]
+        shape = StepShape(LIMITS.max_num_batched_tokens, num_rows + 1, items, 1, decodes, adapters)
+        return SimpleNamespace(shape=shape, replay=lambda: self._replay(shape))
+
+    def _replay(self, shape: StepShape) -> Computed:
+        self.num_replayed += 1
+        return self._runner._compute(shape)
+
+
+def test_a_step_with_more_prompts_than_a_graph_has_room_for_is_launched(model: CausalLM) -> None:
+    rig = Rig(model)
+    graphs = PaddedSteps(rig)
+    rig.runner.graphs = graphs
+    own = [prompt[:length] for prompt, length in zip(prompts()[2:], (7, 7, 33))]
+    assert tokens(rig.run(own, SamplingParams(temperature=0))) == [exact(model, prompt) for prompt in own]
+    assert graphs.num_found > graphs.num_replayed > 0
 
 
 def test_seeded_draws_are_the_same_alone_and_preempted(model: CausalLM) -> None:
