@@ -41,6 +41,8 @@ _DECODE_SIZES = (
 # Numbers of tokens that mixed steps are padded to, and of rows.
 _MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _MIXED_ROWS = (64, 128, 256, 384, 512)
+# Those that batches take whose prompts are spread over decode steps (scheduler/leveling.py).
+_LEVEL_TOKENS = (256, 384, 512)
 # Prompts in a mixed step, whatever its rows: each program that attends and finds no prompt takes its turn all the same.
 _MIXED_PROMPTS = 32
 
@@ -172,15 +174,17 @@ class StepGraphs:
         return [key for pair in pairs for key in pair if key is not None][::-1]
 
     def _order_of(self, adapters: bool) -> list[_Key]:
-        """The largest, in whose memory all others then find room; decode steps of round sizes, then mixed steps of few
-        rows, then what lies between."""
+        """The largest, in whose memory all others then find room; decode steps of round sizes, and mixed steps of few
+        rows and such sizes; those of level steps; then what lies between."""
         sizes = self._decode_sizes[adapters]
         largest, tokens = sizes[-1], self._mixed_tokens[adapters]
         decodes = sorted(sizes, key=lambda n: (n != largest, n.bit_count(), n))
         num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
         keys = [_Key(n, n, adapters) for n in decodes]
+        few = [self._mixed(n, self._mixed_rows[0], adapters) for n in tokens if n.bit_count() == 1]
         mixed = [self._mixed(n, rows, adapters) for rows in self._mixed_rows for n in tokens]
-        return keys[:num_round] + mixed[: len(tokens)] + keys[num_round:] + mixed[len(tokens) :]
+        level = [key for key in mixed if key.num_tokens in _LEVEL_TOKENS]
+        return list(dict.fromkeys(keys[:num_round] + few + level + keys[num_round:] + mixed))
 
     def _key(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool) -> _Key | None:
         if decodes:
