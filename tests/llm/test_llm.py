@@ -150,6 +150,25 @@ def test_output_ends_where_the_context_does(llm: LLM) -> None:
     assert (len(output.token_ids), output.finish_reason) == (6, "length")
 
 
+def test_outputs_of_known_lengths_start_the_longest_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come back in the order of their prompts. One that may end by itself leaves the order alone."""
+    started: list[int] = []
+    add = type(llm._engine).add
+    monkeypatch.setattr(
+        type(llm._engine), "add", lambda engine, request: (started.append(request.max_tokens), add(engine, request))
+    )
+    lengths = [3, 9, 1, 6]
+    known = [SamplingParams(max_tokens=length, ignore_eos=True, temperature=0) for length in lengths]
+    prompts = ["The capital of France is", "1, 2, 3, 4,", "One", "Two"]
+    outputs = llm.generate(prompts, known, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+    assert started == [9, 6, 3, 1]
+    started.clear()
+    llm.generate(prompts, [*known[:3], SamplingParams(max_tokens=6)], use_tqdm=False)
+    assert started == lengths
+
+
 def test_priority_needs_its_policy(llm: LLM) -> None:
     with pytest.raises(ValueError, match="scheduling_policy='fcfs'"):
         llm.generate(["a"], SamplingParams(), priority=[1])

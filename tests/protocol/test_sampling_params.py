@@ -9,6 +9,7 @@ import pytest
 
 from octavo.protocol.repetition import RepetitionDetectionParams
 from octavo.protocol.sampling import SamplingParams, sampling_from
+from octavo.protocol.structured import StructuredOutputsParams
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 3, "best_of": 2}, r"best_of=2 is out of range; allowed: 3\.\.128"),
@@ -99,3 +100,26 @@ def test_unknown_names_are_refused(name: str) -> None:
         sampling_from({name: 1})
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})
+
+
+REPETITION = RepetitionDetectionParams(max_pattern_size=4, min_count=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fixed"),
+    [
+        ({}, False),
+        ({"ignore_eos": True}, True),
+        ({"ignore_eos": True, "stop": []}, True),
+        ({"ignore_eos": True, "stop": "."}, False),
+        ({"ignore_eos": True, "stop_token_ids": [3]}, False),
+        ({"ignore_eos": True, "structured_outputs": StructuredOutputsParams(regex="a*")}, False),
+        (
+            {"ignore_eos": True, "repetition_detection": RepetitionDetectionParams(max_pattern_size=4, min_count=2)},
+            False,
+        ),
+        ({"min_tokens": 16, "max_tokens": 16}, False),
+    ],
+)
+def test_lengths_that_are_known_up_front(fields: dict[str, Any], fixed: bool) -> None:
+    assert SamplingParams(**fields).has_fixed_length is fixed
