@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from octavo.structured.events import ArgumentsText, ContentText, Event, OutputParser, ReasoningText, ToolCallBegun
@@ -35,23 +35,33 @@ _STRINGS = (
 )
 
 
-def random_arguments(rng: random.Random) -> dict[str, Any]:
+# Every format's marks, where they are text; but for "</parameter>", which ends any text of Qwen3-Coder's.
+MARKS_AS_TEXT = (
+    *("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=text>", "a </function> b", "\nb"),
+    *("<|start|>assistant", "<|channel|>final<|message|>x", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
+    *("to=functions.f", '{"name": "f", "arguments": {}}', "<think>", "[TOOL_CALLS]", "<｜tool▁calls▁end｜>", "[f()]"),
+)
+
+
+def random_arguments(rng: random.Random, strings: Sequence[str] = _STRINGS) -> dict[str, Any]:
     """Arguments as FUNCTIONS describe them, some of them, in some order."""
     values: dict[str, Any] = {
-        "text": rng.choice(_STRINGS),
-        "other text": "".join(rng.choice(_STRINGS) for _ in range(2)),
+        "text": rng.choice(strings),
+        "other text": "".join(rng.choice(strings) for _ in range(2)),
         "count": rng.choice((0, -1, 7, 10**20)),
         "share": rng.choice((0.5, -1.25e-7, 3.0)),
         "flag": rng.random() < 0.5,
         "many": rng.choice(([], [1, [2, "]"]], [{"a": None}, True], ["x"] * 5)),
-        "deep": rng.choice(({}, {"a": {"b": [rng.choice(_STRINGS)]}, "c": False}, {"": ""})),
+        "deep": rng.choice(
+            ({}, {"a": {"b": [rng.choice((*strings, "</parameter>", "</parameter>\n"))]}, "c": False}, {"": ""})
+        ),
         "maybe": rng.choice((None, 3)),
     }
     return {key: values[key] for key in rng.sample(sorted(values), rng.randrange(5))}
 
 
-def random_calls(rng: random.Random, most: int = 3) -> list[Call]:
-    return [(rng.choice(NAMES), random_arguments(rng)) for _ in range(rng.randint(1, most))]
+def random_calls(rng: random.Random, most: int = 3, strings: Sequence[str] = _STRINGS) -> list[Call]:
+    return [(rng.choice(NAMES), random_arguments(rng, strings)) for _ in range(rng.randint(1, most))]
 
 
 def to_json(value: Any, rng: random.Random) -> str:
@@ -80,6 +90,12 @@ def merged(events: list[Event]) -> list[Event]:
         else:
             story.append(event)
     return story
+
+
+def cut_at(text: str, places: Sequence[int]) -> list[str]:
+    """`text` in pieces that end at these places, any whole numbers; a place twice makes an empty piece."""
+    ends = sorted(place % (len(text) + 1) for place in places)
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
 
 
 def check_every_cut(new: Callable[[], OutputParser], text: str) -> list[Event]:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import codecs
+import json
 import random
+import re
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parser_rig import FUNCTIONS, check_every_cut, events_of, merged, random_calls
-from test_tool_parsers import WRITERS
+from parser_rig import FUNCTIONS, MARKS_AS_TEXT, Call, check_every_cut, cut_at, events_of, merged, random_calls
+from test_tool_parsers import TAKES_TEXT_BEFORE, WRITERS
 
-from octavo.structured.events import OutputParser, collect
+from octavo.structured.events import OutputParser, ParsedOutput, collect
 from octavo.structured.reasoning.registry import REASONING_PARSERS
 from octavo.structured.tools.registry import TOOL_PARSERS
 
@@ -60,6 +62,7 @@ _JUNK = {
     },
     "mistral reasoning": ("[THINK]", "[/THINK]", "THINK", "[", "/"),
 }
+_CUT_MARK = re.compile(r"<(\|[a-z|]*)?\Z")  # with nothing after it, it is text
 _COMMON = ('"', "{", "}", "\\", "\n", " ", "<", "|", "1", "null", "é", "🙂", "\ud7ff", "\x00")
 
 
@@ -86,6 +89,92 @@ def _cut_at_bytes(new: Callable[[], OutputParser], text: str) -> None:
 
 def _thoughts(rng: random.Random) -> str:
     return " ".join(rng.choice(_THOUGHTS) for _ in range(rng.randint(1, 4)))
+
+
+Meant = tuple[str, str, list[Call]]  # content, reasoning, calls
+
+
+def _meant(whole: ParsedOutput) -> Meant:
+    return whole.content, whole.reasoning, [(call.name, json.loads(call.arguments)) for call in whole.calls]
+
+
+def _texts_and_calls(name: str, rng: random.Random) -> tuple[str, Meant]:
+    """Calls with text before them, between them and after them."""
+    text, content, calls = "", "", []
+    for _ in range(rng.randint(1, 3)):
+        said = rng.choice(("", "Let me look.", "a < b", "<tool", "<functio", "Now 🙂,\n\nthen:"))
+        some = random_calls(rng, 2, MARKS_AS_TEXT)
+        text += said + rng.choice(("", "\n", " ")) * bool(said) + WRITERS[name](some, rng)
+        content, calls = content + said, calls + some
+    after = rng.choice(("", " and so on 🙂", "\n\nDone. \n"))
+    return text + after, (content + after, "", calls)
+
+
+def _messages(name: str, rng: random.Random) -> tuple[str, Meant]:
+    """Messages of every channel and calls."""
+    text, content, reasoning, calls = "", "", "", []
+    for _ in range(rng.randint(1, 5)):
+        channel = rng.choice(("analysis", "commentary", "final", "call"))
+        if channel == "call":
+            [call] = random_calls(rng, 1, MARKS_AS_TEXT)
+            written = WRITERS[name]([call], rng)
+            calls.append(call)
+        else:
+            said = rng.choice(("", "hm", "2 < 3 <|en", "Zürich 🙂", "a\n\nb", "to=functions.f", '{"a": 1}'))
+            kind = rng.choice(("", " <|constrain|>json"))
+            written = f"<|channel|>{channel}{kind}<|message|>{said}{rng.choice(('<|end|>', '<|return|>', ''))}"
+            content += said * (channel != "analysis")
+            reasoning += said * (channel == "analysis")
+        text += "<|start|>assistant" + written
+    return text.removeprefix("<|start|>assistant"), (content, reasoning, calls)
+
+
+_MIXED = {**dict.fromkeys(TAKES_TEXT_BEFORE, _texts_and_calls), "openai": _messages}
+
+
+@pytest.mark.parametrize("name", _MIXED)
+def test_calls_among_other_text_cut_anywhere(name: str, examples: int) -> None:
+    for seed in range(examples):
+        text, meant = _MIXED[name](name, random.Random(seed))
+        assert _meant(collect(check_every_cut(PARSERS[name], text))) == meant
+        _cut_at_bytes(PARSERS[name], text)
+
+
+@pytest.mark.parametrize("name", _MIXED)
+def test_outputs_that_end_anywhere(name: str, examples: int) -> None:
+    for seed in range(examples):
+        rng = random.Random(seed)
+        text, (_, reasoning, calls) = _MIXED[name](name, rng)
+        for size in range(len(text)):
+            story = merged(events_of(PARSERS[name](), [text[:size]]))
+            for at in (rng.randrange(size + 1), max(size - 24, 0)):
+                assert merged(events_of(PARSERS[name](), [text[:at], *text[at:size]])) == story, size
+            _, begun_reasoning, whole_calls = _meant(collect(story))
+            assert reasoning.startswith(_CUT_MARK.sub("", begun_reasoning))
+            assert whole_calls == calls[: len(whole_calls)]
+
+
+@pytest.mark.parametrize("name", _MIXED)
+def test_damaged_outputs_cut_in_many_pieces(name: str, examples: int) -> None:
+    place = st.integers(0, 10_000)
+    damage = st.lists(st.tuples(place, st.integers(0, 30), st.sampled_from(("", *_JUNK[name], *_COMMON))), max_size=3)
+
+    @settings(max_examples=30 * examples, deadline=None, derandomize=True, database=None)
+    @given(seed=place, damages=damage, places=st.lists(place, max_size=12))
+    def sweep(seed: int, damages: list[tuple[int, int, str]], places: list[int]) -> None:
+        text, _ = _MIXED[name](name, random.Random(seed))
+        for at, size, junk in damages:
+            at %= len(text) + 1
+            text = text[:at] + junk + text[at + size :]
+        story = merged(events_of(PARSERS[name](), [text]))
+        assert merged(events_of(PARSERS[name](), cut_at(text, places))) == story
+        assert merged(events_of(PARSERS[name](), list(text))) == story
+        whole = collect(story)
+        assert all(isinstance(json.loads(call.arguments), dict) for call in whole.calls)
+        rest = iter(text)
+        assert all(character in rest for character in whole.content)  # each once, in order
+
+    sweep()
 
 
 @pytest.mark.parametrize("name", WRITERS)

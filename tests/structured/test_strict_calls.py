@@ -90,6 +90,7 @@ RICH = {
         "color": {"enum": ["red", "green"]},
         "point": {"$ref": "#/$defs/Point"},
         "many": {"type": "array", "items": {"type": "integer"}},
+        "texts": {"type": "array", "items": {"type": "string"}},
     },
     "required": ["text", "color"],
     "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
@@ -104,6 +105,10 @@ def test_parameters_of_qwen3_coder_follow_the_schema() -> None:
         (
             {"text": "x", "maybe": "y", "color": "red", "point": '{"x": 1.5}', "many": "[1, 2]"},
             {"text": "x", "maybe": "y", "color": "red", "point": {"x": 1.5}, "many": [1, 2]},
+        ),
+        (
+            {"text": "x", "color": "red", "texts": '["</parameter>"]'},
+            {"text": "x", "color": "red", "texts": ["</parameter>"]},
         ),
     ]
     for values, arguments in good:

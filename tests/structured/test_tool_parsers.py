@@ -158,6 +158,11 @@ TOLERATED: list[tuple[str, str, str, list[Call]]] = [
     ("qwen3_coder", "<function=f><parameter=flag>True</parameter></function>", "", [("f", {"flag": True})]),
     ("qwen3_coder", "<function=f><parameter=maybe>None</parameter></function>", "", [("f", {"maybe": None})]),
     ("qwen3_coder", "<function=f><parameter=new>5</parameter></function>", "", [("f", {"new": "5"})]),
+    ("qwen3_coder", '<function=f><parameter=deep>{"a": "</parameter>"}</parameter></function>', "", [
+        F(deep={"a": "</parameter>"}),
+    ]),
+    ("qwen3_coder", '<function=f><parameter=deep>{"a": "\n</parameter></function>', "", [F(deep='{"a": "')]),
+    ("mistral", '[TOOL_CALLS][\n{"name": "f", "arguments": {}}\n] so', " so", [("f", {})]),
     ("pythonic", "[f(text=\"it's\", flag=true, many=(1, 2)), f()]", "", [F(text="it's", flag=True, many=[1, 2]), F()]),
     ("openai", '<|channel|>commentary to=functions.f<|message|>{"a":1}', "", [("f", {"a": 1})]),
     ("openai", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi. ", "Hi. ", []),

@@ -30,6 +30,11 @@ class JsonReader:
     def ended(self) -> bool:
         return self.done or self.failed
 
+    @property
+    def in_inner_string(self) -> bool:
+        """Whether what comes next belongs to a string within an object or an array."""
+        return bool(self._closers) and not self.failed and self._mode in (self._string, self._escape)
+
     def read(self, text: str, at: int) -> int:
         """Read on from text[at:]. Returns the position after the value, of the wrong character, or of the end."""
         while at < len(text) and not self.ended:

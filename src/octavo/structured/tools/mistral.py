@@ -34,9 +34,14 @@ class MistralParser(ToolParser):
             self._settle(complete)
             if not complete:
                 return
-            if not (yield from self._skip(",")):
-                yield from self._skip("]")
-                return
+            space = yield from self._spaces()
+            if (yield from self._accept(",")):
+                self._source.clear()
+                continue
+            if not (yield from self._accept("]")):  # space before the array's end is the array's
+                self._content(space)
+            self._source.clear()
+            return
 
     def _named(self) -> Script[None]:
         name = yield from self._run(NAME_RUN)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from octavo.structured.incremental import Markers, Script
-from octavo.structured.json_text import string_pieces, valid_json
+from octavo.structured.json_text import JsonReader, string_pieces, valid_json
 from octavo.structured.tools.base import NAME_RUN, ToolParser
 from octavo.structured.tools.pythonic import literal_as_json
 
@@ -16,7 +16,8 @@ _FUNCTION_END = "</function>"
 _CALL_END = "</tool_call>"
 _OPENING = Markers("<tool_call>", _FUNCTION)
 # A value ends with its tag, or with the next tag on a line of its own where the model forgot it.
-_VALUE_END = Markers("</parameter>", f"\n{_PARAMETER}", f"\n{_FUNCTION_END}")
+_PARAMETER_END = "</parameter>"
+_VALUE_END = Markers(_PARAMETER_END, f"\n{_PARAMETER}", f"\n{_FUNCTION_END}")
 _KEY_RUN = re.compile(r"[^<>\n]*")
 
 
@@ -61,7 +62,7 @@ class Qwen3CoderParser(ToolParser):
             ended_by = yield from self._value(wanted)
             if not ended_by:
                 return False
-            ended_by = ended_by.removeprefix("</parameter>")
+            ended_by = ended_by.removeprefix(_PARAMETER_END)
         self._arguments("}")
         return True
 
@@ -75,10 +76,11 @@ class Qwen3CoderParser(ToolParser):
             if end:
                 self._arguments('"')
             return end
-        pieces: list[str] = []
-        end = yield from self._until(_VALUE_END, pieces.append)
+        value = _MaybeJson()
+        while (end := (yield from self._until(_VALUE_END, value))) == _PARAMETER_END and value.holds_next_tag:
+            value(end)
         if end:
-            self._arguments(_typed("".join(pieces).removesuffix("\n"), _types(schema)))
+            self._arguments(_typed(value.text.removesuffix("\n"), _types(schema)))
         return end
 
     def _string_text(self, text: str) -> None:
@@ -98,6 +100,28 @@ class _WithoutLastBreak:
         text = text.removesuffix("\n")
         if text:
             self._sink(text)
+
+
+class _MaybeJson:
+    """A sink that reads JSON along: a tag within a string of it is text, unless it begins a line, as no text in JSON
+    can and as the value's own end does."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._reader = JsonReader()
+
+    def __call__(self, text: str) -> None:
+        self._pieces.append(text)
+        self._reader.read(text, 0)
+        self._reader.take()
+
+    @property
+    def holds_next_tag(self) -> bool:
+        return self._reader.in_inner_string and not self._pieces[-1].endswith("\n")
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
 
 def _types(schema: object) -> set[str]:
