@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parser_rig import cut_at
 
 from octavo.server.openai.blocks import Blocks
 from octavo.server.openai.chat_messages import ParsedStream, parsed_message
@@ -47,9 +48,8 @@ def _body(parallel: bool, shown: bool) -> ChatBody:
 def _deltas(data: st.DataObject, marked: list[str]) -> list[Delta]:
     """An output of these pieces, cut anywhere."""
     text = "".join(data.draw(st.lists(st.sampled_from([*marked, "text ", "\n"]), min_size=1, max_size=8)))
-    ends = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
-    pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
-    return [*(Delta(piece, []) for piece in pieces[:-1]), Delta(pieces[-1], [], finish_reason="stop")]
+    *pieces, last = cut_at(text, data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    return [*(Delta(piece, []) for piece in pieces), Delta(last, [], finish_reason="stop")]
 
 
 def _is_whole(arguments: str) -> bool:

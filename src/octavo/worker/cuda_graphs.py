@@ -181,8 +181,8 @@ class StepGraphs:
         decodes = sorted(sizes, key=lambda n: (n != largest, n.bit_count(), n))
         num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
         keys = [_Key(n, n, adapters) for n in decodes]
-        few = [self._mixed(n, self._mixed_rows[0], adapters) for n in tokens if n.bit_count() == 1]
         mixed = [self._mixed(n, rows, adapters) for rows in self._mixed_rows for n in tokens]
+        few = [key for key in mixed[: len(tokens)] if key.num_tokens.bit_count() == 1]
         level = [key for key in mixed if key.num_tokens in _LEVEL_TOKENS]
         return list(dict.fromkeys(keys[:num_round] + few + level + keys[num_round:] + mixed))
 
