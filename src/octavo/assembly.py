@@ -179,7 +179,7 @@ def _build_cpu(
     )
     sampler = Sampler(config.max_num_seqs, facts.vocab_size, cpu)
     slots = Slots(config.max_num_seqs, ledger.max_model_len, config.block_size, cpu)
-    speculation, num_tapped = None, 0
+    speculation, num_tapped = None, None
     if draft is not None:
         drafter, num_tapped = cpu_drafter(draft, model, slots, ledger.num_blocks)
         speculation = Speculation(drafter, slots)

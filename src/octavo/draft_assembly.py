@@ -114,14 +114,15 @@ def load_drafter(
     return model
 
 
-def cpu_drafter(draft: Draft, target: CausalLM, slots: Slots, num_blocks: int) -> tuple[Drafter, int]:
-    """What makes guesses on a CPU, over a KV cache of so many blocks; and how many layers of the target it taps."""
+def cpu_drafter(draft: Draft, target: CausalLM, slots: Slots, num_blocks: int) -> tuple[Drafter, int | None]:
+    """What makes guesses on a CPU, over a KV cache of so many blocks; and, of a draft head, how
+    many layers of the target it taps."""
     dtype = target.embed_tokens.weight.dtype
     model = load_drafter(draft, target, dtype, torch.device("cpu"))
     if model is None or draft.facts is None:
-        return LookupDrafter(draft.lookup, slots.token_ids), 0
+        return LookupDrafter(draft.lookup, slots.token_ids), None
     facts = draft.facts
     attention = CpuAttention(facts.num_layers, num_blocks, slots.block_size, facts.num_kv_heads, facts.head_dim, dtype)
     if isinstance(model, DraftHead):
         return HeadDrafter(model, attention, slots), len(model.tap_layers)
-    return ModelDrafter(model, attention, slots), 0
+    return ModelDrafter(model, attention, slots), None

@@ -126,6 +126,24 @@ def test_without_packing_the_result_is_the_same(
     assert packed.weight_bytes == num_bytes + tied
 
 
+@torch.inference_mode()
+def test_what_follows_the_last_attention_is_computed_for_the_tokens_that_are_picked(
+    tmp_path: Path, dense_context: DenseContext
+) -> None:
+    save(CASES["qwen3"], tmp_path)
+    model: Any = load(tmp_path)
+    passed: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: passed.append(len(inputs[0])))
+    at = torch.tensor([3, 8, 9])
+    given = torch.arange(11), torch.arange(11), dense_context
+    whole = model(*given)
+    passed.clear()
+    picked = model(*given, None, lambda heads, residual: (heads[at], residual[at]))
+    torch.testing.assert_close(picked, whole[at])
+    assert passed == [11] * (len(passed) - 1) + [3]
+
+
 def test_a_token_does_not_depend_on_its_neighbours_in_the_batch(tmp_path: Path) -> None:
     """Only attention mixes tokens: rows of a flat batch do not depend on their neighbours."""
     save(CASES["qwen3"], tmp_path)

@@ -178,7 +178,7 @@ class PaddedSteps:
 
     def _replay(self, shape: StepShape) -> Computed:
         self.num_replayed += 1
-        return self._runner._compute(shape)
+        return self._runner._compute(shape, keeps_all=False)
 
 
 def test_a_step_with_more_prompts_than_a_graph_has_room_for_is_launched(model: CausalLM) -> None:
@@ -188,6 +188,20 @@ def test_a_step_with_more_prompts_than_a_graph_has_room_for_is_launched(model: C
     own = [prompt[:length] for prompt, length in zip(prompts()[2:], (7, 7, 33))]
     assert tokens(rig.run(own, SamplingParams(temperature=0))) == [exact(model, prompt) for prompt in own]
     assert graphs.num_found > graphs.num_replayed > 0
+
+
+def test_steps_that_must_leave_all_hidden_states_are_launched(model: CausalLM) -> None:
+    """Recorded ones leave those of each row's last token."""
+    rig = Rig(model)
+    rig.runner.graphs = graphs = PaddedSteps(rig)
+    own = prompts()[2:3]
+    [plain] = rig.run(own, SamplingParams(temperature=0))
+    num_found = graphs.num_found
+    assert num_found > 0
+    [asked] = rig.run(own, SamplingParams(temperature=0, prompt_logprobs=0))
+    assert graphs.num_found == num_found
+    assert tokens([asked]) == tokens([plain])
+    assert len(asked[0].prompt_logprobs or []) == len(own[0]) - 1
 
 
 def test_seeded_draws_are_the_same_alone_and_preempted(model: CausalLM) -> None:

@@ -125,14 +125,29 @@ def test_a_mean_over_chunks_and_a_slot_that_changes_hands() -> None:
     pooler = Pooler()
     hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     pooler.set_slot(3, PoolingParams("mean"), 7)
-    assert pooler.pool([PlanRow(3, 0, 4, [], False)], hidden[:4]) is None
+    assert pooler.pool([PlanRow(3, 0, 4, [], False)], hidden[3:4], hidden[:4]) is None
     pooler.set_slot(3, PoolingParams("mean"), 7)  # preempted: from the start again
-    assert pooler.pool([PlanRow(3, 0, 2, [], False)], hidden[:2]) is None
-    found = pooler.pool([PlanRow(3, 2, 5, [], True), PlanRow(1, 9, 1, [], True)], torch.cat([hidden[2:], hidden]))
+    assert pooler.pool([PlanRow(3, 0, 2, [], False)], hidden[1:2], hidden[:2]) is None
+    rows = [PlanRow(1, 9, 1, [], True), PlanRow(3, 2, 5, [], True)]
+    assert pooler.reads_all(rows)
+    assert not pooler.reads_all(rows[:1])
+    found = pooler.pool(rows, hidden[5:], torch.cat([hidden[:1], hidden[2:], hidden]))
     assert found is not None
     assert found[0] == [3]
     assert torch.allclose(found.vectors[0], torch.nn.functional.normalize(hidden.mean(0), dim=0))
-    assert pooler.pool([PlanRow(3, 7, 1, [], True)], hidden) is None
+    assert pooler.pool([PlanRow(3, 7, 1, [], True)], hidden[:1], hidden) is None
+    assert not pooler.reads_all(rows)
+
+
+def test_the_last_state_beside_rows_that_verify_guesses() -> None:
+    """Of those, 1 + num_drafts states are there."""
+    pooler = Pooler()
+    last = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    pooler.set_slot(2, PoolingParams(normalize=False), 9)
+    rows = [PlanRow(0, 7, 3, [], True, num_drafts=2), PlanRow(2, 4, 5, [], True), PlanRow(1, 3, 1, [], True)]
+    found = pooler.pool(rows, last, None)
+    assert found is not None
+    assert torch.equal(found.vectors, last[3:4])
 
 
 def test_each_slot_gets_its_own_kind_length_and_size() -> None:
@@ -147,7 +162,7 @@ def test_each_slot_gets_its_own_kind_length_and_size() -> None:
     rows = [PlanRow(slot, 0, 1, [], True) for slot in range(4)]
     for slot, wish in enumerate(wishes):
         pooler.set_slot(slot, wish, 1)
-    pooled = pooler.pool(rows, hidden)
+    pooled = pooler.pool(rows, hidden, None)
     assert pooled is not None
     results = with_embeddings(rows, [RowResult([0])] * 4, pooled)
     found = [torch.tensor(floats(result.embedding or b"")) for result in results]
@@ -161,7 +176,7 @@ def test_a_vector_that_is_not_finite_is_its_rows_error() -> None:
     for slot in (0, 1):
         pooler.set_slot(slot, PoolingParams(), 1)
     rows = [PlanRow(0, 0, 1, [], True), PlanRow(1, 0, 1, [], True)]
-    pooled = pooler.pool(rows, torch.tensor([[3.0, 4.0], [float("nan"), 1.0]]))
+    pooled = pooler.pool(rows, torch.tensor([[3.0, 4.0], [float("nan"), 1.0]]), None)
     assert pooled is not None
     good, bad = with_embeddings(rows, [RowResult([5]), RowResult([6])], pooled)
     assert floats(good.embedding or b"") == pytest.approx([0.6, 0.8])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,14 @@ class LoadedModel(nn.Module, ABC):
         return 8 * num_bytes / sum(m.in_features * m.out_features for m in layers)
 
 
+class Narrow(Protocol):
+    """Picks, of all T tokens of a pass, the N whose last hidden states are wanted."""
+
+    def __call__(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """heads, residual: [T, size], contiguous, each of a size of its own. Returns those tokens' rows of both."""
+        ...
+
+
 class CausalLM(LoadedModel):
     """A language model over a flat batch: T tokens of many sequences, with no batch dimension."""
 
@@ -125,11 +133,17 @@ class CausalLM(LoadedModel):
 
     @abstractmethod
     def forward(
-        self, input_ids: Tensor, positions: Tensor, attention: AttentionContext, taps: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionContext,
+        taps: Tensor | None = None,
+        narrow: Narrow | None = None,
     ) -> Tensor:
         """input_ids, positions: int64 [T]; taps: [T, number of tapped layers * hidden_size] in the model's dtype, for
-        the tapped layers' states, one layer's beside the other's. Returns the last hidden states [T, hidden_size],
-        normalised."""
+        the tapped layers' states, one layer's beside the other's. narrow: called once, when the last layer has written
+        keys and values and attended: all that follows is computed for the tokens that it picks. None: for all; so it
+        must be with taps. Returns the last hidden states [T, hidden_size], or [N, hidden_size], normalised."""
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:

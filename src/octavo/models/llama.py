@@ -15,7 +15,7 @@ from octavo.layers.linear import Linear
 from octavo.layers.norm import QueryKeyNorm, RMSNorm
 from octavo.layers.rotary import RotaryEmbedding, Rotation
 from octavo.layers.score import ScoreHead
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, Narrow
 from octavo.models.config import ConfigFields, DecoderConfig
 from octavo.quantization.scheme import Fp8Tokens, QuantizationMethod
 from octavo.quantization.unquantized import PLAIN
@@ -46,7 +46,11 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(heads * dim, {"o_proj": config.hidden_size}, config.output_bias, *place)
 
     def forward(self, x: Tensor | Fp8Tokens, rotation: Rotation, context: AttentionContext) -> Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), rotation, self.qk_norm, context))
+        return self.o_proj(self.attend(x, rotation, context))
+
+    def attend(self, x: Tensor | Fp8Tokens, rotation: Rotation, context: AttentionContext) -> Tensor:
+        """What the heads have found, [T, num_heads * head_dim]."""
+        return self.attn(self.qkv_proj(x), rotation, self.qk_norm, context)
 
 
 class MLP(nn.Module):
@@ -77,12 +81,23 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config, place)
 
-    def forward(self, residual: Tensor, delta: Tensor | None, rotation: Rotation, context: AttentionContext) -> Tensor:
-        """Adds to `residual` [T, hidden_size] in place: `delta`, then the attention. Returns what is still to be
-        added: each norm adds what came before it, in one pass."""
+    def forward(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        rotation: Rotation,
+        context: AttentionContext,
+        narrow: Narrow | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds to `residual` [T, hidden_size] in place: `delta`, then the attention. Returns it, and what is still to
+        be added: each norm adds what came before it, in one pass. narrow: both are of the tokens that it picks."""
         normed = self.input_layernorm(residual, delta, self.self_attn.qkv_proj.takes_fp8(residual))
-        attended = self.self_attn(normed, rotation, context)
-        return self.mlp(self.post_attention_layernorm(residual, attended, self.mlp.gate_up_proj.takes_fp8(residual)))
+        heads = self.self_attn.attend(normed, rotation, context)
+        if narrow is not None:
+            heads, residual = narrow(heads, residual)
+        attended = self.self_attn.o_proj(heads)
+        normed = self.post_attention_layernorm(residual, attended, self.mlp.gate_up_proj.takes_fp8(residual))
+        return residual, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -98,14 +113,21 @@ class Decoder(nn.Module):
         self.tapped: dict[int, int] = {}  # the place among the taps of each tapped layer; written by `tap`
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, context: AttentionContext, taps: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        taps: Tensor | None,
+        narrow: Narrow | None,
     ) -> Tensor:
+        """See CausalLM."""
+        last = len(self.layers) - 1
         residual, rotation = self.embed_tokens(input_ids, positions, self.rotary)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             if taps is not None:
                 self._write_tap(index, residual, delta, taps)
-            delta = layer(residual, delta, rotation, context)
+            residual, delta = layer(residual, delta, rotation, context, narrow if index == last else None)
         if taps is not None:
             self._write_tap(len(self.layers), residual, delta, taps)
         return self.norm(residual, delta)
@@ -157,9 +179,14 @@ class LlamaForCausalLM(CausalLM):
         self.model.tapped = {layer: place for place, layer in enumerate(layers)}
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, attention: AttentionContext, taps: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionContext,
+        taps: Tensor | None = None,
+        narrow: Narrow | None = None,
     ) -> Tensor:
-        return self.model(input_ids, positions, attention, taps)
+        return self.model(input_ids, positions, attention, taps, narrow)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) if self.lm_head is not None else hidden.new_zeros(hidden.shape[0], _NO_TOKENS)

@@ -49,10 +49,12 @@ _MIXED_PROMPTS = 32
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a step leaves on the device. hidden: [T, hidden_size]; logits: [R, vocab_size]; features: [T, F], where
-    there is a draft head. Of a graph, they are overwritten by the next replay of any."""
+    """What a step leaves on the device. last: the last hidden state of each row's last token, [R, hidden_size]; hidden:
+    those of all tokens, [T, hidden_size], where they are wanted; logits: [R, vocab_size]; features: [T, F], where there
+    is a draft head. Of a graph, they are overwritten by the next replay of any."""
 
-    hidden: Tensor
+    last: Tensor
+    hidden: Tensor | None
     logits: Tensor
     features: Tensor | None = None
 
@@ -234,9 +236,9 @@ class StepGraphs:
         except RuntimeError:  # this size needs what no other of its kind did
             self._run(shape)
             graph, computed = self._capture(shape)
-        features = None if computed.features is None else borrowed(computed.features)
-        computed = Computed(borrowed(computed.hidden), borrowed(computed.logits), features)
-        self._graphs[key] = StepGraph(shape, graph, computed)
+        left = (computed.last, computed.hidden, computed.logits, computed.features)
+        kept = Computed(*(None if tensor is None else borrowed(tensor) for tensor in left))
+        self._graphs[key] = StepGraph(shape, graph, kept)
         _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
 
     def _run(self, shape: StepShape) -> None:

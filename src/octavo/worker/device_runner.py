@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -172,15 +173,17 @@ class DeviceRunner:
         self._diffs = DiffWriter(limits.max_num_seqs)
         self._sampling: dict[int, tuple[SamplingParams, int]] = {}  # by slot; the int is num_prompt_tokens
         self._clock = HostClock()
+        # Whether recorded steps leave the last hidden states of all tokens, not of each row's last one alone: for a
+        # draft head, and for embeddings that may be means. A step that must, where graphs do not, is not replayed.
+        self._graphs_keep_all = model.config.head == "embeddings" or self._draft_head_reads
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         if self._stream is not None:
             # The cache and the buffers are filled in the stream that made them, which may take a while.
             self._stream.wait_stream(torch.cuda.current_stream())
         self.graphs: StepGraphs | None = None
         if use_graphs:
-            self.graphs = StepGraphs(
-                self._compute, self._clear, attention.max_items, (rows, tokens), adapters is not None
-            )
+            compute = partial(self._compute, keeps_all=self._graphs_keep_all)
+            self.graphs = StepGraphs(compute, self._clear, attention.max_items, (rows, tokens), adapters is not None)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepInFlight:
@@ -235,8 +238,13 @@ class DeviceRunner:
             decodes = num_rows == num_tokens
             num_prefill_items = 0 if decodes else items[1]
             adapters = self._adapters is not None
-            self._compute(StepShape(num_tokens, num_rows, items[0], num_prefill_items, decodes, adapters))
+            shape = StepShape(num_tokens, num_rows, items[0], num_prefill_items, decodes, adapters)
+            self._compute(shape, keeps_all=True)
             torch.cuda.synchronize()
+
+    @property
+    def _draft_head_reads(self) -> bool:
+        return self._speculation is not None and self._speculation.reads_states
 
     @property
     def _num_graphs(self) -> int:
@@ -292,8 +300,9 @@ class DeviceRunner:
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
         adapters = any(slot != NO_ADAPTER for slot in slots)
         replaces = self._adapters is not None and self._adapters.set_replaces(slots)
+        keeps_all = self._draft_head_reads or self._pooler.reads_all(rows) or any(map(self._num_targets, rows))
         graph, num_graphs = None, self._num_graphs
-        if self.graphs is not None and not replaces:
+        if self.graphs is not None and not replaces and (self._graphs_keep_all or decodes or not keeps_all):
             graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
         if graph is not None and len(prefill_items) > graph.shape.num_prefill_items:
@@ -315,7 +324,7 @@ class DeviceRunner:
         stage.began.record()
         step.timed = num_graphs == self._num_graphs
         self._kernels.copy_words(stage.words_tensor[:used], buffers.packed[:used])
-        computed = self._compute(shape, rows) if graph is None else graph.replay()
+        computed = self._compute(shape, keeps_all, rows) if graph is None else graph.replay()
         drew_more = self._draw_more(rows, computed, step)
         if self._speculation is not None and step.split is not None:
             if drew_more:
@@ -329,14 +338,15 @@ class DeviceRunner:
             self._speculation.propose(plan_rows, *guessing, stage.verdict_tensor[: len(plan_rows)])
             step.verdict = stage.verdict[: len(plan_rows)]
         self._add_prompt_logprobs(rows, computed, step)
-        pooled = self._pooler.pool(rows, computed.hidden)
+        pooled = self._pooler.pool(rows, computed.last, computed.hidden)
         if pooled is not None:
             vectors = pooled.vectors
             host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
             step.pooled = pooled._replace(vectors=host.copy_(vectors, non_blocking=True))
 
-    def _compute(self, shape: StepShape, rows: list[PlanRow] | None = None) -> Computed:
-        """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None."""
+    def _compute(self, shape: StepShape, keeps_all: bool, rows: list[PlanRow] | None = None) -> Computed:
+        """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None. keeps_all:
+        leave the last hidden states of all tokens."""
         if rows is None and self._adapters is not None:
             self._adapters.set_replaces(())
         buffers, slots, kernels = self._buffers, self._slots, self._kernels
@@ -362,19 +372,26 @@ class DeviceRunner:
         )
         self._activate(buffers.token_adapters(shape) if shape.adapters else None)
         taps = None if self._speculation is None else self._speculation.taps(num_tokens)
-        hidden = self._model(input_ids, positions, self._attention, taps)
-        last = hidden
-        if not shape.decodes:
-            last = torch.empty(num_rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-            kernels.gather_last(hidden, cu_q, last)
+
+        def of_last(tokens: Tensor) -> Tensor:
+            return kernels.gather_last(tokens, cu_q, tokens.new_empty(num_rows, tokens.shape[1]))
+
+        def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            self._activate(buffers.adapters[:num_rows] if shape.adapters else None)
+            return of_last(heads), of_last(residual)
+
+        narrows = not (keeps_all or shape.decodes)
+        hidden = self._model(input_ids, positions, self._attention, taps, narrow if narrows else None)
+        last = hidden if narrows or shape.decodes else of_last(hidden)
         self._activate(buffers.adapters[:num_rows] if shape.adapters else None)
         logits = self._model.compute_logits(last)
         drawing = row_slots, buffers.positions[:num_rows], slots.params, buffers.samples[:num_rows]
         self._sampler.draw(logits, *drawing, slots.token_ids, buffers.out[:num_rows])
-        if self._speculation is None:
-            return Computed(hidden, logits)
-        self._speculation.verify(buffers, shape)
-        return Computed(hidden, logits, self._speculation.keep(hidden if taps is None else taps, buffers, shape))
+        features = None
+        if self._speculation is not None:
+            self._speculation.verify(buffers, shape)
+            features = self._speculation.keep(hidden if taps is None else taps, buffers, shape)
+        return Computed(last, None if narrows else hidden, logits, features)
 
     def _activate(self, slots: Tensor | None) -> None:
         """The adapters of the next tokens that come to the model's layers."""
@@ -410,20 +427,24 @@ class DeviceRunner:
             step.more = self._sampler.draw_more(computed.logits, wanted, slots, positions, *tables, true_positions)
         return bool(wanted)
 
+    def _num_targets(self, row: PlanRow) -> int:
+        """Prompt tokens whose logprobs are asked for, that this step's tokens predict."""
+        sampling, num_prompt_tokens = self._sampling[row.slot]
+        return 0 if sampling.prompt_logprobs is None else max(0, min(row.length, num_prompt_tokens - 1 - row.start))
+
     def _add_prompt_logprobs(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
         """For rows whose request asked: of the prompt tokens that this step's tokens predict. Waits for the device."""
         begin = 0
         for row in rows:
-            sampling, num_prompt_tokens = self._sampling[row.slot]
-            count = min(row.length, num_prompt_tokens - 1 - row.start)
-            if sampling.prompt_logprobs is not None and count > 0:
+            wanted, count = self._sampling[row.slot][0].prompt_logprobs, self._num_targets(row)
+            if wanted is not None and count and computed.hidden is not None:
                 targets = self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count].long()
                 entries: list[TokenLogprobs] = []
                 for at in range(0, count, _PROMPT_LOGPROBS_CHUNK):
                     stop = min(count, at + _PROMPT_LOGPROBS_CHUNK)
                     self._activate(self._adapters_of(row, stop - at))
                     logits = self._model.compute_logits(computed.hidden[begin + at : begin + stop])
-                    entries += self._sampler.prompt_logprobs(logits, targets[at:stop], sampling.prompt_logprobs)
+                    entries += self._sampler.prompt_logprobs(logits, targets[at:stop], wanted)
                 step.prompt_logprobs[row.slot] = entries
             begin += row.length
 

@@ -130,6 +130,11 @@ class DeviceSpeculation:
             self._acceptance,
         )
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether `keep` must be given the states of all tokens."""
+        return self._recent is not None
+
     def taps(self, num_tokens: int) -> Tensor | None:
         """What CausalLM.forward is to be given for so many tokens."""
         return None if self._recent is None else self._recent.taps(num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ def prepare(attention: AttentionBackend, slots: Slots, rows: Sequence[PlanRow]) 
     return inputs
 
 
-def last_of(hidden: Tensor, rows: Sequence[PlanRow]) -> Tensor:
-    """The hidden states of each row's last token. hidden: [T, H]; returns [R, H]."""
-    ends = torch.tensor([row.length for row in rows]).cumsum(0) - 1
-    return hidden if len(ends) == hidden.shape[0] else hidden[ends.to(hidden.device)]
+def last_tokens(rows: Sequence[PlanRow]) -> Tensor | None:
+    """Where the last 1 + num_drafts tokens of each row are among all of the rows', int64 [N]; None: they are all."""
+    if all(row.length == 1 + row.num_drafts for row in rows):
+        return None
+    ends = accumulate(row.length for row in rows)
+    return torch.tensor([at for row, end in zip(rows, ends) for at in range(end - 1 - row.num_drafts, end)])

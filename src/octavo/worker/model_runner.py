@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import accumulate
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -14,7 +15,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
-from octavo.worker.forward import prepare
+from octavo.worker.forward import last_tokens, prepare
 from octavo.worker.pooler import Pooler, with_embeddings
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
@@ -23,6 +24,15 @@ from octavo.worker.verification import Pending, verify
 
 # Prompt positions whose logits are made at once: bounds the scratch to this many rows of the vocabulary.
 _PROMPT_LOGPROBS_CHUNK = 64
+
+
+class _States(NamedTuple):
+    """Last hidden states of a step. last: of the last 1 + num_drafts tokens of each row, [N, hidden_size]. Where they
+    are wanted: hidden, of all tokens, [T, hidden_size], and features, what a draft head reads, [T, F]."""
+
+    last: Tensor
+    hidden: Tensor | None = None
+    features: Tensor | None = None
 
 
 class ModelRunner:
@@ -36,10 +46,11 @@ class ModelRunner:
         slots: Slots,
         adapters: AdapterBank | None = None,
         speculation: Speculation | None = None,
-        num_tapped: int = 0,
+        num_tapped: int | None = None,
     ) -> None:
         """adapters: of the model's layers; None: rows have none. speculation: None: rows verify no guesses. num_tapped:
-        layers that the model is tapped at, for a draft head."""
+        layers that the model is tapped at for a draft head, 0 for one that reads the last hidden states; None: there is
+        no draft head."""
         self._model = model
         self._adapters = adapters
         self._adapter_slots: dict[int, int] = {}  # by slot of a sequence that has one
@@ -58,20 +69,20 @@ class ModelRunner:
         began = time.perf_counter()
         self._enter(plan)
         rows = plan.rows if self._speculation is None else self._speculation.true_rows(plan.rows)
-        hidden, features = self._forward(rows)
-        prompt_logprobs = self._prompt_logprobs(rows, hidden)
-        sampled = iter(self._sample(rows, hidden))
+        states = self._forward(rows)
+        prompt_logprobs = {} if states.hidden is None else self._prompt_logprobs(rows, states.hidden)
+        sampled = iter(self._sample(rows, states.last))
         results = [next(sampled) if row.samples else RowResult(token_ids=[]) for row in rows]
         for index, logprobs in prompt_logprobs.items():
             results[index] = msgspec.structs.replace(results[index], prompt_logprobs=logprobs)
-        pooled = self._pooler.pool(rows, hidden)
+        pooled = self._pooler.pool(rows, states.last, states.hidden)
         if pooled is not None:
             results = with_embeddings(rows, results, pooled)
         sampled_at = time.perf_counter()
         if self._speculation is None:
             return StepResult(plan.step_id, results, sampled_at - began)
         self._activate([], [])  # what guesses has no adapters
-        results = self._speculation.propose(rows, results, plan.drafts, features)
+        results = self._speculation.propose(rows, results, plan.drafts, states.features)
         ended = time.perf_counter()
         return StepResult(plan.step_id, results, ended - began, ended - sampled_at)
 
@@ -87,18 +98,24 @@ class ModelRunner:
             self._pooler.set_slot(new.slot, new.pooling, new.num_prompt_tokens)
             self._sampler.set_slot(new.slot, new.sampling, new.eos_token_ids, new.token_ids, new.num_prompt_tokens)
 
-    def _forward(self, rows: list[PlanRow]) -> tuple[Tensor, Tensor]:
-        """The last hidden states, and what a draft head reads: those, or the states that the model is tapped for."""
+    def _forward(self, rows: list[PlanRow]) -> _States:
         inputs = prepare(self._attention, self._slots, rows)
         self._activate(rows, [row.length for row in rows])
-        if not self._num_tapped:
-            hidden = self._model(inputs.input_ids, inputs.positions, self._attention)
-            return hidden, hidden
-        size = self._model.config.hidden_size
-        taps = torch.empty(
-            len(inputs.input_ids), self._num_tapped * size, dtype=self._dtype, device=inputs.positions.device
-        )
-        return self._model(inputs.input_ids, inputs.positions, self._attention, taps), taps
+        last, given = last_tokens(rows), (inputs.input_ids, inputs.positions, self._attention)
+        wants_all = self._pooler.reads_all(rows) or any(map(self._num_targets, rows))
+        if last is not None and self._num_tapped is None and not wants_all:
+
+            def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+                self._activate(rows, [1 + row.num_drafts for row in rows])
+                return heads[last], residual[last]
+
+            return _States(self._model(*given, None, narrow))
+        taps = None
+        if self._num_tapped:
+            size = self._num_tapped * self._model.config.hidden_size
+            taps = torch.empty(len(inputs.input_ids), size, dtype=self._dtype, device=inputs.positions.device)
+        hidden = self._model(*given, taps)
+        return _States(hidden if last is None else hidden[last], hidden, hidden if taps is None else taps)
 
     def _activate(self, rows: list[PlanRow], counts: list[int]) -> None:
         """The next tokens that come to the model's layers are so many of each row's."""
@@ -112,35 +129,37 @@ class ModelRunner:
             each = torch.tensor(slots, dtype=torch.int32)
             self._adapters.activate(each.repeat_interleave(torch.tensor(counts)))
 
-    def _sample(self, rows: list[PlanRow], hidden: Tensor) -> list[RowResult]:
-        """RowResults of the rows that sample, in their order."""
-        self._activate(rows, [(1 + row.num_drafts) * row.samples for row in rows])
-        ends = accumulate(row.length for row in rows)
-        pending = [Pending(row, end - 1 - row.num_drafts) for row, end in zip(rows, ends) if row.samples]
-        if not pending:
+    def _sample(self, rows: list[PlanRow], last: Tensor) -> list[RowResult]:
+        """RowResults of the rows that sample, in their order. last: as in _States."""
+        sampling = [row for row in rows if row.samples]
+        if not sampling:
             return []
-        where = [index for p in pending for index in range(p.at, p.at + 1 + p.row.num_drafts)]
-        if len(where) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(where, device=hidden.device)]
-            offsets = accumulate((1 + p.row.num_drafts for p in pending), initial=0)
-            pending = [p._replace(at=offset) for p, offset in zip(pending, offsets)]
-        return verify(self._model.compute_logits(hidden), pending, self._sampler, self._slots)
+        self._activate(sampling, [1 + row.num_drafts for row in sampling])
+        if len(sampling) < len(rows):
+            last = last[torch.tensor([row.samples for row in rows for _ in range(1 + row.num_drafts)])]
+        offsets = accumulate((1 + row.num_drafts for row in sampling), initial=0)
+        pending = [Pending(row, at) for row, at in zip(sampling, offsets)]
+        return verify(self._model.compute_logits(last), pending, self._sampler, self._slots)
+
+    def _num_targets(self, row: PlanRow) -> int:
+        """Prompt tokens whose logprobs are asked for, that this step's tokens predict."""
+        sampling, num_prompt_tokens = self._sampling[row.slot]
+        return 0 if sampling.prompt_logprobs is None else max(0, min(row.length, num_prompt_tokens - 1 - row.start))
 
     def _prompt_logprobs(self, rows: list[PlanRow], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """By row index, for rows whose request asked: the prompt tokens that this step's tokens predict."""
         found: dict[int, list[TokenLogprobs]] = {}
         begin = 0
         for index, row in enumerate(rows):
-            sampling, num_prompt_tokens = self._sampling[row.slot]
-            count = min(row.length, num_prompt_tokens - 1 - row.start)
-            if sampling.prompt_logprobs is not None and count > 0:
+            wanted, count = self._sampling[row.slot][0].prompt_logprobs, self._num_targets(row)
+            if wanted is not None and count:
                 targets = self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count]
                 entries: list[TokenLogprobs] = []
                 for at in range(0, count, _PROMPT_LOGPROBS_CHUNK):
                     stop = min(count, at + _PROMPT_LOGPROBS_CHUNK)
                     self._activate([row], [stop - at])
                     logits = self._model.compute_logits(hidden[begin + at : begin + stop])
-                    entries += self._sampler.prompt_logprobs(logits, targets[at:stop], sampling.prompt_logprobs)
+                    entries += self._sampler.prompt_logprobs(logits, targets[at:stop], wanted)
                 found[index] = entries
             begin += row.length
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -45,24 +45,32 @@ class Pooler:
         else:
             self._asked[slot] = pooling, num_prompt_tokens
 
-    def pool(self, rows: list[PlanRow], hidden: Tensor) -> Pooled | None:
+    def reads_all(self, rows: Sequence[PlanRow]) -> bool:
+        """Whether a step of these rows must leave the last hidden states of all its tokens: for a mean."""
+        asked = (self._asked.get(row.slot) for row in rows) if self._asked else ()
+        return any(entry is not None and entry[0].kind == "mean" for entry in asked)
+
+    def pool(self, rows: Sequence[PlanRow], last: Tensor, hidden: Tensor | None) -> Pooled | None:
         """What is asked of the slots whose prompts end with this step; None where there are none.
 
-        hidden: [T, hidden_size], the rows' tokens one after the other; what follows them is not read.
+        last: [N, hidden_size], of the last 1 + num_drafts tokens of each row; hidden: [T, hidden_size], of all tokens,
+        where `reads_all`. The rows' tokens one after the other; what follows them is not read.
         """
         if not self._asked or not any(row.slot in self._asked for row in rows):
             return None
         sums: dict[int, Tensor] = {}
         slots, vectors = [], []
-        begin = 0
+        begin, last_end = 0, 0
         for row in rows:
             end = begin + row.length
+            last_end += 1 + row.num_drafts
             pooling, num_prompt_tokens = self._asked.get(row.slot, (None, 0))
             if pooling is not None and pooling.kind == "mean":
+                assert hidden is not None, "of the tokens whose mean is asked for, the last one alone is there"
                 total = hidden[begin:end].sum(0, dtype=torch.float32)
                 sums[row.slot] = total + self._sums[row.slot] if row.start else total
             if pooling is not None and row.samples:
-                whole = sums[row.slot] / num_prompt_tokens if pooling.kind == "mean" else hidden[end - 1].float()
+                whole = sums[row.slot] / num_prompt_tokens if pooling.kind == "mean" else last[last_end - 1].float()
                 slots.append(row.slot)
                 vectors.append(self._finished(whole, pooling))
             begin = end
@@ -72,7 +80,7 @@ class Pooler:
             self.set_slot(slot, None, 0)
         if not slots:
             return None
-        padded = torch.zeros(len(slots), hidden.shape[1], device=hidden.device)
+        padded = torch.zeros(len(slots), last.shape[1], device=last.device)
         for index, vector in enumerate(vectors):
             padded[index, : vector.shape[0]] = vector
         return Pooled(slots, [vector.shape[0] for vector in vectors], padded)

@@ -151,8 +151,9 @@ class KernelShapes:
         params = self.zeros(1, NUM_PARAMS, dtype=torch.int32)
         diff = self.zeros(1 + NUM_PARAMS, dtype=torch.int32)  # of slot 0
         self.kernels.apply_diff(diff, 0, 0, 0, 0, 0, 0, 1, *tables, params)
-        hidden = self.zeros(1, self.facts.hidden_size)
-        self.kernels.gather_last(hidden, cu_q, hidden.clone())
+        for size in (self.facts.hidden_size, self.facts.num_heads * self.facts.head_dim):
+            tokens = self.zeros(1, size)
+            self.kernels.gather_last(tokens, cu_q, tokens.clone())
 
     def draw(self) -> None:
         """One kernel, and one for each power of two that the vocabulary is split into, which goes by the rows."""

@@ -25,6 +25,11 @@ from octavo.worker.step_buffers import NUM_PARAMS
 _WIDTHS = 2, 3  # tokens of each sequence in the first pass, on average, where guesses are made in every step
 
 
+def _first(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token, where none is wanted but keys and values of all: some token must go on."""
+    return heads[:1], residual[:1]
+
+
 class DeviceModelDrafter:
     """Guesses what the smaller model holds likeliest, or what it draws, token after token.
 
@@ -69,7 +74,8 @@ class DeviceModelDrafter:
         """See DeviceDrafter."""
         prompts = [batch.rows[index] for index in prompts_of(batch)]
         if prompts:
-            self._model(*self._passes.place_prompts(prompts, batch.token_ids), self._attention)
+            placed = self._passes.place_prompts(prompts, batch.token_ids)
+            self._model(*placed, self._attention, None, _first)
         self.skip(batch.rows, batch.prompts)
         self._missing |= {row.slot: int(row.samples) for row in prompts}
         indices = asked_of(batch, self._passes.max_sequences)
@@ -98,7 +104,11 @@ class DeviceModelDrafter:
         """See device_passes.Compute. Puts the guesses into the table, where the next pass reads."""
         if width:
             placed, last = self._passes.place_first(size, width, lengths, token_ids)
-            hidden = self._model(placed.input_ids, placed.token_positions, self._attention).index_select(0, last)
+
+            def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+                return heads.index_select(0, last), residual.index_select(0, last)
+
+            hidden = self._model(placed.input_ids, placed.token_positions, self._attention, None, narrow)
             slots, positions = self._passes.slots(size), placed.positions.index_select(0, last)
         else:
             placed = self._passes.place_next(size, lengths, token_ids)

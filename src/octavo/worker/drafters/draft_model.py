@@ -9,7 +9,7 @@ from octavo.attention.backend import AttentionBackend
 from octavo.models.base import CausalLM
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.drafters.drafter import DraftRow
-from octavo.worker.forward import last_of, prepare
+from octavo.worker.forward import last_tokens, prepare
 from octavo.worker.sampler.sampler import argmax
 from octavo.worker.slots import Slots
 
@@ -51,5 +51,7 @@ class ModelDrafter:
 
     def _forward(self, rows: list[PlanRow]) -> list[int]:
         inputs = prepare(self._attention, self._slots, rows)
-        hidden = self._model(inputs.input_ids, inputs.positions, self._attention)
-        return torch.Tensor.tolist(argmax(self._model.compute_logits(last_of(hidden, rows))))
+        last = last_tokens(rows)
+        narrow = None if last is None else lambda heads, residual: (heads[last], residual[last])
+        hidden = self._model(inputs.input_ids, inputs.positions, self._attention, None, narrow)
+        return torch.Tensor.tolist(argmax(self._model.compute_logits(hidden)))
