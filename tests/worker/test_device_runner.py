@@ -168,12 +168,12 @@ class PaddedSteps:
         self._attention = rig.attention
         self.num_found = self.num_replayed = 0
 
-    def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> Any:
-        if decodes or num_rows == LIMITS.max_num_seqs:
+    def find(self, num_tokens: int, num_rows: int, adapters: bool = False) -> Any:
+        if num_tokens == num_rows or num_rows == LIMITS.max_num_seqs:
             return None
         self.num_found += 1
         items = self._attention.max_items(num_rows + 1, num_tokens)[0]
-        shape = StepShape(LIMITS.max_num_batched_tokens, num_rows + 1, items, 1, decodes, adapters)
+        shape = StepShape(LIMITS.max_num_batched_tokens, num_rows + 1, items, 1, False, adapters)
         return SimpleNamespace(shape=shape, replay=lambda: self._replay(shape))
 
     def _replay(self, shape: StepShape) -> Computed:

@@ -8,41 +8,22 @@ host's time, so that to wait for a better moment costs more (docs/performance.md
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from octavo.worker.graph_sizes import GraphSize, GraphSizes
 from octavo.worker.step_buffers import StepShape
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Numbers of rows that decode steps are padded to: close together where a row costs most.
-_DECODE_SIZES = (
-    1,
-    2,
-    4,
-    8,
-    12,
-    16,
-    *range(24, 64, 8),
-    *range(64, 256, 16),
-    *range(256, 512, 32),
-    *range(512, 1025, 64),
-)
-# Numbers of tokens that mixed steps are padded to, and of rows.
-_MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_ROWS = (64, 128, 256, 384, 512)
-# Those that batches take whose prompts are spread over decode steps (scheduler/leveling.py).
-_LEVEL_TOKENS = (256, 384, 512)
 # Prompts in a mixed step, whatever its rows: each program that attends and finds no prompt takes its turn all the same.
 _MIXED_PROMPTS = 32
 
@@ -96,14 +77,6 @@ class StepGraph:
         return self.computed
 
 
-class _Key(NamedTuple):
-    """Sizes of a graph, and whether its rows may have adapters."""
-
-    num_tokens: int
-    num_rows: int
-    adapters: bool
-
-
 class StepGraphs:
     """Graphs by size, all in one memory pool: they run one after the other, so the largest one's memory serves all.
 
@@ -120,21 +93,13 @@ class StepGraphs:
         limits: tuple[int, int],
         adapters: bool,
     ) -> None:
-        max_rows, max_tokens = limits
         self._compute = compute
         self._clear = clear
         self._max_items = max_items
-        decode_sizes = [n for n in _DECODE_SIZES if n < max_rows] + [min(max_rows, _DECODE_SIZES[-1])]
-        mixed_tokens = [n for n in _MIXED_TOKENS if n <= max_tokens]
-        # With adapters every other size: their graphs take twice as long to record.
-        self._decode_sizes = {False: decode_sizes, True: sorted({1, *decode_sizes[::-2]})}
-        self._mixed_tokens = {False: mixed_tokens, True: mixed_tokens[::-2][::-1]}
-        self._mixed_rows = sorted({min(n, max_rows) for n in _MIXED_ROWS})
-        self._adapters = adapters
-        # A mixed step has more tokens than rows, so it never shares its key with a decode step.
-        self._graphs: dict[_Key, StepGraph] = {}
+        self._sizes = GraphSizes(*limits, adapters)
+        self._graphs: dict[GraphSize, StepGraph] = {}
         self._ran: set[tuple[bool, bool]] = set()  # StepShape.decodes and .adapters of steps that were launched here
-        self._left = self._order()  # keys yet to record, the last one first; `record_next` takes from it
+        self._left = self._sizes.order()[::-1]  # yet to record, the next one last; `record_next` takes from it
         self._records = True  # False once memory ran out
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
@@ -143,22 +108,22 @@ class StepGraphs:
     def num_recorded(self) -> int:
         return len(self._graphs)
 
-    def find(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool = False) -> StepGraph | None:
+    def find(self, num_tokens: int, num_rows: int, adapters: bool = False) -> StepGraph | None:
         """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
         memory ran out."""
-        key = self._key(num_tokens, num_rows, decodes, adapters)
-        if key is None:
+        size = self._sizes.find(num_tokens, num_rows, adapters)
+        if size is None:
             return None
-        if key not in self._graphs:
-            self._try_record(key)
-        return self._graphs.get(key)
+        if size not in self._graphs:
+            self._try_record(size)
+        return self._graphs.get(size)
 
     def record_next(self) -> bool:
         """Record one more of the sizes, those that serve most first. False: none is left."""
         while self._left:
-            key = self._left.pop()
-            if key not in self._graphs:
-                self._try_record(key)
+            size = self._left.pop()
+            if size not in self._graphs:
+                self._try_record(size)
                 return True
         return False
 
@@ -169,62 +134,28 @@ class StepGraphs:
             pass
         return self.num_recorded
 
-    def _order(self) -> list[_Key]:
-        """All keys, the first one last; those with adapters and those without in turn."""
-        kinds = [self._order_of(adapters) for adapters in ((False, True) if self._adapters else (False,))]
-        pairs = zip_longest(*kinds)
-        return [key for pair in pairs for key in pair if key is not None][::-1]
-
-    def _order_of(self, adapters: bool) -> list[_Key]:
-        """The largest, in whose memory all others then find room; decode steps of round sizes, and mixed steps of few
-        rows and such sizes; those of level steps; then what lies between."""
-        sizes = self._decode_sizes[adapters]
-        largest, tokens = sizes[-1], self._mixed_tokens[adapters]
-        decodes = sorted(sizes, key=lambda n: (n != largest, n.bit_count(), n))
-        num_round = sum(n == largest or n.bit_count() == 1 for n in decodes)
-        keys = [_Key(n, n, adapters) for n in decodes]
-        mixed = [self._mixed(n, rows, adapters) for rows in self._mixed_rows for n in tokens]
-        few = [key for key in mixed[: len(tokens)] if key.num_tokens.bit_count() == 1]
-        level = [key for key in mixed if key.num_tokens in _LEVEL_TOKENS]
-        return list(dict.fromkeys(keys[:num_round] + few + level + keys[num_round:] + mixed))
-
-    def _key(self, num_tokens: int, num_rows: int, decodes: bool, adapters: bool) -> _Key | None:
-        if decodes:
-            sizes = self._decode_sizes[adapters]
-            at = bisect.bisect_left(sizes, num_rows)
-            return _Key(sizes[at], sizes[at], adapters) if at < len(sizes) else None
-        tokens = bisect.bisect_left(self._mixed_tokens[adapters], num_tokens)
-        rows = bisect.bisect_left(self._mixed_rows, num_rows)
-        if tokens == len(self._mixed_tokens[adapters]) or rows == len(self._mixed_rows):
-            return None
-        return self._mixed(self._mixed_tokens[adapters][tokens], self._mixed_rows[rows], adapters)
-
-    @staticmethod
-    def _mixed(num_tokens: int, num_rows: int, adapters: bool) -> _Key:
-        return _Key(num_tokens, min(num_rows, num_tokens - 1), adapters)
-
-    def _shape(self, key: _Key) -> StepShape:
-        num_tokens, num_rows, adapters = key
-        decodes = num_tokens == num_rows
+    def _shape(self, size: GraphSize) -> StepShape:
+        num_tokens, num_rows, adapters = size
+        decodes = size.decodes
         num_decode_items, _ = self._max_items(num_rows, num_tokens)
         num_prefill_items = 0 if decodes else self._max_items(min(num_rows, _MIXED_PROMPTS), num_tokens)[1]
         return StepShape(num_tokens, num_rows, num_decode_items, num_prefill_items, decodes, adapters)
 
-    def _try_record(self, key: _Key) -> None:
+    def _try_record(self, size: GraphSize) -> None:
         """Record, unless memory ran out in doing so before, or does now: steps run without a graph, too."""
         if not self._records:
             return
         try:
-            self._record(key)
+            self._record(size)
         except torch.OutOfMemoryError:
             self._records = False
             self._left.clear()
             torch.cuda.empty_cache()
-            _log.warning("no memory for the CUDA graph of %d tokens, %d rows: no more are recorded", *key[:2])
+            _log.warning("no memory for the CUDA graph of %d tokens, %d rows: no more are recorded", *size[:2])
 
-    def _record(self, key: _Key) -> None:
+    def _record(self, size: GraphSize) -> None:
         began = time.perf_counter()
-        shape = self._shape(key)
+        shape = self._shape(size)
         kind = shape.decodes, shape.adapters
         if kind not in self._ran:
             self._run(shape)  # compiles, and sets up libraries: neither may happen while recording
@@ -238,8 +169,8 @@ class StepGraphs:
             graph, computed = self._capture(shape)
         left = (computed.last, computed.hidden, computed.logits, computed.features)
         kept = Computed(*(None if tensor is None else borrowed(tensor) for tensor in left))
-        self._graphs[key] = StepGraph(shape, graph, kept)
-        _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *key[:2], time.perf_counter() - began)
+        self._graphs[size] = StepGraph(shape, graph, kept)
+        _log.debug("recorded a graph of %d tokens, %d rows in %.3f s", *size[:2], time.perf_counter() - began)
 
     def _run(self, shape: StepShape) -> None:
         self._clear()

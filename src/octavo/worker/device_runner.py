@@ -303,7 +303,7 @@ class DeviceRunner:
         keeps_all = self._draft_head_reads or self._pooler.reads_all(rows) or any(map(self._num_targets, rows))
         graph, num_graphs = None, self._num_graphs
         if self.graphs is not None and not replaces and (self._graphs_keep_all or decodes or not keeps_all):
-            graph = self.graphs.find(num_tokens, len(rows), decodes, adapters)
+            graph = self.graphs.find(num_tokens, len(rows), adapters)
         decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
         if graph is not None and len(prefill_items) > graph.shape.num_prefill_items:
             graph = None

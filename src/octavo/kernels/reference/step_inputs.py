@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -58,6 +59,6 @@ def build_inputs(
 
 
 def gather_last(hidden: Tensor, cu_q: Tensor) -> Tensor:
-    """hidden's row of the last token of each of the len(cu_q) - 1 rows; rows without tokens take hidden[0]."""
-    ends = cu_q.tolist()
-    return hidden[[end - 1 if end > begin else 0 for begin, end in pairwise(ends)]]
+    """hidden's row of the last token of each of the len(cu_q) - 1 rows; rows without tokens are 0."""
+    rows = [hidden[end - 1] if end > begin else torch.zeros_like(hidden[0]) for begin, end in pairwise(cu_q.tolist())]
+    return torch.stack(rows)

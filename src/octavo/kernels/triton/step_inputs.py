@@ -136,12 +136,11 @@ def _gather_last_kernel(hidden_ptr, cu_q_ptr, out_ptr, SIZE: tl.constexpr, BLOCK
     chunks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // chunks
     offsets = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < SIZE
     begin = tl.load(cu_q_ptr + row)
     end = tl.load(cu_q_ptr + row + 1)
-    last = tl.where(end > begin, end - 1, 0).to(tl.int64)
-    values = tl.load(hidden_ptr + last * SIZE + offsets, mask=mask)
-    tl.store(out_ptr + row.to(tl.int64) * SIZE + offsets, values, mask=mask)
+    size = tl.where(end > begin, SIZE, 0)
+    values = tl.load(hidden_ptr + (end - 1).to(tl.int64) * SIZE + offsets, mask=offsets < size, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * SIZE + offsets, values, mask=offsets < SIZE)
 
 
 def apply_diff(
@@ -234,9 +233,10 @@ def build_inputs(
 
 
 def gather_last(hidden: Tensor, cu_q: Tensor, out: Tensor) -> Tensor:
-    """The last token's row of every sequence: out[r] = hidden[cu_q[r + 1] - 1]; rows without tokens take hidden[0].
+    """The last token's row of every sequence: out[r] = hidden[cu_q[r + 1] - 1]; rows without tokens are 0, which costs
+    the products that follow the least power.
 
-    hidden: [T, size], contiguous, T >= 1; cu_q: int32 [>= R + 1]; out: [R, size], contiguous, of hidden's dtype; it is
+    hidden: [T, size], contiguous; cu_q: int32 [>= R + 1]; out: [R, size], contiguous, of hidden's dtype; it is
     written, and returned.
     """
     num_rows, size = out.shape
