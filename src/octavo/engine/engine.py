@@ -199,9 +199,9 @@ class Engine:
 
     def _prepare(self) -> None:
         """Prepare what later steps need for as long as the device is kept busy by prompts in flight."""
-        steps = [step.num_tokens for step in self._in_flight if not step.decodes]
+        num_tokens = sum(step.num_tokens for step in self._in_flight if not step.decodes)
         began = self._clock()
-        while self._pacer.may_prepare(steps, began) and self.warm_up():
+        while self._pacer.may_prepare(num_tokens, began) and self.warm_up():
             now = self._clock()
             self._pacer.prepared(now - began)
             began = now

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 _MARGIN_SECONDS = 0.0003  # what waking up may take
 _DRIFT = 0.1  # weight of the newest measurement of the host's time
 _PREPARATION_SECONDS = 0.05  # what preparing takes, before any was measured
@@ -21,17 +18,13 @@ class Pacer:
         self._decode: tuple[int, float] | None = None  # rows and device time of the last decode step
         self._submit = 0.0  # host time to schedule and launch a decode step
         self._began = 0.0  # when the step that runs began, as far as the host knows
-        self._per_token = math.inf  # the least device time that a token took in a step with prompts
-        self._mixed: tuple[int, float] | None = None  # tokens and device time of the last step with prompts
-        self._submit_mixed = math.inf  # host time to schedule and launch it
+        self._per_token: float | None = None  # the least device time that a token took in a step with prompts
         self._preparation = _PREPARATION_SECONDS
 
     def submitted(self, decodes: bool, seconds: float, now: float, *, alone: bool) -> None:
         """It took the host so long to schedule and launch a step. alone: nothing runs before it."""
         if decodes:
             self._submit += _DRIFT * (seconds - self._submit)
-        else:
-            self._submit_mixed = seconds
         if alone:
             self._began = now
 
@@ -52,9 +45,8 @@ class Pacer:
             return
         if decodes:
             self._decode = num_rows, seconds
-        else:
-            self._mixed = num_tokens, seconds
-            self._per_token = min(self._per_token, seconds / num_tokens)
+        elif self._per_token is None or seconds < self._per_token * num_tokens:
+            self._per_token = seconds / num_tokens
 
     def spare(self, num_rows: int, now: float) -> float:
         """Seconds until the next step must be on its way, while one of so many rows runs. 0: it is late already.
@@ -68,19 +60,16 @@ class Pacer:
         end = self._began + seconds * min(1.0, num_rows / rows)
         return max(0.0, end - 2 * self._submit - _MARGIN_SECONDS - now)
 
-    def may_prepare(self, steps: Sequence[int], now: float) -> bool:
+    def may_prepare(self, num_tokens: int, now: float) -> bool:
         """Whether the host may prepare something and then submit a step before the device runs dry, while steps with
-        prompts, of so many tokens each, are in flight.
+        prompts, of so many tokens, are in flight.
 
-        A step takes at least its share of what the last one took. What is prepared is a step's launches, so that
-        submitting one, launch by launch, takes about as long, whatever was measured: while much is in flight the
-        launches themselves wait for the device.
+        What is prepared is a step's launches, so that submitting one, launch by launch, takes about as long. It is not
+        measured: while much is in flight the launches themselves wait for the device.
         """
-        if self._mixed is None:
+        if self._per_token is None:
             return False
-        tokens, seconds = self._mixed
-        work = sum(max(self._per_token * count, seconds * min(1.0, count / tokens)) for count in steps)
-        return now + self._preparation + min(self._preparation, self._submit_mixed) < self._began + work
+        return now + 2 * self._preparation < self._began + self._per_token * num_tokens
 
     def prepared(self, seconds: float) -> None:
         """Preparing something took the host so long."""

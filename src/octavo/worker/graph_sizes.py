@@ -26,7 +26,7 @@ _MIXED_ROWS = (64, 128, 256, 384, 512)
 # Numbers of tokens that batches take whose prompts are spread over decode steps (scheduler/leveling.py), and of rows in
 # steps of so many tokens. All rows, the padding too, pass through the language head and most of the last layer.
 _LEVEL_TOKENS = (256, 384, 512)
-_LEVEL_ROWS = tuple(range(64, 513, 64))
+_LEVEL_ROWS = (64, 128, 192, 256, 384, 512)
 
 
 class GraphSize(NamedTuple):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _cdiv, _launch, _power_of_two
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     dtype. Returns a new [T, size]."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(num_tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(1024, triton.next_power_of_2(size))
-    programs = num_tokens * triton.cdiv(size, block)
+    block = min(1024, _power_of_two(size))
+    programs = num_tokens * _cdiv(size, block)
     _launch(_silu_and_mul_kernel, programs, (gate_up, out), (), (size, block), 4)
     return out
 
@@ -65,6 +65,6 @@ def silu_and_mul_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, scale = _fp8_outputs(num_tokens, size, gate_up.device)
-    block = triton.next_power_of_2(size)
+    block = _power_of_two(size)
     _launch(_silu_and_mul_fp8_kernel, num_tokens, (gate_up, out, scale), (), (size, block), _row_warps(block))
     return out, scale

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _AMAX_MIN, _FP8_MAX
-from octavo.kernels.triton.launch import _after_previous, _launch, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch, _overlap, _power_of_two
 from octavo.kernels.triton.skinny_gemm import (
     _MAX_TILES,
     _NUM_SMS,
@@ -151,10 +151,10 @@ def _skinny_block_fp8_kernel(
 def quantize_fp8_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K], contiguous, as (float8_e4m3fn [T, K], float32 scale [T, ceil(K / 128)]), each group of 128 features
     with its scale as `quantize_fp8` makes one for a token."""
-    (num_tokens, size), groups = x.shape, triton.cdiv(x.shape[1], _BLOCK)
+    (num_tokens, size), groups = x.shape, _cdiv(x.shape[1], _BLOCK)
     out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(num_tokens, groups, dtype=torch.float32, device=x.device)
-    programs = num_tokens * triton.cdiv(groups, 8)
+    programs = num_tokens * _cdiv(groups, 8)
     _launch(_quantize_fp8_groups_kernel, programs, (x, out, scale), (), (size, groups), 4)
     return out, scale
 
@@ -164,7 +164,7 @@ def _check(weight: Tensor, scale_inv: Tensor, k: int) -> int:
     n = len(weight)
     if weight.dtype != torch.float8_e4m3fn or weight.shape[1] != k or not weight.is_contiguous():
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}; expected a contiguous float8_e4m3fn [N, {k}]")
-    grid = triton.cdiv(n, _BLOCK), triton.cdiv(k, _BLOCK)
+    grid = _cdiv(n, _BLOCK), _cdiv(k, _BLOCK)
     if scale_inv.shape != grid or scale_inv.dtype != torch.float32 or not scale_inv.is_contiguous():
         raise ValueError(f"scale_inv is {scale_inv.dtype} {list(scale_inv.shape)}; expected float32 {list(grid)}")
     return n
@@ -191,8 +191,8 @@ def block_fp8_linear(
             f"x is {x.dtype} {list(x.shape)} and x_scale {list(x_scale.shape)}; expected FP8 and its scales"
         )
     out = torch.empty(m, n, dtype=dtype, device=x.device)
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
-    programs = triton.cdiv(m, block_m) * triton.cdiv(n, _BLOCK)
+    block_m = min(128, max(16, _power_of_two(m)))
+    programs = _cdiv(m, block_m) * _cdiv(n, _BLOCK)
     _block_fp8_kernel[(programs,)](
         x,
         x_scale,
@@ -231,7 +231,7 @@ def skinny_linear_block_fp8(
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected bfloat16 or float16 and 1..{_LIMIT_M} tokens")
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     block_n = 64
-    tiles, groups = triton.cdiv(n, block_n), scale_inv.shape[1]
+    tiles, groups = _cdiv(n, block_n), scale_inv.shape[1]
     wanted = min(3 * _NUM_SMS // tiles, groups // 4, 8) if split_k is None else split_k
     split_k = max(1, min(wanted, groups, _WORKSPACE_FLOATS // (m * n))) if tiles <= _MAX_TILES else 1
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
@@ -247,7 +247,7 @@ def skinny_linear_block_fp8(
         n,
         k,
         x.stride(0),
-        BLOCK_M=max(16, triton.next_power_of_2(m)),
+        BLOCK_M=max(16, _power_of_two(m)),
         BLOCK_N=block_n,
         SPLIT_K=split_k,
         STAGES=5,

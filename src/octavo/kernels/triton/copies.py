@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch
 
 _WORDS = 1024  # that a program copies
 
@@ -34,4 +34,4 @@ def copy_words(source: Tensor, target: Tensor) -> None:
     the end of the copy: torch does not know that a kernel uses it.
     """
     num_words = source.numel()
-    _launch(_copy_words_kernel, triton.cdiv(num_words, _WORDS), (source, target), (num_words,), (_WORDS,), 4)
+    _launch(_copy_words_kernel, _cdiv(num_words, _WORDS), (source, target), (num_words,), (_WORDS,), 4)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.decode_merge import _combine
-from octavo.kernels.triton.launch import _after_previous, _overlap, _wait_for_previous
+from octavo.kernels.triton.launch import _after_previous, _overlap, _power_of_two, _wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_SIZE = 16  # tl.dot takes no smaller side: query heads are padded to it
@@ -180,8 +180,8 @@ def _constants(
         if query_dtype == torch.float32 and head_dim > 128:
             config = replace(config, tile=16)  # its products are made of scalars, all of them in registers
     group_size = num_heads // num_kv_heads
-    group_size_padded = triton.next_power_of_2(group_size)
-    head_dim_padded = triton.next_power_of_2(head_dim)
+    group_size_padded = _power_of_two(group_size)
+    head_dim_padded = _power_of_two(head_dim)
     tile = _COMBINE_TILE if queries == 1 else _COMBINE_TILE_BESIDE
     return {
         "NUM_KV_HEADS": num_kv_heads,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.reference.draft_passes import DraftRows
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap
 
 _ROWS = 256  # rows or items that the program serves at once
 _BLOCK = 128
@@ -174,7 +174,7 @@ def read_drafts(
     found, int32 [G], how many there are.
     """
     num_groups, most = drafts.shape
-    _read_drafts_kernel[(triton.cdiv(num_groups, _BLOCK),)](
+    _read_drafts_kernel[(_cdiv(num_groups, _BLOCK),)](
         slots, wanted, lengths, token_ids, drafts, found, num_groups, token_ids.stride(0),
         MOST=most, BLOCK=_BLOCK, num_warps=4, **_overlap(slots),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch, _power_of_two
 
 _BLOCK = 1024  # columns of a program: few tokens are spread over several multiprocessors
 
@@ -70,9 +70,9 @@ def embed_and_rotate(
     embedded = table.new_empty(num_tokens, size)
     cos = table.new_empty(num_tokens, 1, head_dim)
     sin = torch.empty_like(cos)
-    block = min(_BLOCK, triton.next_power_of_2(size))
+    block = min(_BLOCK, _power_of_two(size))
     tensors = input_ids, positions, table, frequencies, signed_amplitude, embedded, cos, sin
-    constants = size, head_dim, block, triton.next_power_of_2(head_dim)
-    programs = num_tokens * (1 + triton.cdiv(size, block))
+    constants = size, head_dim, block, _power_of_two(head_dim)
+    programs = num_tokens * (1 + _cdiv(size, block))
     _launch(_embed_and_rotate_kernel, programs, tensors, (float(amplitude),), constants, 4)
     return embedded, cos, sin

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _after_previous, _launch, _power_of_two
 
 _FP8_MAX = tl.constexpr(448.0)  # the largest finite float8_e4m3fn
 _AMAX_MIN = tl.constexpr(1e-12)  # a row of zeros gets a tiny scale, not none
@@ -58,6 +58,6 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_tokens, size = x.shape
     out, scale = _fp8_outputs(num_tokens, size, x.device)
-    block = triton.next_power_of_2(size)
+    block = _power_of_two(size)
     _launch(_quantize_fp8_kernel, num_tokens, (x, out, scale), (), (size, block), _row_warps(block))
     return out, scale

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.triton.fp8 import FP8_MAX_M
-from octavo.kernels.triton.launch import _after_previous, _launch_compiled
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch_compiled
 from octavo.kernels.triton.skinny_gemm import _NUM_SMS, _WORKSPACE_FLOATS, _reduce, _workspace
 
 _SHARED_BYTES = 226 << 10  # for one program of a multiprocessor
@@ -70,10 +70,10 @@ _MANY_ROWS = (
 
 @cache
 def _plan(m: int, n: int, k: int) -> Fp8Plan | None:
-    if triton.cdiv(n, 64) > _NUM_SMS:
+    if _cdiv(n, 64) > _NUM_SMS:
         return next((plan for plan, tokens, rows in _MANY_ROWS if m in tokens and n >= rows), None)
     for rows, tokens, more in _TILES:
-        programs = triton.cdiv(n, rows) * triton.cdiv(m, tokens + more)
+        programs = _cdiv(n, rows) * _cdiv(m, tokens + more)
         if programs <= _NUM_SMS and tokens >= min(m, 64):
             block_k = 256 if tokens <= 64 else 128
             num_stages = min(8, _SHARED_BYTES // ((rows + tokens + more) * block_k))
@@ -194,10 +194,10 @@ def linear_fp8(
         raise ValueError(f"scales of {x_scale.numel()} tokens and {weight_scale.numel()} rows; expected {m} and {n}")
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     rows, tokens, more, block_k, split_k, num_warps, num_stages = plan
-    tiles = triton.cdiv(n, rows) * triton.cdiv(m, tokens + more)
-    split_k = max(1, min(split_k, triton.cdiv(k, block_k), _WORKSPACE_FLOATS // (m * n)))  # of few tiles alone
+    tiles = _cdiv(n, rows) * _cdiv(m, tokens + more)
+    split_k = max(1, min(split_k, _cdiv(k, block_k), _WORKSPACE_FLOATS // (m * n)))  # of few tiles alone
     partial, counters = _workspace(x.device) if split_k > 1 else (out, out)  # out: not read
-    rows_read = triton.cdiv(m, tokens + more) * (tokens + more)
+    rows_read = _cdiv(m, tokens + more) * (tokens + more)
     # Reading past the last row is slow, and needless where there is memory: those columns of a tile are not stored.
     if x.untyped_storage().nbytes() - x.storage_offset() >= rows_read * k:
         x = x.as_strided((rows_read, k), (k, 1))

@@ -23,7 +23,7 @@ from octavo.kernels.triton.grouped_numbers import (
     _scaled_first,
     _table_words,
 )
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap, _power_of_two
 from octavo.kernels.triton.skinny_gemm import (
     _MAX_TILES,
     _NUM_SMS,
@@ -62,19 +62,19 @@ class GroupedPlan(NamedTuple):
         """The plan for x [m, k] by a weight of n rows and num_chunks chunks, as measured on an H200 by
         benchmarks/gpu/kernel_grouped.py."""
         if m <= 16:
-            tiles = triton.cdiv(n, 64)
+            tiles = _cdiv(n, 64)
             split = 1 if tiles >= _ENOUGH_TILES else _split(tiles, num_chunks, 4, 2)
             # Two chunks a step are faster where the walk along K is short, one where many programs share a processor.
             unroll = 2 if split == 1 and num_chunks <= _SHORT else 1
             return cls(8 if m <= 8 else 16, 64, split, 2, 4 if unroll == 2 else 6, swap=True, unroll=unroll)
-        rows = triton.cdiv(n, 128)
+        rows = _cdiv(n, 128)
         if m <= 64:
             split = _split(rows, num_chunks, 2)
             warps = 8 if m > 32 and split == 1 else 4
             return cls(32 if m <= 32 else 64, 128, split, warps, 4, swap=True, scale_first=m > 32)
         at_least = 64 if rows * num_chunks < _LARGE else 128
         block_m = min(256, at_least * (1 if m <= 128 else 2 if m <= 256 else 4))
-        split = _split(rows * triton.cdiv(m, block_m), num_chunks, 1)
+        split = _split(rows * _cdiv(m, block_m), num_chunks, 1)
         return cls(block_m, 128, split, 8, 3 if block_m == 256 else 4, swap=True, scale_first=True)
 
 
@@ -267,10 +267,10 @@ def grouped_linear(
         raise ValueError(f"the packed weight has {n} rows; gated needs an even number")
     out = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     plan = GroupedPlan.of(m, n, num_chunks) if plan is None else plan
-    tiles, parts = triton.cdiv(n, plan.block_n), triton.cdiv(m, plan.block_m)
+    tiles, parts = _cdiv(n, plan.block_n), _cdiv(m, plan.block_m)
     unroll = 1 if num_chunks % plan.unroll else plan.unroll
     # By the most tokens that share the plan: what is compiled does not depend on how many there are.
-    most = max(8, triton.next_power_of_2(m))
+    most = max(8, _power_of_two(m))
     split_k = max(1, min(plan.split_k, num_chunks // unroll, _WORKSPACE_FLOATS // (most * n)))
     if tiles * parts > _MAX_TILES:
         split_k = 1
@@ -357,7 +357,7 @@ def dequantize_grouped(
     num_chunks, n, width = packed.shape
     k = scale.shape[0] * group_size
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
-    _dequantize_kernel[(triton.cdiv(n, 32), num_chunks)](
+    _dequantize_kernel[(_cdiv(n, 32), num_chunks)](
         packed,
         scale,
         scale if minimum is None else minimum,

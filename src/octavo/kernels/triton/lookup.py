@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _cdiv, _power_of_two
+
 _BLOCK = 1024  # places that a program compares at a time
 _MAX_SHARES = 512  # programs of a row, at most, for its own tokens and for the corpus each
 _PROGRAMS = 1056  # wanted in all: 8 for each SM of an H100 or H200
@@ -130,8 +132,8 @@ def find_drafts(
     num_rows, max_drafts = drafts.shape
     size = 0 if corpus is None else len(corpus)
     most = max(1, min(_MAX_SHARES, _PROGRAMS // max(num_rows, 1)))
-    own_shares = min(most, triton.cdiv(token_ids.shape[1], _BLOCK))
-    shares = own_shares + min(most, triton.cdiv(size, _BLOCK))
+    own_shares = min(most, _cdiv(token_ids.shape[1], _BLOCK))
+    shares = own_shares + min(most, _cdiv(size, _BLOCK))
     scores = torch.empty(num_rows, shares, dtype=torch.int64, device=drafts.device)
     ring = (slots, slots) if corpus is None or head is None else (corpus, head)  # without one, nothing reads it
     rows = token_ids, slots, lengths, wanted, *ring, scores
@@ -155,7 +157,7 @@ def find_drafts(
         shares,
         size,
         max_drafts,
-        BLOCK_SHARES=triton.next_power_of_2(2 * _MAX_SHARES),
-        BLOCK_DRAFTS=triton.next_power_of_2(max_drafts),
+        BLOCK_SHARES=_power_of_two(2 * _MAX_SHARES),
+        BLOCK_DRAFTS=_power_of_two(max_drafts),
         num_warps=4,
     )

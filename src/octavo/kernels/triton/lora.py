@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _cdiv, _power_of_two
+
 _NUM_SMS = 132  # of an H100 or H200
 _BUCKETS = (64, 256, 512, 1024, 2048, 4096, 8192)  # numbers of tokens up to which one plan serves; the last: all
 _FEW = 256  # tokens: up to here tiles are the smallest that tensor cores take
@@ -51,7 +53,7 @@ class LoraPlan(NamedTuple):
         few = most <= _FEW
         shrink_m = 16 if few else 64
         columns = 256 if most <= 64 else 512 if most <= 512 else 1024  # at least so many a split
-        tiles = triton.cdiv(most, shrink_m) * triton.cdiv(num_parts * rank, _block_r(num_parts * rank))
+        tiles = _cdiv(most, shrink_m) * _cdiv(num_parts * rank, _block_r(num_parts * rank))
         wanted = min(_MAX_SPLITS, in_features // columns, _MAX_SPLITS if few else _NUM_SMS // tiles)
         splits = 1 << (max(1, wanted).bit_length() - 1)  # powers of two: few variants
         if few:
@@ -89,7 +91,7 @@ class LoraPlan(NamedTuple):
 
 def _block_r(rank: int, most: int = _MAX_BLOCK_R) -> int:
     """Ranks of one product on the tensor cores."""
-    return min(most, triton.next_power_of_2(rank))
+    return min(most, _power_of_two(rank))
 
 
 @triton.jit
@@ -323,7 +325,7 @@ def add_lora_embedding(
 def _shrink(hidden: Tensor, x: Tensor, a: Tensor, ranks: Tensor, token_slots: Tensor, plan: LoraPlan) -> None:
     (num_tokens, k), (num_slots, num_parts, rank, _) = x.shape, a.shape
     block_r = _block_r(num_parts * rank)
-    tiles = triton.cdiv(num_tokens, plan.shrink_m) * triton.cdiv(num_parts * rank, block_r)
+    tiles = _cdiv(num_tokens, plan.shrink_m) * _cdiv(num_parts * rank, block_r)
     _shrink_kernel[tiles, plan.splits, _groups(num_tokens, num_slots, plan.shrink_m)](
         x,
         a,
@@ -361,9 +363,9 @@ def _expand(
     """splits: of hidden; 0 for an embedding, whose A hidden is then."""
     (num_tokens, _), (num_slots, _, rank) = y.shape, b.shape
     unit = 8 if y.stride(0) % 8 == 0 else 1
-    tiles = sum(triton.cdiv(size, plan.block_n) for size in parts)
+    tiles = sum(_cdiv(size, plan.block_n) for size in parts)
     groups = _groups(num_tokens, num_slots, plan.expand_m)
-    _expand_kernel[tiles, triton.cdiv(num_tokens, plan.expand_m), groups](
+    _expand_kernel[tiles, _cdiv(num_tokens, plan.expand_m), groups](
         y,
         hidden,
         b,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.fp8 import _fp8_outputs, _row_warps, _store_fp8_row
-from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _FEW_PROGRAMS, _after_previous, _launch
+from octavo.kernels.triton.launch import _FEW_BEFORE_FP8, _FEW_PROGRAMS, _after_previous, _launch, _power_of_two
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _launch_rms_norm(
 ) -> None:
     """A float8 out gets the quantised norm, its scales go to scale; else scale is not touched."""
     num_tokens, size = residual.shape
-    block = triton.next_power_of_2(size)
+    block = _power_of_two(size)
     tensors = residual, residual if delta is None else delta, weight, out, scale
     constants = size, block, delta is not None, out.dtype == torch.float8_e4m3fn
     _launch(_rms_norm_kernel, num_tokens, tensors, (float(eps),), constants, _row_warps(block))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap, _power_of_two
 
 _LOG2_E = 1.4426950408889634
 
@@ -34,11 +34,6 @@ class PrefillTuning:
     num_stages: int = 3
     max_registers: int | None = None
     """Of a thread; 128 lets two programs of 8 warps share a multiprocessor, so that one computes while one waits."""
-
-
-def _power_of_two(value: int) -> int:
-    """The least power of two that is not below `value`."""
-    return 1 << (value - 1).bit_length()
 
 
 def _tuning(query: Tensor, cache: Tensor, group: int) -> PrefillTuning:
@@ -334,7 +329,7 @@ def gather_kv(cache: Tensor, block_table: Tensor, num_tokens: int, out: Tensor) 
     assert 0 < num_tokens <= capacity
     assert cache.is_contiguous()
     assert out.is_contiguous()
-    _gather_kv[(triton.cdiv(num_tokens, 64), 2 * num_kv_heads)](
+    _gather_kv[(_cdiv(num_tokens, 64), 2 * num_kv_heads)](
         cache,
         block_table,
         out,
@@ -435,7 +430,7 @@ def merge_attention(parts: list[Tensor], log_sum_exps: list[Tensor], out: Tensor
     assert all(lse.is_contiguous() and lse.shape == (num_heads, num_tokens) for lse in log_sum_exps)
     assert out.stride(1) == head_dim
     padding = MAX_PARTS - count
-    _merge_attention[(triton.cdiv(num_tokens, 16), num_heads)](
+    _merge_attention[(_cdiv(num_tokens, 16), num_heads)](
         *parts,
         *[parts[0]] * padding,
         *log_sum_exps,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch, _power_of_two
 
 
 @triton.jit
@@ -123,10 +123,10 @@ def qk_norm_rope_write_kv(
     """
     num_tokens, num_all = qkv.shape[0], num_heads + 2 * num_kv_heads
     block_size, head_dim = cache_layer.shape[3], cache_layer.shape[4]
-    half = triton.next_power_of_2(head_dim // 2)
+    half = _power_of_two(head_dim // 2)
     heads = _heads_per_program(num_tokens)
     tensors = qkv, cos, sin, qkv if norm_weight is None else norm_weight, slot_mapping, cache_layer
     constants = num_heads, num_kv_heads, head_dim, block_size, norm_weight is not None, heads, half
-    programs, num_warps = num_tokens * triton.cdiv(num_all, heads), max(1, heads * half // 256)
+    programs, num_warps = num_tokens * _cdiv(num_all, heads), max(1, heads * half // 256)
     _launch(_qk_norm_rope_write_kv_kernel, programs, tensors, (float(eps), *kv_scales), constants, num_warps)
     return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]

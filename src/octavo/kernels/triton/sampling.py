@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap, _power_of_two
 
 NUM_PARAMS = 16
 TEMPERATURE, TOP_P, MIN_P, TOP_K, REPETITION, FREQUENCY, PRESENCE = range(7)
@@ -223,10 +223,10 @@ def _best_of_row_kernel(
 
 def _split(num_rows: int, vocab_size: int, programs: int) -> tuple[int, int]:
     """Splits of a row, and the blocks of each: `programs` in all, but a block at least to each, none without."""
-    blocks = triton.cdiv(vocab_size, _BLOCK)
+    blocks = _cdiv(vocab_size, _BLOCK)
     wanted = max(1, min(blocks, _MAX_SPLITS, programs // num_rows))
-    blocks_per_split = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, blocks_per_split), blocks_per_split
+    blocks_per_split = _cdiv(blocks, wanted)
+    return _cdiv(blocks, blocks_per_split), blocks_per_split
 
 
 def draw_tokens(
@@ -256,7 +256,7 @@ def draw_tokens(
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         partial, row_slots, row_slots, positions, samples, params, token_ids_table, out, out,
-        token_ids_table.stride(0), vocab_size, splits, GATHERED=False, SPLITS=triton.next_power_of_2(splits),
+        token_ids_table.stride(0), vocab_size, splits, GATHERED=False, SPLITS=_power_of_two(splits),
         num_warps=1, **_overlap(logits),
     )  # fmt: skip
 
@@ -292,6 +292,6 @@ def redraw_tokens(
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
         partial, target_rows, row_slots, positions, row_slots, params, token_ids_table, out, seen,
-        token_ids_table.stride(0), vocab_size, splits, GATHERED=True, SPLITS=triton.next_power_of_2(splits),
+        token_ids_table.stride(0), vocab_size, splits, GATHERED=True, SPLITS=_power_of_two(splits),
         num_warps=1, **_overlap(logits),
     )  # fmt: skip

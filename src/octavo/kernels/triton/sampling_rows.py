@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import _cdiv
 from octavo.kernels.triton.sampling import (
     FREQUENCY,
     NUM_PARAMS,
@@ -60,7 +61,7 @@ def count_tokens(
     token_ids_table: int32 [num_slots, N]. seen: int32 [*, V], one row a penalized slot (PENALTY_ROW of its record):
     bit 0 is set for tokens of the prompt, the bits above count those of the output.
     """
-    _count_kernel[(row_slots.shape[0], triton.cdiv(longest, _BLOCK))](
+    _count_kernel[(row_slots.shape[0], _cdiv(longest, _BLOCK))](
         row_slots, num_tokens, params, token_ids_table, seen, token_ids_table.stride(0), seen.shape[1], BLOCK=_BLOCK
     )
 
@@ -115,7 +116,7 @@ def penalize(
     no penalties; target: float32 [n, V], contiguous. It may be the source itself, where source_rows is 0..n-1.
     """
     num_rows, vocab_size = target.shape
-    _penalize_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+    _penalize_kernel[(num_rows, _cdiv(vocab_size, _BLOCK))](
         source, source_rows, row_slots, params, row_slots if seen is None else seen, target, source.stride(0),
         vocab_size, PENALIZED=seen is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

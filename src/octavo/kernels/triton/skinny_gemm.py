@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.activation import _silu_times
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap, _power_of_two
 
 SKINNY_MAX_M = 16  # up to here the callers prefer these kernels
 _LIMIT_M = 64  # up to here they work
@@ -142,7 +142,7 @@ def _heuristic(m: int, n: int, k: int, element_size: int) -> GemmPlan:
     block_k = 128 if element_size == 2 else 256
     while block_k > 64 and block_k > k:
         block_k //= 2
-    tiles, steps = triton.cdiv(n, 64), triton.cdiv(k, block_k)
+    tiles, steps = _cdiv(n, 64), _cdiv(k, block_k)
     split_k = max(1, min(3 * _NUM_SMS // tiles, steps // 4, 8))
     return GemmPlan("dot", 64, block_k, split_k, num_stages=4 if m <= 32 else 3, swap=element_size == 2)
 
@@ -450,7 +450,7 @@ def _product(
         raise ValueError(f"weight has {n} rows; gated needs an even number")
     if plan is None:
         plan = GemmPlan.of(m, n, k, weight.element_size())
-    tiles, steps = triton.cdiv(n, plan.block_n), triton.cdiv(k, plan.block_k)
+    tiles, steps = _cdiv(n, plan.block_n), _cdiv(k, plan.block_k)
     split_k = max(1, min(plan.split_k, steps, _WORKSPACE_FLOATS // (m * n)))
     if tiles > _MAX_TILES:
         split_k = 1
@@ -481,7 +481,7 @@ def _product(
         k,
         x.stride(0),
         # Eight tokens do where the weight fills the long side; bfloat16 weights gained nothing by it.
-        BLOCK_M=8 if m <= 8 and plan.swap and scale is not None else max(16, triton.next_power_of_2(m)),
+        BLOCK_M=8 if m <= 8 and plan.swap and scale is not None else max(16, _power_of_two(m)),
         SWAP=plan.swap,
         FAST=scale is not None and x.is_cuda and x.dtype == torch.bfloat16,
         **shared,

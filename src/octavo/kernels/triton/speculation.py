@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _overlap
 
 _BLOCK = 128
 _COLUMNS = 1024  # of features that a program copies
@@ -66,7 +66,7 @@ def follow_rows(
     then be empty.
     """
     num_rows, num_items = len(row_slots), len(items)
-    programs = triton.cdiv(num_rows, _BLOCK) + triton.cdiv(num_items, _BLOCK)
+    programs = _cdiv(num_rows, _BLOCK) + _cdiv(num_items, _BLOCK)
     _follow_kernel[(programs,)](
         row_slots, offsets, lengths, starts, positions, items, num_rows, num_items, BLOCK=_BLOCK, num_warps=4,
         **_overlap(row_slots),
@@ -148,7 +148,7 @@ def verify_rows(
     acceptance: for measurements, the probability of a guess to be taken, whatever was drawn.
     """
     num_groups = len(first_rows)
-    _verify_kernel[(triton.cdiv(num_groups, _BLOCK),)](
+    _verify_kernel[(_cdiv(num_groups, _BLOCK),)](
         first_rows, num_drafts, row_slots, positions, cu_q, input_ids, drawn, ready, lengths, counts, num_groups, 1,
         0.0 if acceptance is None else acceptance, MOST=most, SYNTHETIC=acceptance is not None, BLOCK=_BLOCK,
         num_warps=4, **_overlap(lengths),
@@ -199,7 +199,7 @@ def place_drafts(
     and these, if any; found, which is 0 again.
     """
     num_groups, most = drafts.shape
-    _place_kernel[(triton.cdiv(num_groups, _BLOCK),)](
+    _place_kernel[(_cdiv(num_groups, _BLOCK),)](
         group_slots, drafts, found, asked, lengths, counts, ready, token_ids, verdict, num_groups, token_ids.stride(0),
         MOST=most, BLOCK=_BLOCK, num_warps=4, **_overlap(lengths),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def keep_features(
     last K tokens of a row, that of position p at p % K.
     """
     (num_rows,), (_, kept, size) = row_slots.shape, recent.shape
-    grid = num_rows, min(longest, kept), triton.cdiv(size, _COLUMNS)
+    grid = num_rows, min(longest, kept), _cdiv(size, _COLUMNS)
     _keep_kernel[grid](
         features, row_slots, starts, cu_q, recent, SIZE=size, KEPT=kept, BLOCK=_COLUMNS, num_warps=4
     )  # fmt: skip

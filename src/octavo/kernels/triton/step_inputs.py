@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launch import _after_previous, _launch, _overlap
+from octavo.kernels.triton.launch import _after_previous, _cdiv, _launch, _overlap, _power_of_two
 
 _WORDS = 1024  # words that a program of apply_diff copies
 _TOKENS = 128  # tokens that a program of build_inputs serves
@@ -166,8 +166,8 @@ def apply_diff(
     token_ids: int32 [num_slots, max_len]; block_tables: int32 [num_slots, max_blocks]; params: int32 [num_slots, P],
         contiguous. All three are written.
     """
-    programs = num_segments * triton.cdiv(longest, _WORDS) + triton.cdiv(num_block_entries, _WORDS)
-    programs += triton.cdiv(num_params * params.shape[1], _WORDS)
+    programs = num_segments * _cdiv(longest, _WORDS) + _cdiv(num_block_entries, _WORDS)
+    programs += _cdiv(num_params * params.shape[1], _WORDS)
     if programs == 0:
         return
     _apply_diff_kernel[(programs,)](
@@ -211,7 +211,7 @@ def build_inputs(
         slot t % block_size, in block 0.
     """
     num_tokens, num_rows = len(input_ids), len(row_slots)
-    _build_inputs_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
+    _build_inputs_kernel[(_cdiv(num_tokens, _TOKENS),)](
         row_slots,
         starts,
         cu_q,
@@ -240,7 +240,7 @@ def gather_last(hidden: Tensor, cu_q: Tensor, out: Tensor) -> Tensor:
     written, and returned.
     """
     num_rows, size = out.shape
-    block = min(_COLUMNS, triton.next_power_of_2(size))
-    programs = num_rows * triton.cdiv(size, block)
+    block = min(_COLUMNS, _power_of_two(size))
+    programs = num_rows * _cdiv(size, block)
     _launch(_gather_last_kernel, programs, (hidden, cu_q, out), (), (size, block), 4)
     return out
