@@ -21,6 +21,7 @@ from octavo.worker.cuda_graphs import Computed, StepGraphs
 from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
+from octavo.worker.sampler.logprobs import num_prompt_targets
 from octavo.worker.staging import Stage, Staging, upload
 from octavo.worker.step_buffers import NUM_PARAMS, DiffWriter, Ints, SplitRows, StepBuffers, StepShape
 
@@ -300,7 +301,8 @@ class DeviceRunner:
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
         adapters = any(slot != NO_ADAPTER for slot in slots)
         replaces = self._adapters is not None and self._adapters.set_replaces(slots)
-        keeps_all = self._draft_head_reads or self._pooler.reads_all(rows) or any(map(self._num_targets, rows))
+        wants_logprobs = any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
+        keeps_all = wants_logprobs or self._draft_head_reads or self._pooler.reads_all(rows)
         graph, num_graphs = None, self._num_graphs
         if self.graphs is not None and not replaces and (self._graphs_keep_all or decodes or not keeps_all):
             graph = self.graphs.find(num_tokens, len(rows), adapters)
@@ -427,16 +429,12 @@ class DeviceRunner:
             step.more = self._sampler.draw_more(computed.logits, wanted, slots, positions, *tables, true_positions)
         return bool(wanted)
 
-    def _num_targets(self, row: PlanRow) -> int:
-        """Prompt tokens whose logprobs are asked for, that this step's tokens predict."""
-        sampling, num_prompt_tokens = self._sampling[row.slot]
-        return 0 if sampling.prompt_logprobs is None else max(0, min(row.length, num_prompt_tokens - 1 - row.start))
-
     def _add_prompt_logprobs(self, rows: list[PlanRow], computed: Computed, step: StepInFlight) -> None:
         """For rows whose request asked: of the prompt tokens that this step's tokens predict. Waits for the device."""
         begin = 0
         for row in rows:
-            wanted, count = self._sampling[row.slot][0].prompt_logprobs, self._num_targets(row)
+            sampling, num_prompt_tokens = self._sampling[row.slot]
+            wanted, count = sampling.prompt_logprobs, num_prompt_targets(row, sampling, num_prompt_tokens)
             if wanted is not None and count and computed.hidden is not None:
                 targets = self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count].long()
                 entries: list[TokenLogprobs] = []

@@ -17,6 +17,7 @@ from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
 from octavo.worker.forward import last_tokens, prepare
 from octavo.worker.pooler import Pooler, with_embeddings
+from octavo.worker.sampler.logprobs import num_prompt_targets
 from octavo.worker.sampler.sampler import Sampler
 from octavo.worker.slots import Slots
 from octavo.worker.speculation import Speculation
@@ -102,7 +103,8 @@ class ModelRunner:
         inputs = prepare(self._attention, self._slots, rows)
         self._activate(rows, [row.length for row in rows])
         last, given = last_tokens(rows), (inputs.input_ids, inputs.positions, self._attention)
-        wants_all = self._pooler.reads_all(rows) or any(map(self._num_targets, rows))
+        wants_logprobs = any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
+        wants_all = wants_logprobs or self._pooler.reads_all(rows)
         if last is not None and self._num_tapped is None and not wants_all:
 
             def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,17 +143,13 @@ class ModelRunner:
         pending = [Pending(row, at) for row, at in zip(sampling, offsets)]
         return verify(self._model.compute_logits(last), pending, self._sampler, self._slots)
 
-    def _num_targets(self, row: PlanRow) -> int:
-        """Prompt tokens whose logprobs are asked for, that this step's tokens predict."""
-        sampling, num_prompt_tokens = self._sampling[row.slot]
-        return 0 if sampling.prompt_logprobs is None else max(0, min(row.length, num_prompt_tokens - 1 - row.start))
-
     def _prompt_logprobs(self, rows: list[PlanRow], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """By row index, for rows whose request asked: the prompt tokens that this step's tokens predict."""
         found: dict[int, list[TokenLogprobs]] = {}
         begin = 0
         for index, row in enumerate(rows):
-            wanted, count = self._sampling[row.slot][0].prompt_logprobs, self._num_targets(row)
+            sampling, num_prompt_tokens = self._sampling[row.slot]
+            wanted, count = sampling.prompt_logprobs, num_prompt_targets(row, sampling, num_prompt_tokens)
             if wanted is not None and count:
                 targets = self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count]
                 entries: list[TokenLogprobs] = []

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.protocol.plan import TokenLogprobs
+from octavo.protocol.plan import PlanRow, TokenLogprobs
+from octavo.protocol.sampling import SamplingParams
 from octavo.worker.sampler.top_k import stable_topk
 
 
@@ -24,6 +25,13 @@ class Logprobs:
     token_ids: Tensor
     logprobs: Tensor
     ranks: Tensor
+
+
+def num_prompt_targets(row: PlanRow, sampling: SamplingParams, num_prompt_tokens: int) -> int:
+    """How many of the prompt's tokens the row's first tokens predict, where their logprobs are asked for."""
+    if sampling.prompt_logprobs is None:
+        return 0
+    return max(0, min(row.length, num_prompt_tokens - 1 - row.start))
 
 
 def gather_logprobs(
