@@ -119,7 +119,7 @@ class Rig:
         attention = CpuAttention(2, num_blocks, LIMITS.block_size, 2, HEAD_DIM, torch.float32)
         sampler = Sampler(LIMITS.max_num_seqs, VOCAB, CPU)
         speculation = None if method is None else Speculation(drafter_of(method, model, slots, num_blocks), slots)
-        num_tapped = 3 if method == "eagle3" else 0
+        num_tapped = {None: None, "eagle": 0, "eagle3": 3}.get(method)
         runner = ModelRunner(model, attention, sampler, slots, self.bank, speculation, num_tapped)
         return InProcessExecutor(runner, threaded=False)
 
@@ -150,8 +150,10 @@ class Rig:
         return found
 
 
-def request_for(name: str, prompt: list[int], lora: LoRARequest | None, max_tokens: int = 4) -> Request:
-    sampling = SamplingParams(temperature=0, seed=0, max_tokens=max_tokens, logprobs=3, prompt_logprobs=1)
+def request_for(
+    name: str, prompt: list[int], lora: LoRARequest | None, max_tokens: int = 4, prompt_logprobs: int | None = 1
+) -> Request:
+    sampling = SamplingParams(temperature=0, seed=0, max_tokens=max_tokens, logprobs=3, prompt_logprobs=prompt_logprobs)
     return Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, max_tokens=max_tokens, lora=lora)
 
 

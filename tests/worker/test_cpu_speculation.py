@@ -94,7 +94,7 @@ class Rig:
         if method is not None:
             drafter = drafter_of(method, model, slots, num_blocks)
             speculation = Speculation(drafter, slots)
-        num_tapped = 3 if method == "eagle3" else 0
+        num_tapped = {None: None, "eagle": 0, "eagle3": 3}.get(method)
         attention = CpuAttention(2, num_blocks, BLOCK, 2, 8, torch.float32)
         runner = ModelRunner(model, attention, Sampler(4, VOCAB, CPU), slots, None, speculation, num_tapped)
         values = {
