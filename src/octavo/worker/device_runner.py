@@ -138,7 +138,7 @@ class StepInFlight:
 
 class DeviceRunner:
     """One rank on a GPU. `launch` must be given plans in the order the scheduler made them; nothing in it waits for
-    the device, except for prompt logprobs and after memory ran out."""
+    the device, except for prompt logprobs and logits processors, and after memory ran out."""
 
     def __init__(
         self,
