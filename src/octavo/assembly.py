@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Seconds that recording CUDA graphs may take before the engine is ready; others are recorded when idle, or needed.
-_GRAPH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ _NAMES = frozenset(_FIELDS) | {
     "group_size",
     "scheme",
 }
-# tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _LISTS = frozenset(name for name, f in _FIELDS.items() if f.type == "tuple[str, ...]")
+# tyro spells plain booleans --x/--no-x; those that may also be None are spelled so by `_spell_out`.
 _TRISTATES = frozenset(name for name, f in _FIELDS.items() if f.type == "bool | None")
 _SERVER_RANGES = (
     ("port", 0, 65535),

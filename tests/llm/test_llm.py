@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from octavo import LLM, SamplingParams
+from octavo.protocol.repetition import RepetitionDetectionParams
+from octavo.protocol.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,22 @@ def test_stop_token_id_is_kept_in_ids_and_named(llm: LLM) -> None:
     assert output.token_ids[-1] == comma
     held = llm.generate("1, 2, 3, 4,", params.replace(min_tokens=6), use_tqdm=False)[0].outputs[0]
     assert comma not in held.token_ids[:6]
+
+
+def test_known_lengths_are_those_that_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the context ends before min_tokens are there."""
+    added: list[Request] = []
+    add = llm._engine.add
+    monkeypatch.setattr(llm._engine, "add", lambda request: (added.append(request), add(request)))
+    counting = llm.get_tokenizer().encode("1, 2, 3, 4,", add_special_tokens=False)
+    detection = RepetitionDetectionParams(max_pattern_size=1, min_count=2)
+    params = SamplingParams(temperature=0, max_tokens=9, min_tokens=9, stop=[",", " "], stop_token_ids=counting[-1:])
+    prompts = [counting, [5] * 250, [5] * 250]
+    own = [params, params.replace(repetition_detection=detection), params.replace(min_tokens=0)]
+    outputs = llm.generate(prompts, own, use_tqdm=False)
+    assert [request.patient for request in added] == [True, True, False]
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths[:2] == [request.max_tokens for request in added[:2]] == [9, 6]
 
 
 def test_logprobs_and_prompt_logprobs(llm: LLM) -> None:

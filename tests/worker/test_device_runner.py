@@ -30,6 +30,7 @@ from octavo.worker.cuda_graphs import Computed
 from octavo.worker.device_runner import DeviceLimits, DeviceRunner, DeviceSlots, HostClock
 from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.drafters.device_draft_model import DeviceModelDrafter
+from octavo.worker.graph_sizes import GraphSize
 from octavo.worker.sampler.device_sampler import DeviceSampler
 from octavo.worker.step_buffers import StepShape
 
@@ -166,14 +167,20 @@ class PaddedSteps:
     def __init__(self, rig: Rig) -> None:
         self._runner = rig.runner
         self._attention = rig.attention
-        self.num_found = self.num_replayed = 0
+        self.num_asked = self.num_found = self.num_replayed = 0
 
-    def find(self, num_tokens: int, num_rows: int, adapters: bool = False) -> Any:
+    def size_of(self, num_tokens: int, num_rows: int, adapters: bool = False) -> GraphSize | None:
         if num_tokens == num_rows or num_rows == LIMITS.max_num_seqs:
             return None
+        return GraphSize(LIMITS.max_num_batched_tokens, num_rows + 1, adapters)
+
+    def find(self, size: GraphSize, num_prefill_items: int) -> Any:
+        self.num_asked += 1
+        if num_prefill_items > 1:
+            return None
         self.num_found += 1
-        items = self._attention.max_items(num_rows + 1, num_tokens)[0]
-        shape = StepShape(LIMITS.max_num_batched_tokens, num_rows + 1, items, 1, False, adapters)
+        items = self._attention.max_items(size.num_rows, size.num_tokens)[0]
+        shape = StepShape(size.num_tokens, size.num_rows, items, 1, False, size.adapters)
         return SimpleNamespace(shape=shape, replay=lambda: self._replay(shape))
 
     def _replay(self, shape: StepShape) -> Computed:
@@ -187,7 +194,7 @@ def test_a_step_with_more_prompts_than_a_graph_has_room_for_is_launched(model: C
     rig.runner.graphs = graphs
     own = [prompt[:length] for prompt, length in zip(prompts()[2:], (7, 7, 33))]
     assert tokens(rig.run(own, SamplingParams(temperature=0))) == [exact(model, prompt) for prompt in own]
-    assert graphs.num_found > graphs.num_replayed > 0
+    assert graphs.num_asked > graphs.num_found == graphs.num_replayed > 0
 
 
 def test_steps_that_must_leave_all_hidden_states_are_launched(model: CausalLM) -> None:

@@ -1,4 +1,4 @@
-"""Executors: how a plan reaches the worker ranks. This one keeps a single rank in its own process."""
+"""Executors: how a plan reaches the worker ranks. These have a single rank, in their own process."""
 
 from __future__ import annotations
 

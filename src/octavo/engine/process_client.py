@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from octavo.engine.socket_client import SocketEngineClient
-from octavo.engine.supervisor import MAX_RESTARTS, RESTART_WINDOW, EngineProcess
+from octavo.engine.supervisor import MAX_DEATHS, RESTART_WINDOW, EngineProcess
 from octavo.protocol.messages import Control
 
 _log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class ProcessEngineClient(SocketEngineClient):
     """Spawns the engine, talks to it, and spawns another when it dies.
 
     When a process dies, every request in it ends with EngineDeadError at once; new ones are refused
-    until the next process is ready. After MAX_RESTARTS deaths within RESTART_WINDOW seconds it gives up:
+    until the next process is ready. After MAX_DEATHS deaths within RESTART_WINDOW seconds it gives up:
     `given_up` is then set, and `dead` stays.
     """
 
@@ -30,7 +30,7 @@ class ProcessEngineClient(SocketEngineClient):
         self._command = command
         self._options = options
         self.given_up = asyncio.Event()
-        self._deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._followers: list[Follower] = []
         self._closing = False
         self._spawn()
@@ -80,8 +80,8 @@ class ProcessEngineClient(SocketEngineClient):
     def _restart(self) -> None:
         now = asyncio.get_running_loop().time()
         self._deaths.append(now)
-        if len(self._deaths) == MAX_RESTARTS and now - self._deaths[0] < RESTART_WINDOW:
-            _log.error("%s; %d deaths in %.0f s: giving up", self._dead, MAX_RESTARTS, now - self._deaths[0])
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < RESTART_WINDOW:
+            _log.error("%s; %d deaths in %.0f s: giving up", self._dead, MAX_DEATHS, now - self._deaths[0])
             self.given_up.set()
             return
         _log.error("%s: starting another", self._dead)

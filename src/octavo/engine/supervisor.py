@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 
-# A restart is tried this many times in the window; an engine that dies more often stays down.
-MAX_RESTARTS = 5
+# An engine that dies this many times in the window stays down; before that, it is started again.
+MAX_DEATHS = 5
 RESTART_WINDOW = 600.0  # seconds
 
 

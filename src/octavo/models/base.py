@@ -140,10 +140,12 @@ class CausalLM(LoadedModel):
         taps: Tensor | None = None,
         narrow: Narrow | None = None,
     ) -> Tensor:
-        """input_ids, positions: int64 [T]; taps: [T, number of tapped layers * hidden_size] in the model's dtype, for
-        the tapped layers' states, one layer's beside the other's. narrow: called once, when the last layer has written
-        keys and values and attended: all that follows is computed for the tokens that it picks. None: for all; so it
-        must be with taps. Returns the last hidden states [T, hidden_size], or [N, hidden_size], normalised."""
+        """input_ids: int32 or int64 [T]; positions: int64 [T]; taps: [T, number of tapped layers * hidden_size] in the
+        model's dtype, for the tapped layers' states, one layer's beside the other's. narrow: called once, when the last
+        layer has written keys and values and attended: all that follows is computed for the tokens that it picks. None:
+        for all; so it must be with taps.
+
+        Returns the last hidden states [T, hidden_size], or [N, hidden_size], normalised."""
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -187,8 +189,8 @@ class DraftHead(LoadedModel):
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, features: Tensor, attention: AttentionContext) -> Drafted:
-        """input_ids: int64 [T], the tokens that follow positions, in the target's ids; positions: int64 [T]; features:
-        [T, hidden_size], contiguous, of the tokens at positions; they may be overwritten."""
+        """input_ids: int32 or int64 [T], the tokens that follow positions, in the target's ids; positions: int64 [T];
+        features: [T, hidden_size], contiguous, of the tokens at positions; they may be overwritten."""
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class Control(msgspec.Struct, frozen=True, tag="control"):
-    """A question or command beside the requests: "audit", "reset_prefix_cache", "shutdown"."""
+    """A question or command beside the requests: "audit", "reset_prefix_cache", "stats", "shutdown"; or "hello", which
+    Ready answers."""
 
     control_id: int
     name: str

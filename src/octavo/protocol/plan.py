@@ -89,7 +89,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position, from the raw distribution.
 
-    The first entry is the token that stands there; the rest are the most likely ones, in order.
+    The first entry is the token that stands there; the rest are the most likely ones, in order, or those that were
+    asked for by id, in theirs.
     rank: 1 for the most likely token of the vocabulary.
     """
 

@@ -197,9 +197,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def has_fixed_length(self) -> bool:
-        """Whether the output has max_tokens tokens, whatever they are."""
-        may_end = self.stop or self.stop_token_ids or self.structured_outputs or self.repetition_detection
-        return self.ignore_eos and not may_end
+        """Whether the output has max_tokens tokens, or as many as the context holds, whatever they are."""
+        if self.structured_outputs:
+            return False  # its shape may end it, whatever min_tokens and ignore_eos say
+        if self.min_tokens == self.max_tokens:
+            # Nothing that may end it counts before. But what these leave may be no more than what min_tokens bars: then
+            # it fails.
+            lists = self.allowed_token_ids or self.bad_words or self.bad_words_token_ids
+            return not (lists or self.logits_processors or self.thinking_token_budget is not None)
+        return self.ignore_eos and not (self.stop or self.stop_token_ids or self.repetition_detection)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have: raises ValueError with the range."""

@@ -59,6 +59,11 @@ class ServerContext:
     group: FrontEndGroup = field(default_factory=FrontEndGroup)
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model lie below it; the tokenizer may know fewer."""
+        return self.engine.ready.vocab_size
+
 
 class ServerState:
     """The context plus what changes: admissions, running work, metrics, the thread pool for text."""
@@ -77,7 +82,7 @@ class ServerState:
         self._pool = ThreadPoolExecutor(_TEXT_THREADS, "octavo-text")
         self._grammars: GrammarCompiler | None = None
         if context.tokenizer is not None:
-            self._grammars = GrammarCompiler(context.tokenizer, ready.vocab_size)
+            self._grammars = GrammarCompiler(context.tokenizer, context.vocab_size)
         self._grammar_pool = ThreadPoolExecutor(1, "octavo-grammars")
         context.engine.add_listener(self.metrics.on_outputs)
 

@@ -12,7 +12,7 @@ from octavo.text.tokenizer import Tokenizer
 
 
 class ChatRendering(TypedDict, total=False):
-    """lora_request, mm_processor_kwargs: None only: there are neither adapters nor inputs other than text.
+    """mm_processor_kwargs: None only: there are no inputs other than text.
     chat_template: the Jinja source of a template to use in place of the model's own.
     chat_template_content_format: how it takes contents: "string", "openai" for lists of parts, or "auto", the default,
     for what its source shows.
@@ -23,7 +23,6 @@ class ChatRendering(TypedDict, total=False):
     chat_template_kwargs: further variables of the template, apart from those that the other fields set.
     """
 
-    lora_request: None
     mm_processor_kwargs: None
     chat_template: str | None
     chat_template_content_format: ContentFormat
@@ -43,9 +42,8 @@ def rendered_chats(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"chat() has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for name in ("lora_request", "mm_processor_kwargs"):
-        if rendering.get(name) is not None:
-            raise ValueError(f"{name}={rendering.get(name)!r} is not supported; allowed: None")
+    if (given := rendering.get("mm_processor_kwargs")) is not None:
+        raise ValueError(f"mm_processor_kwargs={given!r} is not supported; allowed: None")
     variables = rendering.get("chat_template_kwargs") or {}
     for name in variables:
         if name in RESERVED_VARIABLES:

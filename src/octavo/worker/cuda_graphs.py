@@ -108,13 +108,20 @@ class StepGraphs:
     def num_recorded(self) -> int:
         return len(self._graphs)
 
-    def find(self, num_tokens: int, num_rows: int, adapters: bool = False) -> StepGraph | None:
-        """The smallest graph that holds such a step, recorded now if it was not. None if none is that large, or
-        memory ran out."""
+    def size_of(self, num_tokens: int, num_rows: int, adapters: bool = False) -> GraphSize | None:
+        """The smallest size that holds such a step. None if none is that large, or memory ran out before its graph was
+        recorded."""
         size = self._sizes.find(num_tokens, num_rows, adapters)
-        if size is None:
+        return size if self._records or size in self._graphs else None
+
+    def find(self, size: GraphSize, num_prefill_items: int) -> StepGraph | None:
+        """The graph of a size, recorded now if it was not. None if it has no room for so many items, or memory ran
+        out."""
+        graph = self._graphs.get(size)
+        shape = self._shape(size) if graph is None else graph.shape
+        if num_prefill_items > shape.num_prefill_items:
             return None
-        if size not in self._graphs:
+        if graph is None:
             self._try_record(size)
         return self._graphs.get(size)
 

@@ -17,7 +17,7 @@ from octavo.models.base import CausalLM
 from octavo.protocol.plan import NO_ADAPTER, PlanRow, RowResult, StepPlan, StepResult, TokenLogprobs
 from octavo.protocol.sampling import SamplingParams
 from octavo.worker.adapters import AdapterBank
-from octavo.worker.cuda_graphs import Computed, StepGraphs
+from octavo.worker.cuda_graphs import Computed, StepGraph, StepGraphs
 from octavo.worker.device_speculation import DeviceSpeculation
 from octavo.worker.pooler import Pooled, Pooler, with_embeddings
 from octavo.worker.sampler.device_sampler import DeviceSampler, More
@@ -138,7 +138,7 @@ class StepInFlight:
 
 class DeviceRunner:
     """One rank on a GPU. `launch` must be given plans in the order the scheduler made them; nothing in it waits for
-    the device, except for prompt logprobs and after memory ran out."""
+    the device, except for prompt logprobs and logits processors, and after memory ran out."""
 
     def __init__(
         self,
@@ -303,13 +303,9 @@ class DeviceRunner:
         replaces = self._adapters is not None and self._adapters.set_replaces(slots)
         wants_logprobs = any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
         keeps_all = wants_logprobs or self._draft_head_reads or self._pooler.reads_all(rows)
-        graph, num_graphs = None, self._num_graphs
-        if self.graphs is not None and not replaces and (self._graphs_keep_all or decodes or not keeps_all):
-            graph = self.graphs.find(num_tokens, len(rows), adapters)
-        decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=graph is not None)
-        if graph is not None and len(prefill_items) > graph.shape.num_prefill_items:
-            graph = None
-            decode_items, prefill_items = self._attention.plan(rows, self._slots.block_tables, whole=False)
+        may_replay = not replaces and (self._graphs_keep_all or decodes or not keeps_all)
+        num_graphs = self._num_graphs
+        graph, decode_items, prefill_items = self._plan(rows, num_tokens, adapters, may_replay)
         if graph is None:
             shape = StepShape(num_tokens, len(rows), len(decode_items), len(prefill_items), decodes, adapters)
         else:
@@ -345,6 +341,17 @@ class DeviceRunner:
             vectors = pooled.vectors
             host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
             step.pooled = pooled._replace(vectors=host.copy_(vectors, non_blocking=True))
+
+    def _plan(
+        self, rows: list[PlanRow], num_tokens: int, adapters: bool, may_replay: bool
+    ) -> tuple[StepGraph | None, Ints, Ints]:
+        """The graph to replay, if there is one, and the rows' decode and prefill items."""
+        graphs, tables = self.graphs if may_replay else None, self._slots.block_tables
+        if graphs is not None and (size := graphs.size_of(num_tokens, len(rows), adapters)) is not None:
+            decode_items, prefill_items = self._attention.plan(rows, tables, whole=True)
+            if (graph := graphs.find(size, len(prefill_items))) is not None:
+                return graph, decode_items, prefill_items
+        return None, *self._attention.plan(rows, tables, whole=False)
 
     def _compute(self, shape: StepShape, keeps_all: bool, rows: list[PlanRow] | None = None) -> Computed:
         """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None. keeps_all:

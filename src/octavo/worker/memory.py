@@ -55,7 +55,7 @@ def plan_memory(config: EngineConfig, weight_bytes: int, free_bytes: int) -> Mem
     budget = config.kv_cache_memory
     if budget is None:
         budget = int(free_bytes * config.memory_fraction)
-    return MemoryLedger(weight_bytes=weight_bytes, **_pool(config, budget, "kv_cache_memory"))
+    return MemoryLedger(weight_bytes=weight_bytes, **_pool(config, budget))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +75,33 @@ def plan_device_memory(config: EngineConfig, weight_bytes: int, device: DeviceMe
     """Size the KV pool of a GPU: kv_cache_memory if it is given, else what memory_fraction of the device leaves beside
     everything that is in use or set aside.
 
-    Raises ValueError when that is too little, saying what to lower and by how much.
+    Raises ValueError when that is too little, or more than there is, saying what to change.
     """
     aside = device.activations + device.graphs
+    left = device.free - aside
     budget = config.kv_cache_memory
     if budget is None:
         budget = int(device.total * config.memory_fraction) - (device.total - device.free) - aside
-    elif budget > device.free - aside:
+    elif budget > left:
+        steps = "lower max_num_batched_tokens or max_num_seqs"
+        advice = f"lower it by {-((left - budget) // _MIB):,} MiB, or {steps}" if left > 0 else steps
         raise ValueError(
-            f"kv_cache_memory={budget} is more than the {device.free - aside} bytes left beside the weights and the "
-            f"largest step: lower it by {(budget - device.free + aside) / _MIB:,.0f} MiB"
+            f"kv_cache_memory={budget} is more than the {max(0, left)} bytes left beside the weights and the largest "
+            f"step: {advice}"
         )
-    pool = _pool(config, budget, "gpu_memory_utilization")
+    pool = _pool(config, budget)
     return MemoryLedger(
         weight_bytes=weight_bytes,
         activation_bytes=device.activations,
         graph_bytes=device.graphs,
-        free_bytes=device.free - aside - pool["kv_bytes"],
+        free_bytes=left - pool["kv_bytes"],
         **pool,
     )
 
 
-def _pool(config: EngineConfig, budget: int, option: str) -> dict[str, int]:
-    """The pool's part of the ledger, no more than max_num_seqs sequences of max_model_len could fill.
-
-    option: what to raise where the budget is too small.
-    """
+def _pool(config: EngineConfig, budget: int) -> dict[str, int]:
+    """The pool's part of the ledger: unless kv_cache_memory says how much, no more than max_num_seqs sequences of
+    max_model_len could fill."""
     block_size = config.block_size
     block_bytes = config.kv_bytes_per_token * block_size
     max_model_len = config.max_model_len
@@ -117,8 +118,7 @@ def _pool(config: EngineConfig, budget: int, option: str) -> dict[str, int]:
         needed, there, missing = -(-needs // _MIB), max(0, budget) // _MIB, -((budget - needs) // _MIB)
         raise ValueError(
             f"max_model_len={max_model_len} needs {needed:,} MiB of KV cache, but there are {there:,} MiB, "
-            f"{missing:,} MiB too little: lower max_model_len to {fits} or less, lower max_num_batched_tokens or "
-            f"max_num_seqs, or raise {option}"
+            f"{missing:,} MiB too little: {_advice(config, fits)}"
         )
     return {
         "kv_bytes": num_blocks * block_bytes,
@@ -126,6 +126,18 @@ def _pool(config: EngineConfig, budget: int, option: str) -> dict[str, int]:
         "block_size": block_size,
         "max_model_len": max_model_len,
     }
+
+
+def _advice(config: EngineConfig, fits: int) -> str:
+    """What helps where the pool is too small. fits: tokens that it holds."""
+    ways = [f"lower max_model_len to {fits} or less"] if fits else []
+    if config.kv_cache_memory is not None:
+        ways.append("raise kv_cache_memory")
+    elif config.device == "cpu":
+        ways += ["raise gpu_memory_utilization", "give kv_cache_memory"]
+    else:  # steps take of the same memory
+        ways += ["lower max_num_batched_tokens or max_num_seqs", "raise gpu_memory_utilization"]
+    return ", or ".join(ways)
 
 
 def free_host_bytes() -> int:

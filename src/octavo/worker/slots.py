@@ -11,7 +11,7 @@ from octavo.protocol.plan import StepPlan
 class Slots:
     """Token values and block tables of the sequences that run, one row a slot.
 
-    token_ids: int64 [max_num_seqs, max_model_len + 1]. A step writes what it samples straight into
+    token_ids: int64 [max_num_seqs, max_model_len]. A step writes what it samples straight into
     it, so the next step can be built before the host has seen the token.
     block_tables: int64 [max_num_seqs, ceil(max_model_len / block_size)].
     """

@@ -60,7 +60,7 @@ class Messages(ConversationEndpoint[ChatBody]):
             await super().__call__(scope, receive, send)
 
     def read(self, raw: bytes, ignored: Ignored) -> ChatBody:
-        body = decode_body(raw, MessagesBody, ignored, self.context.engine.ready.vocab_size)
+        body = decode_body(raw, MessagesBody, ignored, self.context.vocab_size)
         shared = {name: getattr(body, name) for name in SHARED}
         return self.as_chat(body, **shared, stop=body.stop_sequences)
 

@@ -41,7 +41,7 @@ class GenerationEndpoint(ABC, Generic[B]):
 
     def read(self, raw: bytes, ignored: Ignored) -> B:
         """The body of a request. Raises APIError 400."""
-        return decode(raw, self.body_type, ignored, self.context.engine.ready.vocab_size)
+        return decode(raw, self.body_type, ignored, self.context.vocab_size)
 
     @abstractmethod
     def num_prompts(self, body: B) -> int:

@@ -45,7 +45,7 @@ class JsonEndpoint(ABC, Generic[B]):
             limit = self.context.options.max_body_bytes
             raw = await read_json_body(Headers(scope=scope), receive, limit, self.context.timeouts)
             ignored = read_query(scope, self.context.options.strict, self.query_names)
-            body = decode(raw, self.body_type, ignored, self.context.engine.ready.vocab_size)
+            body = decode(raw, self.body_type, ignored, self.context.vocab_size)
             model = self.state.find_model(getattr(body, "model", None))
             with self.state.admission.hold(*self.places(body)):
                 value = await self.state.lifecycle.run(receive, self.answer(body, model))

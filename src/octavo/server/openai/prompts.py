@@ -23,7 +23,7 @@ async def encode_text(state: ServerState, text: str, add_special_tokens: bool, p
 
 def check_ids(state: ServerState, ids: list[int], param: str) -> list[int]:
     """The ids, which are some. Raises APIError 400 for one out of range, or for more than the context holds."""
-    vocab_size, limit = state.context.engine.ready.vocab_size, state.context.max_model_len
+    vocab_size, limit = state.context.vocab_size, state.context.max_model_len
     if len(ids) > limit:
         raise context_too_long(f"the prompt has {len(ids)} tokens; the model's context is {limit}", param)
     if min(ids) < 0 or max(ids) >= vocab_size:

@@ -1,4 +1,4 @@
-"""Body and answers of /v1/responses (OpenAI's Responses API), text only."""
+"""Body and answers of /v1/responses (OpenAI's Responses API): text and tools."""
 
 from __future__ import annotations
 

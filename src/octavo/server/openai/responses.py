@@ -56,7 +56,7 @@ class Responses(ConversationEndpoint[ResponseRequest]):
         self.store = None if self.context.group.count > 1 else store or ResponseStore()
 
     def read(self, raw: bytes, ignored: Ignored) -> ResponseRequest:
-        source = _decoded(raw, ignored, self.context.engine.ready.vocab_size)
+        source = _decoded(raw, ignored, self.context.vocab_size)
         items = [InputItem("message", "user", source.input)] if isinstance(source.input, str) else source.input
         for index, item in enumerate(items):
             check_item(item, f"input[{index}]")

@@ -62,7 +62,7 @@ def sampling_params(
         if body.logit_bias is not None:
             chosen["logit_bias"] = {int(key): value for key, value in body.logit_bias.items()}
         params = spell_bad_words(SamplingParams(**chosen), context.tokenizer)
-        params.check_vocabulary(context.engine.ready.vocab_size)
+        params.check_vocabulary(context.vocab_size)
     except ValueError as error:
         raise _named(error, names) from None
     return params

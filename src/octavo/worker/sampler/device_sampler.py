@@ -1,6 +1,7 @@
 """The sampler of a GPU: every row is drawn inside the step's CUDA graph, and the few that need more once more.
 
-Parameters live on the device, one record a slot; nothing here waits for the device before `rows_from_host`.
+Parameters live on the device, one record a slot; nothing here waits for the device before `rows_from_host`, but for
+logits processors and the log-probabilities of prompts.
 """
 
 from __future__ import annotations
