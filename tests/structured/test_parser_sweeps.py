@@ -62,7 +62,7 @@ _JUNK = {
     },
     "mistral reasoning": ("[THINK]", "[/THINK]", "THINK", "[", "/"),
 }
-_CUT_MARK = re.compile(r"<(\|[a-z|]*)?\Z")  # with nothing after it, it is text
+_CUT_MARK = re.compile(r"\n?<(\|[a-z|]*)?\Z")  # with nothing after it, it is text
 _COMMON = ('"', "{", "}", "\\", "\n", " ", "<", "|", "1", "null", "é", "🙂", "\ud7ff", "\x00")
 
 
@@ -112,7 +112,7 @@ def _texts_and_calls(name: str, rng: random.Random) -> tuple[str, Meant]:
 
 def _messages(name: str, rng: random.Random) -> tuple[str, Meant]:
     """Messages of every channel and calls."""
-    text, content, reasoning, calls = "", "", "", []
+    text, content, reasoning, calls = "", "", [], []
     for _ in range(rng.randint(1, 5)):
         channel = rng.choice(("analysis", "commentary", "final", "call"))
         if channel == "call":
@@ -124,9 +124,9 @@ def _messages(name: str, rng: random.Random) -> tuple[str, Meant]:
             kind = rng.choice(("", " <|constrain|>json"))
             written = f"<|channel|>{channel}{kind}<|message|>{said}{rng.choice(('<|end|>', '<|return|>', ''))}"
             content += said * (channel != "analysis")
-            reasoning += said * (channel == "analysis")
+            reasoning += [said] * (channel == "analysis" and said != "")
         text += "<|start|>assistant" + written
-    return text.removeprefix("<|start|>assistant"), (content, reasoning, calls)
+    return text.removeprefix("<|start|>assistant"), (content, "\n".join(reasoning), calls)
 
 
 _MIXED = {**dict.fromkeys(TAKES_TEXT_BEFORE, _texts_and_calls), "openai": _messages}
