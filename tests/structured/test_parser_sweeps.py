@@ -62,7 +62,9 @@ _JUNK = {
     },
     "mistral reasoning": ("[THINK]", "[/THINK]", "THINK", "[", "/"),
 }
-_CUT_MARK = re.compile(r"<(\|[a-z|]*)?\Z")  # with nothing after it, it is text
+_CUT_MARK = re.compile(r"\n?<(\|[a-z|]*)?\Z")  # with nothing after it, it is text
+# With nothing after it, it is the call's end, and not text within a value.
+_CUT_AFTER_END = re.compile(r"</(function|tool_call)>\s*\Z")
 _COMMON = ('"', "{", "}", "\\", "\n", " ", "<", "|", "1", "null", "é", "🙂", "\ud7ff", "\x00")
 
 
@@ -112,7 +114,7 @@ def _texts_and_calls(name: str, rng: random.Random) -> tuple[str, Meant]:
 
 def _messages(name: str, rng: random.Random) -> tuple[str, Meant]:
     """Messages of every channel and calls."""
-    text, content, reasoning, calls = "", "", "", []
+    text, content, reasoning, calls = "", "", [], []
     for _ in range(rng.randint(1, 5)):
         channel = rng.choice(("analysis", "commentary", "final", "call"))
         if channel == "call":
@@ -124,9 +126,9 @@ def _messages(name: str, rng: random.Random) -> tuple[str, Meant]:
             kind = rng.choice(("", " <|constrain|>json"))
             written = f"<|channel|>{channel}{kind}<|message|>{said}{rng.choice(('<|end|>', '<|return|>', ''))}"
             content += said * (channel != "analysis")
-            reasoning += said * (channel == "analysis")
+            reasoning += [said] * (channel == "analysis" and said != "")
         text += "<|start|>assistant" + written
-    return text.removeprefix("<|start|>assistant"), (content, reasoning, calls)
+    return text.removeprefix("<|start|>assistant"), (content, "\n".join(reasoning), calls)
 
 
 _MIXED = {**dict.fromkeys(TAKES_TEXT_BEFORE, _texts_and_calls), "openai": _messages}
@@ -151,6 +153,8 @@ def test_outputs_that_end_anywhere(name: str, examples: int) -> None:
                 assert merged(events_of(PARSERS[name](), [text[:at], *text[at:size]])) == story, size
             _, begun_reasoning, whole_calls = _meant(collect(story))
             assert reasoning.startswith(_CUT_MARK.sub("", begun_reasoning))
+            if name == "qwen3_coder" and _CUT_AFTER_END.search(text[:size]):
+                whole_calls = whole_calls[:-1]
             assert whole_calls == calls[: len(whole_calls)]
 
 

@@ -31,6 +31,15 @@ CASES = [
     ("granite", "", "Here is my opinion", "", "Here is my opinion"),
     ("openai_gptoss", "", HARMONY, "hm, 2", "yes"),
     ("openai_gptoss", "", "<|channel|>analysis<|message|>cut o", "cut o", ""),
+    ("openai_gptoss", "", f"<|channel|>analysis<|message|>so:<|end|><|start|>assistant{HARMONY}", "so:\nhm, 2", "yes"),
+    (
+        "openai_gptoss",
+        "",
+        "<|channel|>analysis<|message|>a\n\n<|end|><|channel|>analysis<|message|><|end|>"
+        "<|channel|>commentary<|message|>b<|end|><|channel|>analysis<|message|>c",
+        "a\n\n\nc",
+        "b",
+    ),
     ("openai_gptoss", "", "<|channel|>commentary<|message|>Let me see.<|end|>", "", "Let me see."),
 ]
 

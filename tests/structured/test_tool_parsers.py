@@ -140,6 +140,9 @@ def F(**arguments: Any) -> Call:
     return "f", arguments
 
 
+CALLS_F = "<|channel|>commentary to=functions.f<|message|>"
+
+
 # name, output, content, calls
 TOLERATED: list[tuple[str, str, str, list[Call]]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}}', "", [("f", {"a": 1})]),
@@ -165,6 +168,14 @@ TOLERATED: list[tuple[str, str, str, list[Call]]] = [
     ("mistral", '[TOOL_CALLS][\n{"name": "f", "arguments": {}}\n] so', " so", [("f", {})]),
     ("pythonic", "[f(text=\"it's\", flag=true, many=(1, 2)), f()]", "", [F(text="it's", flag=True, many=[1, 2]), F()]),
     ("openai", '<|channel|>commentary to=functions.f<|message|>{"a":1}', "", [("f", {"a": 1})]),
+    ("openai", '<|channel|>commentary to=functions.f<|message|>\n{"a":1} \n\n<|call|>', "", [("f", {"a": 1})]),
+    ("openai", f'{CALLS_F}{{"a":1}} <|start|>assistant{CALLS_F}{{}}\n', "", [("f", {"a": 1}), ("f", {})]),
+    ("openai", f'{CALLS_F}{{"a":1}}\n<|channel|>final<|message|>Hi.<|return|>', "Hi.", [("f", {"a": 1})]),
+    ("openai", f'{CALLS_F}{{"a":1}}}}<|call|><|start|>assistant{CALLS_F}{{}}', f'{CALLS_F}{{"a":1}}}}<|call|>', [
+        ("f", {}),
+    ]),
+    ("openai", f"{CALLS_F}{{}} no<|channel|>final<|message|>Hi.", f"{CALLS_F}{{}} noHi.", []),
+    ("openai", f"{CALLS_F}{{oops<|end|><|channel|>final<|message|>Hi.", f"{CALLS_F}{{oops<|end|>Hi.", []),
     ("openai", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi. ", "Hi. ", []),
     ("openai", "plain", "plain", []),
 ]  # fmt: skip
@@ -220,6 +231,8 @@ DEGRADED: list[tuple[str, str]] = [
     ("pythonic", "[unknown(a=1)]"),
     ("pythonic", "Use [f(a=1)] for that"),
     ("openai", "<|channel|>commentary to=functions.f<|message|>no"),
+    ("openai", '<|channel|>commentary to=functions.f<|message|>{"a": 1}{"b": 2}<|call|>'),
+    ("openai", '<|start|>assistant<|channel|>commentary to=functions.f<|message|>{"a": "cut o'),
     ("openai", "<|channel|>commentary to=python<|message|>print(1)<|call|>"),
     ("openai", "<|channel|>fin"),
 ]

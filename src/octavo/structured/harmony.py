@@ -19,18 +19,22 @@ _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _OUTSIDE = Markers(_START, _CHANNEL)
 _HEADER_END = Markers(_MESSAGE, *_ENDS)
 _BODY_END = Markers(*_ENDS, _START)
+_CALL_END = Markers(*_ENDS, _START, _CHANNEL)
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([\w.-]+)")
 _RECIPIENT_AT_START = " to="  # where the prompt ends with the role
 
 
 class HarmonyParser(ToolParser):
-    """Both a reasoning and a tool parser: channel analysis is reasoning; a message to functions.NAME is a call; the
-    rest is content. Without functions there are no calls: such a message is content, markup and all."""
+    """Both a reasoning and a tool parser: channel analysis is reasoning, a line break between its messages; a message
+    to functions.NAME is a call, if it is the JSON of its arguments and nothing else; the rest is content. A call that
+    is malformed is content, markup and all; without functions every call is."""
 
     def __init__(self, functions: Functions | None) -> None:
         super().__init__(functions or {})
         self._takes_calls = functions is not None
+        self._has_reasoned = False
+        self._break = ""  # stands before more reasoning
 
     def _parse(self) -> Script[None]:
         space = yield from self._spaces()
@@ -58,6 +62,7 @@ class HarmonyParser(ToolParser):
         if recipient is not None:
             sink = _ignore  # kept in the source
         elif channel is not None and channel[1] == "analysis":
+            self._break = "\n" if self._has_reasoned else ""
             sink = self._reasoning
         else:
             sink = self._content_and_forget
@@ -68,11 +73,20 @@ class HarmonyParser(ToolParser):
         return end == _START
 
     def _call(self, name: str) -> Script[bool]:
+        """A call's message, its header read; whether the next one has begun with its end."""
         complete = yield from self._json_arguments(name)
+        if complete:
+            yield from self._spaces()
+            begins_next = yield from self._is_next(_START, _CHANNEL)
+            complete = begins_next or not (yield from self._peek()) or (yield from self._accept(*_ENDS))
         self._settle(complete)
-        if not complete:
+        if complete:
             return False
-        yield from self._skip(*_ENDS)
+        end = yield from self._until(_CALL_END, self._content_and_forget)
+        self._source = [end] if end in (_START, _CHANNEL) else []
+        if self._source:
+            return True
+        self._content(end)
         return False
 
     def _degrade_before(self, end: str) -> None:
@@ -83,7 +97,9 @@ class HarmonyParser(ToolParser):
 
     def _reasoning(self, text: str) -> None:
         self._source.clear()
-        self._events.append(ReasoningText(text))
+        self._events.append(ReasoningText(self._break + text))
+        self._has_reasoned = True
+        self._break = ""
 
 
 def _ignore(text: str) -> None:

@@ -45,8 +45,8 @@ class StrictLlama3Parser(ToolParser):
         names = {llama3_opening(name): name for name in self._functions}
         openings = Markers(*names)
         while opening := (yield from self._content_until(openings)):
-            complete = yield from self._json_arguments(names[opening])
-            self._settle(complete and (yield from self._accept("}")))
+            complete = (yield from self._json_arguments(names[opening])) and (yield from self._accept("}"))
+            self._settle(complete)
             if complete:
                 yield from self._skip(";")
         self._all_is_read()
