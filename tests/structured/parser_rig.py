@@ -35,10 +35,9 @@ _STRINGS = (
 )
 
 
-# Every format's marks, where they are text; but for those that end any text of Qwen3-Coder's: "</parameter>", and
-# "<parameter=" with a parameter that the function has.
+# Every format's marks, where they are text; but for "</parameter>", which ends any text of Qwen3-Coder's.
 MARKS_AS_TEXT = (
-    *("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=x>", "a </function> b", "\nb"),
+    *("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=text>", "a </function> b", "\nb"),
     *("<|start|>assistant", "<|channel|>final<|message|>x", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
     *("to=functions.f", '{"name": "f", "arguments": {}}', "<think>", "[TOOL_CALLS]", "<｜tool▁calls▁end｜>", "[f()]"),
 )

@@ -101,10 +101,6 @@ def test_parameters_of_qwen3_coder_follow_the_schema() -> None:
     wish = strict("qwen3_coder", {"f": RICH}, ("f",))
     good: list[tuple[dict[str, str], Any]] = [
         ({"text": "a\n<b>\n", "color": "red"}, {"text": "a\n<b>\n", "color": "red"}),
-        (
-            {"text": "a</function></tool_call>, <parameter=color>\n</tool_call>", "color": "red"},
-            {"text": "a</function></tool_call>, <parameter=color>\n</tool_call>", "color": "red"},
-        ),
         ({"text": "", "maybe": "null", "color": "green"}, {"text": "", "maybe": None, "color": "green"}),
         (
             {"text": "x", "maybe": "y", "color": "red", "point": '{"x": 1.5}', "many": "[1, 2]"},

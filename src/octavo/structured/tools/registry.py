@@ -12,7 +12,7 @@ from octavo.structured.tools.hermes import HermesParser
 from octavo.structured.tools.llama3_json import Llama3JsonParser
 from octavo.structured.tools.mistral import MistralParser
 from octavo.structured.tools.pythonic import PythonicParser
-from octavo.structured.tools.qwen3_coder import Qwen3CoderParser, StrictQwen3CoderParser
+from octavo.structured.tools.qwen3_coder import Qwen3CoderParser
 
 TOOL_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {
     "deepseek_v3": DeepSeekV3Parser,
@@ -26,12 +26,7 @@ TOOL_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {
 }
 
 # Those for outputs that were held to `strict.strict_calls_tag`.
-STRICT_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {
-    **TOOL_PARSERS,
-    "llama3_json": StrictLlama3Parser,
-    "qwen3_coder": StrictQwen3CoderParser,
-    "qwen3_xml": StrictQwen3CoderParser,
-}
+STRICT_PARSERS: dict[str, Callable[[Functions], ToolParser]] = {**TOOL_PARSERS, "llama3_json": StrictLlama3Parser}
 
 # What only templates of a format write; the first line of which all strings are there decides.
 _SIGNS: tuple[tuple[str | None, tuple[str, ...]], ...] = (
