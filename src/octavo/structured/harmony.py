@@ -19,7 +19,7 @@ _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _OUTSIDE = Markers(_START, _CHANNEL)
 _HEADER_END = Markers(_MESSAGE, *_ENDS)
 _BODY_END = Markers(*_ENDS, _START)
-_CALL_END = Markers(*_ENDS, _START, _CHANNEL)
+_OUTSIDE_OR_END = Markers(*_ENDS, _START, _CHANNEL)
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([\w.-]+)")
 _RECIPIENT_AT_START = " to="  # where the prompt ends with the role
@@ -27,8 +27,8 @@ _RECIPIENT_AT_START = " to="  # where the prompt ends with the role
 
 class HarmonyParser(ToolParser):
     """Both a reasoning and a tool parser: channel analysis is reasoning, a line break between its messages; a message
-    to functions.NAME is a call, if it is the JSON of its arguments and nothing else; the rest is content. A call that
-    is malformed is content, markup and all; without functions every call is."""
+    to functions.NAME is a call, and what follows the JSON of its arguments is content, as the rest is. A call that is
+    malformed is content, markup and all; without functions every call is."""
 
     def __init__(self, functions: Functions | None) -> None:
         super().__init__(functions or {})
@@ -75,19 +75,14 @@ class HarmonyParser(ToolParser):
     def _call(self, name: str) -> Script[bool]:
         """A call's message, its header read; whether the next one has begun with its end."""
         complete = yield from self._json_arguments(name)
-        if complete:
-            yield from self._spaces()
-            begins_next = yield from self._is_next(_START, _CHANNEL)
-            complete = begins_next or not (yield from self._peek()) or (yield from self._accept(*_ENDS))
         self._settle(complete)
-        if complete:
+        if not complete:
             return False
-        end = yield from self._until(_CALL_END, self._content_and_forget)
+        yield from self._spaces()
+        self._source.clear()
+        end = yield from self._until(_OUTSIDE_OR_END, self._content_and_forget)
         self._source = [end] if end in (_START, _CHANNEL) else []
-        if self._source:
-            return True
-        self._content(end)
-        return False
+        return bool(self._source)
 
     def _degrade_before(self, end: str) -> None:
         """The message is content; its end is too, unless that begins the next."""

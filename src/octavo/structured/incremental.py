@@ -100,24 +100,14 @@ class IncrementalParser(ABC):
 
     def _accept(self, *literals: str) -> Script[bool]:
         """Consume one of the literals, where it is next."""
-        found = yield from self._next_of(literals)
-        if found is None:
-            return False
-        self._read(self._at + len(found))
-        return True
-
-    def _is_next(self, *literals: str) -> Script[bool]:
-        """Whether one of the literals is next, which stays where it is."""
-        return (yield from self._next_of(literals)) is not None
-
-    def _next_of(self, literals: tuple[str, ...]) -> Script[str | None]:
         while True:
             for literal in literals:
                 if self._text.startswith(literal, self._at):
-                    return literal
+                    self._read(self._at + len(literal))
+                    return True
             rest = self._text[self._at : self._at + max(map(len, literals))]
             if not any(literal.startswith(rest) for literal in literals) or not (yield from self._more()):
-                return None
+                return False
 
     def _until(self, markers: Markers, sink: Callable[[str], None]) -> Script[str]:
         """Pass text to `sink` up to a marker, which is consumed and returned; "" at the end."""

@@ -17,7 +17,7 @@ _CALL_END = "</tool_call>"
 _OPENING = Markers("<tool_call>", _FUNCTION)
 # A value ends with its tag, or with the next tag on a line of its own where the model forgot it.
 _PARAMETER_END = "</parameter>"
-_VALUE_END = Markers(_PARAMETER_END, f"\n{_PARAMETER}", f"\n{_FUNCTION_END}")
+_VALUE_END = Markers(_PARAMETER_END, f"\n{_PARAMETER}", f"\n{_FUNCTION_END}", f"\n{_CALL_END}")
 _KEY_RUN = re.compile(r"[^<>\n]*")
 
 
@@ -49,7 +49,7 @@ class Qwen3CoderParser(ToolParser):
         while True:
             if not ended_by:
                 yield from self._spaces()
-            if ended_by.endswith(_FUNCTION_END) or (yield from self._accept(_FUNCTION_END, _CALL_END)):
+            if ended_by.endswith((_FUNCTION_END, _CALL_END)) or (yield from self._accept(_FUNCTION_END, _CALL_END)):
                 break
             if not ended_by.endswith(_PARAMETER) and not (yield from self._accept(_PARAMETER)):
                 return False
