@@ -102,8 +102,8 @@ def build_cuda(
     torch.cuda.empty_cache()
     lap("largest step")
     ledger = plan_device_memory(config, model.weight_bytes, memory)
-    records = config.records_graphs
-    runner = make_runner(ledger.num_blocks, ledger.max_model_len, records)
+    with _memory_for("the KV cache", "lower gpu_memory_utilization or kv_cache_memory"):
+        runner = make_runner(ledger.num_blocks, ledger.max_model_len, config.records_graphs)
     lap("KV cache")
     if runner.graphs is not None:
         _log.info("%d CUDA graphs before the first request", runner.record_graphs(_GRAPH_SECONDS))

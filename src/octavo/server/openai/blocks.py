@@ -76,8 +76,8 @@ class Blocks:
         return [block for block in self.row if block.kind == "call" and not block.broken]
 
     def joined(self, kind: Kind) -> str:
-        """All text of one kind."""
-        return "".join(block.text for block in self.row if block.kind == kind)
+        """All text of one kind; a line break between blocks of reasoning."""
+        return ("\n" if kind == "reasoning" else "").join(block.text for block in self.row if block.kind == kind)
 
     def as_message(self) -> Message:
         """The row as the message of a chat."""
@@ -124,6 +124,8 @@ class Blocks:
 
     def _grow(self, kind: Kind, text: str) -> None:
         if not self._is_open or self.row[-1].kind != kind:
+            if kind == "reasoning" and any(block.kind == kind for block in self.row):
+                text = text.removeprefix("\n")  # what stands between it and the one before
             self._open(Block(len(self.row), kind))
         self._add(text)
 
