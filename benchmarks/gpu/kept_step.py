@@ -92,8 +92,10 @@ def serve_until(llm: LLM, workload: str, step: int) -> StepShape:
 @contextmanager
 def cublas_lt() -> Iterator[None]:
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    yield
-    torch.backends.cuda.preferred_blas_library("cublas")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library("cublas")
 
 
 def changes() -> Iterator[tuple[str, Change]]:

@@ -117,6 +117,11 @@ class Narrow(Protocol):
         ...
 
 
+def narrow_to(at: Tensor) -> Narrow:
+    """Picks the tokens at these places, int32 or int64 [N]."""
+    return lambda heads, residual: (heads.index_select(0, at), residual.index_select(0, at))
+
+
 class CausalLM(LoadedModel):
     """A language model over a flat batch: T tokens of many sequences, with no batch dimension."""
 

@@ -301,9 +301,8 @@ class DeviceRunner:
         slots = [] if self._adapters is None else [self._adapter_slots[row.slot] for row in rows]
         adapters = any(slot != NO_ADAPTER for slot in slots)
         replaces = self._adapters is not None and self._adapters.set_replaces(slots)
-        wants_logprobs = any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
-        keeps_all = wants_logprobs or self._draft_head_reads or self._pooler.reads_all(rows)
-        may_replay = not replaces and (self._graphs_keep_all or decodes or not keeps_all)
+        keeps_all = not decodes and self._wants_all(rows)
+        may_replay = not replaces and (self._graphs_keep_all or not keeps_all)
         num_graphs = self._num_graphs
         graph, decode_items, prefill_items = self._plan(rows, num_tokens, adapters, may_replay)
         if graph is None:
@@ -342,6 +341,12 @@ class DeviceRunner:
             host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
             step.pooled = pooled._replace(vectors=host.copy_(vectors, non_blocking=True))
 
+    def _wants_all(self, rows: list[PlanRow]) -> bool:
+        """Whether the last hidden states of all tokens are wanted, not of each row's last one alone."""
+        if self._draft_head_reads or self._pooler.reads_all(rows):
+            return True
+        return any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
+
     def _plan(
         self, rows: list[PlanRow], num_tokens: int, adapters: bool, may_replay: bool
     ) -> tuple[StepGraph | None, Ints, Ints]:
@@ -355,7 +360,7 @@ class DeviceRunner:
 
     def _compute(self, shape: StepShape, keeps_all: bool, rows: list[PlanRow] | None = None) -> Computed:
         """Launch a step on what the buffers hold; its launches depend on the shape alone where rows is None. keeps_all:
-        leave the last hidden states of all tokens."""
+        leave the last hidden states of all tokens, as steps that decode do in any case."""
         if rows is None and self._adapters is not None:
             self._adapters.set_replaces(())
         buffers, slots, kernels = self._buffers, self._slots, self._kernels

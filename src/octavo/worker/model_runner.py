@@ -103,9 +103,7 @@ class ModelRunner:
         inputs = prepare(self._attention, self._slots, rows)
         self._activate(rows, [row.length for row in rows])
         last, given = last_tokens(rows), (inputs.input_ids, inputs.positions, self._attention)
-        wants_logprobs = any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
-        wants_all = wants_logprobs or self._pooler.reads_all(rows)
-        if last is not None and self._num_tapped is None and not wants_all:
+        if last is not None and not self._wants_all(rows):
 
             def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
                 self._activate(rows, [1 + row.num_drafts for row in rows])
@@ -118,6 +116,12 @@ class ModelRunner:
             taps = torch.empty(len(inputs.input_ids), size, dtype=self._dtype, device=inputs.positions.device)
         hidden = self._model(*given, taps)
         return _States(hidden if last is None else hidden[last], hidden, hidden if taps is None else taps)
+
+    def _wants_all(self, rows: list[PlanRow]) -> bool:
+        """Whether the last hidden states of all tokens are wanted, not of each row's last ones alone."""
+        if self._num_tapped is not None or self._pooler.reads_all(rows):
+            return True
+        return any(num_prompt_targets(row, *self._sampling[row.slot]) for row in rows)
 
     def _activate(self, rows: list[PlanRow], counts: list[int]) -> None:
         """The next tokens that come to the model's layers are so many of each row's."""

@@ -151,7 +151,7 @@ class KernelShapes:
         params = self.zeros(1, NUM_PARAMS, dtype=torch.int32)
         diff = self.zeros(1 + NUM_PARAMS, dtype=torch.int32)  # of slot 0
         self.kernels.apply_diff(diff, 0, 0, 0, 0, 0, 0, 1, *tables, params)
-        for size in (self.facts.hidden_size, self.facts.num_heads * self.facts.head_dim):
+        for size in {self.facts.hidden_size, self.facts.num_heads * self.facts.head_dim}:
             tokens = self.zeros(1, size)
             self.kernels.gather_last(tokens, cu_q, tokens.clone())
 

@@ -233,8 +233,8 @@ def build_inputs(
 
 
 def gather_last(hidden: Tensor, cu_q: Tensor, out: Tensor) -> Tensor:
-    """The last token's row of every sequence: out[r] = hidden[cu_q[r + 1] - 1]; rows without tokens are 0, which costs
-    the products that follow the least power.
+    """The last token's row of every sequence: out[r] = hidden[cu_q[r + 1] - 1]; rows without tokens, which are
+    padding, are 0.
 
     hidden: [T, size], contiguous; cu_q: int32 [>= R + 1]; out: [R, size], contiguous, of hidden's dtype; it is
     written, and returned.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.attention.triton import TritonAttention
 from octavo.kernels import triton
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, narrow_to
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.device_speculation import DeviceDraftBatch
 from octavo.worker.drafters.device_passes import (
@@ -104,11 +104,7 @@ class DeviceModelDrafter:
         """See device_passes.Compute. Puts the guesses into the table, where the next pass reads."""
         if width:
             placed, last = self._passes.place_first(size, width, lengths, token_ids)
-
-            def narrow(heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-                return heads.index_select(0, last), residual.index_select(0, last)
-
-            hidden = self._model(placed.input_ids, placed.token_positions, self._attention, None, narrow)
+            hidden = self._model(placed.input_ids, placed.token_positions, self._attention, None, narrow_to(last))
             slots, positions = self._passes.slots(size), placed.positions.index_select(0, last)
         else:
             placed = self._passes.place_next(size, lengths, token_ids)

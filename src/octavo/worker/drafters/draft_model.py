@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention.backend import AttentionBackend
-from octavo.models.base import CausalLM
+from octavo.models.base import CausalLM, narrow_to
 from octavo.protocol.plan import NewSequence, PlanRow
 from octavo.worker.drafters.drafter import DraftRow
 from octavo.worker.forward import last_tokens, prepare
@@ -52,6 +52,6 @@ class ModelDrafter:
     def _forward(self, rows: list[PlanRow]) -> list[int]:
         inputs = prepare(self._attention, self._slots, rows)
         last = last_tokens(rows)
-        narrow = None if last is None else lambda heads, residual: (heads[last], residual[last])
+        narrow = None if last is None else narrow_to(last)
         hidden = self._model(inputs.input_ids, inputs.positions, self._attention, None, narrow)
         return torch.Tensor.tolist(argmax(self._model.compute_logits(hidden)))
